@@ -1,0 +1,28 @@
+"""What long work says: lines that a log keeps, and progress bars where somebody watches."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def say(message: str) -> None:
+    """Print a line at once, so that whoever streams the output sees it when it happens."""
+    print(message, flush=True)
+
+
+def track(items: Iterable[T], description: str, total: int, completed: int = 0) -> Iterator[T]:
+    """Iterate behind a progress bar on standard error; no bar where that is not a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total, completed=completed)
+        for item in items:
+            yield item
+            progress.advance(task)
