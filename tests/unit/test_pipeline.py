@@ -1,0 +1,103 @@
+"""VLMDiffPipeline: what it saves it loads, and a reconstruction is what the formulas say."""
+
+import json
+
+import pytest
+import torch
+from tests.tiny import SIZE, tiny_pipeline
+
+from vlmdiff.errors import InputError
+from vlmdiff.model.pipeline import VLMDiffPipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_pipeline()
+    # A control of zero would hide whether the hint matters.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in (*pipeline.sgn.control.controlnet_down_blocks, pipeline.sgn.control.controlnet_mid_block):
+            block.weight.normal_(0, 0.1, generator=generator)
+        pipeline.sgn.control.controlnet_cond_embedding.conv_out.weight.normal_(0, 0.1, generator=generator)
+    return pipeline
+
+
+def images(count=3):
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+
+
+def test_a_saved_pipeline_loads_and_computes_the_same(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    loaded = VLMDiffPipeline.from_pretrained(tmp_path)
+    before = pipeline(images(), ["a red thing"] * 3)
+    after = loaded(images(), ["a red thing"] * 3)
+    torch.testing.assert_close(after.images, before.images, rtol=0, atol=0)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "VLMDiffPipeline"
+    weights = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
+    assert weights == {".json", ".safetensors"}
+
+
+def test_an_image_is_reconstructed_alike_in_any_batch(pipeline):
+    x = images(4)
+    together = pipeline(x, seed=3).images
+    alone = torch.cat([pipeline(x[i : i + 1], seed=3).images for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_seed_decides_the_reconstruction(pipeline):
+    first, again, other = (pipeline(images(), seed=seed).images for seed in (1, 1, 2))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert (first - other).abs().max() > 1e-3
+
+
+def test_hint_and_caption_reach_the_prediction(pipeline):
+    latents = torch.randn(1, 4, SIZE // 4, SIZE // 4)
+    timestep = torch.tensor(400)
+    text = pipeline.encode_captions(["a red round thing", "green stripes"])
+    hint = pipeline.normalize(images(2))
+
+    def predict(caption, image):
+        with torch.no_grad():
+            return pipeline.predict_noise(latents, timestep, text[caption : caption + 1], hint[image : image + 1])
+
+    assert not torch.allclose(predict(0, 0), predict(1, 0))
+    assert not torch.allclose(predict(0, 0), predict(0, 1))
+
+
+def test_ddim_with_a_perfect_prediction_returns_the_clean_latents(pipeline, monkeypatch):
+    """Where the network knows the noise, any number of steps from any level leads back to the latents."""
+    x = images(2)
+    with torch.no_grad():
+        clean = pipeline.encode_images(x)
+    alphas = pipeline.scheduler.alphas_cumprod
+
+    def oracle(latents, timestep, *_):
+        alpha = alphas[timestep]
+        noise = (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+    monkeypatch.setattr(pipeline, "denoise", oracle)
+    for level, steps in ((300, 1), (700, 4), (999, 10)):
+        torch.testing.assert_close(pipeline(x, noise_level=level, steps=steps).latents, clean, rtol=1e-3, atol=1e-3)
+
+
+def test_predict_noise_agrees_with_the_schedulers_own_conversion(pipeline):
+    latents, timestep = torch.randn(1, 4, SIZE // 4, SIZE // 4), torch.tensor(400)
+    text, hint = pipeline.encode_captions(["a red thing"]), pipeline.normalize(images(1))
+    with torch.no_grad():
+        velocity = pipeline.denoise(latents, timestep, text, hint)
+        noise = pipeline.predict_noise(latents, timestep, text, hint)
+    pipeline.scheduler.set_timesteps(1000)
+    clean = pipeline.scheduler.step(velocity, timestep, latents).pred_original_sample
+    torch.testing.assert_close(pipeline.scheduler.add_noise(clean, noise, timestep[None]), latents, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, SIZE, SIZE), (1, 3, SIZE, SIZE + 1), (1, 1, SIZE, SIZE)])
+def test_images_of_another_shape_are_refused(pipeline, shape):
+    with pytest.raises(InputError, match="images must be"):
+        pipeline(torch.zeros(shape))
+
+
+def test_a_caption_too_few_is_refused(pipeline):
+    with pytest.raises(InputError, match="1 captions for 3 images"):
+        pipeline(images(), ["one"])

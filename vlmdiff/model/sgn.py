@@ -1,0 +1,98 @@
+"""The semantic-guided network (SGN): a ControlNet that sees the photograph, with spatial feature fusion (SFF)."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel, ModelMixin  # ModelMixin: diffusers looks here how to load the SGN
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import nn
+
+__all__ = ["ModelMixin", "SemanticGuidedNetwork", "SpatialFeatureFusion"]
+
+
+class SpatialFeatureFusion(nn.Module):
+    """o_j <- SiLU(o_j + sum_i D_ij(s_i)) for the coarsest control outputs o_j and the s_i one level finer.
+
+    D is a 3x3 convolution of stride 2 without bias, instance normalisation and SiLU (VLMDiff, arXiv 2511.08173).
+    The convolutions keep PyTorch's own initialisation: were they zero, as the layers that feed them are, neither
+    would ever receive a gradient. The sum still starts at zero, because its inputs do.
+    """
+
+    def __init__(self, source_channels: list[int], target_channels: list[int]):
+        super().__init__()
+        self.downsamplers = nn.ModuleList(
+            nn.ModuleList(
+                nn.Sequential(nn.Conv2d(s, t, 3, stride=2, padding=1, bias=False), nn.InstanceNorm2d(t), nn.SiLU())
+                for s in source_channels
+            )
+            for t in target_channels
+        )
+
+    def forward(self, sources: list[torch.Tensor], targets: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [
+            F.silu(target + sum(down(source) for down, source in zip(row, sources, strict=True)))
+            for target, row in zip(targets, self.downsamplers, strict=True)
+        ]
+
+
+class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
+    """Control of a `UNet2DConditionModel` of the same shape by the photograph itself.
+
+    With `only_mid_control` the photograph reaches the UNet through the coarsest resolution alone (its skips and the
+    middle block): enough to say what the thing is and how it lies, too little to copy a defect from.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        down_block_types: tuple[str, ...] = (
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        cross_attention_dim: int = 768,
+        attention_head_dim: int | tuple[int, ...] = 8,
+        hint_channels: tuple[int, ...] = (16, 32, 96, 256),
+        only_mid_control: bool = True,
+    ):
+        super().__init__()
+        self.control = ControlNetModel(
+            in_channels=in_channels,
+            down_block_types=down_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            cross_attention_dim=cross_attention_dim,
+            attention_head_dim=attention_head_dim,
+            conditioning_embedding_out_channels=hint_channels,
+        )
+        # From fine to coarse the control outputs are conv_in's, then those of each block; a block's downsampler
+        # ends it and so opens the next resolution: every resolution has layers_per_block + 1 outputs.
+        self.outputs_per_level = layers_per_block + 1
+        channels = [block.in_channels for block in self.control.controlnet_down_blocks]
+        sources, targets = self._two_coarsest(channels)
+        self.fusion = SpatialFeatureFusion(sources, targets)
+
+    def _two_coarsest(self, outputs: list) -> tuple[list, list]:
+        n = self.outputs_per_level
+        return outputs[-2 * n : -n], outputs[-n:]
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, image: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Control for the UNet's skips, finest first, and for its middle block.
+
+        sample: (B, C, h, w) noisy latents; timestep: (B,) or a scalar; encoder_hidden_states: (B, L, D) text
+        embeddings; image: (B, 3, H, W), normalised as for the first stage. A skip without control gets a scalar zero.
+        """
+        outputs, middle = self.control(sample, timestep, encoder_hidden_states, image, return_dict=False)
+        sources, targets = self._two_coarsest(outputs)
+        fused = self.fusion(sources, targets)
+        fine = outputs[: -self.outputs_per_level]
+        if self.config.only_mid_control:
+            fine = [sample.new_zeros(())] * len(fine)
+        return [*fine, *fused], middle

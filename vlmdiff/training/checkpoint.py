@@ -1,0 +1,38 @@
+"""Training state on disk: safetensors and JSON in a folder that is whole or not there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlmdiff.files import atomic_folder
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """Replace the checkpoint in `folder`; a crash at any moment leaves the old one or the new one."""
+    with atomic_folder(folder) as temporary:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
+        (temporary / "facts.json").write_text(json.dumps(facts))
+
+
+def load(folder: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The checkpoint in `folder`, or None where there is none."""
+    if not folder.is_dir():
+        return None
+    return load_file(folder / "state.safetensors", device=str(device)), json.loads((folder / "facts.json").read_text())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as named tensors, `<parameter index>.<entry>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{entry}": value for index, entries in state.items() for entry, value in entries.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, entry = name.split(".")
+        state.setdefault(int(index), {})[entry] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,92 @@
+"""What training reads: everything frozen that it would compute again each epoch, as memory-mapped arrays."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from vlmdiff.console import track
+from vlmdiff.errors import InputError
+from vlmdiff.model.text import embed
+from vlmdiff.params import Encode
+from vlmdiff.training.first_stage import to_tensor
+from vlmdiff.training.text_encoder import THUMBNAIL, train_text_encoder, train_tokenizer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """index: a row an image: image_id, split, caption (row of `text`; row 0 is the empty caption).
+
+    mean, std: (N, C, h, w), the latents' posteriors, scaled; text: (M, L, D); hints: uint8 (N, S, S, 3).
+    """
+
+    index: pd.DataFrame
+    mean: np.ndarray
+    std: np.ndarray
+    text: np.ndarray
+    hints: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path) -> "Encoded":
+        if not (folder / "index.parquet").is_file():
+            raise InputError(f"{folder} holds no encoded images: run the encode stage first")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("mean", "std", "text", "hints")}
+        return cls(index=pd.read_parquet(folder / "index.parquet"), **arrays)
+
+
+def encode(
+    frame: pd.DataFrame,
+    images: np.ndarray,
+    captions: dict[str, str],
+    vae: AutoencoderKL,
+    params: Encode,
+    out: Path,
+    device: torch.device,
+) -> None:
+    """Fit the text encoder, then write latents and text embeddings into the folder `out`, beside the hints.
+
+    frame: image_id and split of each image; images: uint8 (N, S, S, 3), the hints; captions: by image_id.
+    """
+    texts = [captions[image_id] for image_id in frame["image_id"]]
+    known = ["", *sorted(set(texts))]
+    rows = {text: row for row, text in enumerate(known)}
+
+    training = np.flatnonzero(frame["split"] == "train")
+    thumbnails = torch.nn.functional.adaptive_avg_pool2d(
+        torch.from_numpy(images[training]).permute(0, 3, 1, 2).float() / 255, THUMBNAIL
+    )
+    training_texts = [texts[i] for i in training]
+    tokenizer = train_tokenizer(training_texts, params.text_encoder)
+    text_encoder = train_text_encoder(tokenizer, training_texts, thumbnails, params.text_encoder, params.seed, device)
+    tokenizer.save_pretrained(out / "tokenizer")
+    text_encoder.save_pretrained(out / "text_encoder")
+
+    size = params.batch_size
+    count, factor = len(images), vae.config.scaling_factor
+    shape = (count, vae.config.latent_channels, *(2 * [images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)]))
+    mean, std = (_array(out / f"{name}.npy", shape, np.float32) for name in ("mean", "std"))
+    text = _array(
+        out / "text.npy", (len(known), params.text_encoder.max_tokens, params.text_encoder.hidden_size), np.float32
+    )
+    with torch.no_grad():
+        for start in track(range(0, count, size), "encode images", total=-(-count // size)):
+            part = slice(start, start + size)
+            posterior = vae.encode(to_tensor(images[part], device)).latent_dist
+            mean[part] = (posterior.mean * factor).cpu()
+            std[part] = (posterior.std * factor).cpu()
+        for start in range(0, len(known), size):
+            text[start : start + size] = embed(tokenizer, text_encoder, known[start : start + size]).cpu()
+    for array in (mean, std, text):
+        array.flush()
+    index = pd.DataFrame(
+        {"image_id": frame["image_id"].to_numpy(), "split": frame["split"].to_numpy(), "caption": [rows[t] for t in texts]}
+    )
+    index.to_parquet(out / "index.parquet", index=False)
+
+
+def _array(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
