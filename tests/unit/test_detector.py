@@ -1,0 +1,145 @@
+"""Detector: calibration, verdicts, regions, saving; feature extractors of several families."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from tests.tiny import SIZE, tiny_detector, tiny_pipeline
+
+from vlmdiff.detection.calibration import conformal_threshold
+from vlmdiff.detection.detector import Detector, find_regions
+from vlmdiff.detection.features import space
+from vlmdiff.errors import InputError
+from vlmdiff.params import AutoencoderFeatures, BackboneFeatures
+
+
+def photographs(count, seed=0, size=SIZE):
+    return list(np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    detector = tiny_detector(false_alarm_rate=0.2)
+    detector.calibrate(photographs(20, seed=1))
+    return detector
+
+
+def test_calibration_images_exceed_the_threshold_at_most_at_the_rate(detector):
+    scores = [detection.score for detection in detector.detect(photographs(20, seed=1))]
+    # Rank ceil(21 * 0.8) = 17 of 20 is the threshold: three are above it.
+    assert sum(score > 0.5 for score in scores) == 3
+
+
+def test_the_verdict_the_score_and_the_regions_agree(detector):
+    for detection in detector.detect(photographs(10, seed=2)):
+        assert detection.score == pytest.approx(detection.anomaly_map.max())
+        assert detection.is_anomalous == (detection.score > 0.5) == bool(detection.regions)
+        assert detection.anomaly_map.shape == (SIZE, SIZE) and detection.anomaly_map.dtype == np.float32
+        assert 0 <= detection.anomaly_map.min() and detection.anomaly_map.max() < 1
+        assert detection.reconstruction.shape == (SIZE, SIZE, 3) and detection.reconstruction.dtype == np.uint8
+
+
+def test_batches_do_not_change_a_result(detector):
+    images = photographs(5, seed=3)
+    together = detector.detect(images, batch_size=5)
+    for batch_size in (1, 2):
+        for one, other in zip(together, detector.detect(images, batch_size), strict=True):
+            np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, atol=1e-5)
+
+
+def test_a_photograph_of_any_size_is_taken(detector):
+    assert detector.detect([photographs(1, size=50)[0][:, :37]])[0].anomaly_map.shape == (SIZE, SIZE)
+
+
+def test_a_saved_detector_judges_alike(detector, tmp_path):
+    detector.save_pretrained(tmp_path)
+    loaded = Detector.from_pretrained(tmp_path)
+    for one, other in zip(detector.detect(photographs(3)), loaded.detect(photographs(3)), strict=True):
+        np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
+        assert one.regions == other.regions
+
+
+def test_a_detector_without_threshold_refuses(tmp_path):
+    with pytest.raises(InputError, match="calibrate"):
+        tiny_detector().detect(photographs(1))
+
+
+def test_another_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"detector\.json"):
+        Detector.from_pretrained(tmp_path)
+
+
+def test_regions_are_boxes_areas_and_peaks():
+    anomaly_map = np.zeros((8, 8), np.float32)
+    anomaly_map[1, 1] = anomaly_map[2, 2] = 0.6  # touching at a corner: one region
+    anomaly_map[5:8, 6:8] = 0.9
+    first, second = find_regions(anomaly_map)
+    assert (first.x0, first.y0, first.x1, first.y1, first.area) == (6, 5, 8, 8, 6)
+    assert (second.x0, second.y0, second.x1, second.y1, second.area) == (1, 1, 3, 3, 2)
+    assert first.peak == pytest.approx(0.9) and second.peak == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("count", "rate", "rank"), [(19, 0.05, 19), (99, 0.05, 95), (99, 0.01, 99), (5, 0.05, 5)])
+def test_the_threshold_is_the_conformal_rank(count, rate, rank):
+    scores = np.random.default_rng(0).permutation(np.arange(1.0, count + 1))
+    assert conformal_threshold(scores, rate) == rank
+
+
+def test_conformal_thresholds_keep_their_rate():
+    generator = np.random.default_rng(0)
+    alarms = [
+        generator.exponential() > conformal_threshold(generator.exponential(size=59), 0.1) for _ in range(4000)
+    ]
+    # At most 0.1 by the theorem; 0.1 + 1/60 bounds it from the other side. Three standard errors are 0.015.
+    assert 0.1 - 1 / 60 - 0.015 < np.mean(alarms) < 0.1 + 0.015
+
+
+def backbones():
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=48)
+    torch.manual_seed(0)
+    return {
+        "vit": tf.ViTModel(tf.ViTConfig(**shape, patch_size=8), add_pooling_layer=False),
+        "dinov2": tf.Dinov2Model(tf.Dinov2Config(**shape, patch_size=8)),
+        "resnet": tf.ResNetModel(
+            tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic")
+        ),
+        "mobilenet": tf.MobileNetV2Model(tf.MobileNetV2Config(depth_multiplier=0.25)),
+    }
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "resnet", "mobilenet"])
+def test_any_vision_backbone_gives_feature_maps_on_a_grid(family, tmp_path):
+    backbones()[family].save_pretrained(tmp_path)
+    params = BackboneFeatures(kind="transformers", model=str(tmp_path), image_size=48, layers=(1, 2))
+    extract, distance = space(params, tiny_pipeline())
+    x = torch.rand(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        maps, again = extract(x), extract(x.flip(0))
+    assert len(maps) == 2 and all(m.ndim == 4 and m.shape[0] == 2 for m in maps)
+    assert distance(maps[0], maps[0]).abs().max() < 1e-5
+    assert distance(maps[0], again[0]).max() > 1e-5
+
+
+def test_patch_tokens_lie_where_their_patches_are(tmp_path):
+    """A change in one corner of the image changes the patch embedding in that corner alone."""
+    model = backbones()["vit"]
+    model.save_pretrained(tmp_path)
+    params = BackboneFeatures(kind="transformers", model=str(tmp_path), image_size=48, layers=(0,))
+    extract, _ = space(params, tiny_pipeline())
+    x = torch.rand(1, 3, 48, 48)
+    y = x.clone()
+    y[:, :, :8, 40:] = 0
+    with torch.no_grad():
+        changed = (extract(x)[0] - extract(y)[0]).abs().sum(1)[0]
+    assert torch.nonzero(changed > 1e-6).tolist() == [[0, 5]]
+
+
+def test_a_backbone_that_is_not_there_is_named():
+    params = BackboneFeatures(kind="transformers", model="no/such/folder/here")
+    with pytest.raises(InputError, match="no/such/folder/here"):
+        space(params, tiny_pipeline())
+
+
+def test_a_layer_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="layers 0 to 2"):
+        space(AutoencoderFeatures(kind="autoencoder", layers=(7,)), tiny_pipeline())
