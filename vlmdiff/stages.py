@@ -1,0 +1,229 @@
+"""One function a stage: from files to files, by parameters alone, knowing nothing of who called it.
+
+A stage writes into a temporary folder beside its output and renames at the end: what exists is whole.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import vlmdiff
+from vlmdiff import params as p
+from vlmdiff.console import say, track
+from vlmdiff.errors import InputError
+from vlmdiff.files import atomic_folder, write_json
+
+
+def prepare(params: p.Prepare, demo: Path, out: Path) -> None:
+    """Images, classes, splits and masks into one manifest; the demo's images into `demo`, else an empty folder."""
+    from vlmdiff.data import manifest
+    from vlmdiff.data.demo import make_demo
+
+    with atomic_folder(demo) as folder:
+        if params.layout == "demo":
+            make_demo(folder, **params.demo.model_dump())
+    frame = manifest.build(params, params.image_root)
+    manifest.write(frame, out)
+    say(f"prepare: {len(frame)} images of {frame['class_name'].nunique()} classes in {out}")
+
+
+def validate(params: p.Validate, data: p.Prepare, manifest_file: Path, out: Path) -> None:
+    """The data contract; its verdict and Data Docs into `out`, InputError where it is broken."""
+    from vlmdiff.data import contract, manifest
+
+    frame = manifest.read(manifest_file)
+    contract.validate(frame, data.image_root, params, data.max_pixels, out).raise_if_failed()
+
+
+def caption(params: p.Caption, data: p.Prepare, manifest_file: Path, store: Path, out: Path, report: Path) -> None:
+    """A caption for every image into the JSONL `out`, from the store where it holds one."""
+    raise NotImplementedError
+
+
+def first_stage(params: p.FirstStage, data: p.Prepare, manifest_file: Path, state: Path, out: Path, report: Path) -> None:
+    """Fit the latent space to the normal training images: a model folder `out`, loss curves in `report`."""
+    from vlmdiff.data import manifest
+    from vlmdiff.device import pick_device
+    from vlmdiff.training.first_stage import train_autoencoder
+
+    frame = manifest.read(manifest_file)
+    folder = training_state(state, params, manifest_file)
+    images = {
+        split: image_array(frame[frame["split"] == split], data, params.image_size, folder / f"{split}.npy")
+        for split in ("train", "validation")
+    }
+    device = pick_device()
+    vae, history = train_autoencoder(images["train"], images["validation"], params, folder, device)
+    with atomic_folder(out) as temporary:
+        vae.save_pretrained(temporary)
+    write_history(report, history)
+    shutil.rmtree(folder)
+
+
+def encode(params: p.Encode, data: p.Prepare, manifest_file: Path, captions: Path, latent_space: Path, out: Path) -> None:
+    """What is frozen while the denoiser trains, computed once: latents, text embeddings, hints."""
+    from diffusers import AutoencoderKL
+
+    from vlmdiff.captions.files import read_captions
+    from vlmdiff.data import manifest
+    from vlmdiff.device import pick_device
+    from vlmdiff.training import encoded
+
+    device = pick_device()
+    frame = manifest.read(manifest_file)
+    frame = frame[frame["split"] != "test"].reset_index(drop=True)
+    vae = AutoencoderKL.from_pretrained(latent_space).to(device)
+    with atomic_folder(out) as temporary:
+        hints = image_array(frame, data, vae.config.sample_size, temporary / "hints.npy")
+        encoded.encode(frame, hints, read_captions(captions), vae, params, temporary, device)
+
+
+def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Path, report: Path) -> None:
+    """Train the denoiser on what `encode` wrote; the whole pipeline into `out`."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from vlmdiff.device import pick_device
+    from vlmdiff.training.diffusion import build, train_denoiser
+    from vlmdiff.training.encoded import Encoded
+
+    device = pick_device()
+    folder = training_state(state, params, data, latent_space)
+    pipeline = build(
+        AutoencoderKL.from_pretrained(latent_space),
+        CLIPTextModel.from_pretrained(data / "text_encoder"),
+        CLIPTokenizer.from_pretrained(data / "tokenizer"),
+        params,
+    ).to(device)
+    history = train_denoiser(pipeline, Encoded.open(data), params, folder)
+    with atomic_folder(out) as temporary:
+        pipeline.save_pretrained(temporary)
+    write_history(report, history)
+    shutil.rmtree(folder)
+
+
+def evaluate(
+    params: p.Evaluate,
+    data: p.Prepare,
+    manifest_file: Path,
+    captions: Path,
+    pipeline_folder: Path,
+    detector_out: Path,
+    out: Path,
+) -> None:
+    """Calibrate on held-out normal images, judge the test images: the detector, metrics, curves and a report."""
+    from vlmdiff.captions.files import read_captions
+    from vlmdiff.data import manifest
+    from vlmdiff.data.images import load_mask, load_rgb, resolve
+    from vlmdiff.detection.detector import Detector
+    from vlmdiff.evaluation.metrics import evaluate_classes
+    from vlmdiff.evaluation.plots import curves, write_plots
+    from vlmdiff.evaluation.report import Example, pick_examples, write_report
+    from vlmdiff.model.pipeline import VLMDiffPipeline
+
+    frame = manifest.read(manifest_file)
+    test = frame[frame["split"] == "test"].reset_index(drop=True)
+    pipeline = VLMDiffPipeline.from_pretrained(pipeline_folder).to(pick_device())
+    pipeline.set_progress_bar_config(disable=True)
+    size = pipeline.config.image_size
+
+    def read(paths: pd.Series) -> Iterator[np.ndarray]:
+        for path in paths:
+            yield load_rgb(resolve(data.image_root, path), size, data.max_pixels)
+
+    detector = Detector(pipeline, params.detection)
+    detector.calibrate(list(read(frame.loc[frame["split"] == "validation", "path"])), params.batch_size)
+    found = list(track(detector.stream(read(test["path"]), params.batch_size), "judge", total=len(test)))
+    maps = np.stack([detection.anomaly_map for detection in found])
+    masks = np.stack(
+        [
+            np.zeros((size, size), bool)
+            if mask is None
+            else load_mask(resolve(data.image_root, mask), size, data.max_pixels)
+            for mask in test["mask_path"]
+        ]
+    )
+    classes, scores = test["class_name"].tolist(), [detection.score for detection in found]
+    results = evaluate_classes(
+        classes, maps, masks, scores, params.max_fpr, test["path"].tolist(), test["is_anomalous"].to_numpy()
+    )
+    rows = curves(classes, maps, masks, params.max_fpr)
+    texts = read_captions(captions)
+    truths, verdicts = test["is_anomalous"].tolist(), [detection.is_anomalous for detection in found]
+    examples = [
+        Example(
+            path=test["path"][i],
+            class_name=classes[i],
+            defect=test["defect"][i] or "good",
+            score=scores[i],
+            is_anomalous=truths[i],
+            verdict=verdicts[i],
+            image=load_rgb(resolve(data.image_root, test["path"][i]), None, data.max_pixels),
+            reconstruction=found[i].reconstruction,
+            anomaly_map=maps[i],
+            mask=masks[i],
+            caption=texts.get(test["image_id"][i]),
+        )
+        for i in pick_examples(classes, scores, truths, verdicts, params.examples)
+    ]
+    with atomic_folder(detector_out) as temporary:
+        detector.save_pretrained(temporary)
+    with atomic_folder(out) as temporary:
+        results.write(temporary / "metrics.json")
+        write_plots(temporary / "plots", rows)
+        write_report(temporary / "report.html", results, examples, rows, provenance(params, frame, detector))
+
+
+def provenance(params: p.Evaluate, frame: pd.DataFrame, detector) -> dict[str, object]:
+    """What the report says it rests on."""
+    counts = frame["split"].value_counts()
+    return {
+        "images": ", ".join(f"{counts.get(split, 0)} {split}" for split in ("train", "validation", "test")),
+        "threshold": (
+            f"from {detector.calibration.images} held-out normal images, "
+            f"at most {detector.calibration.false_alarm_rate:.0%} false alarms"
+        ),
+        "evaluate": params.model_dump(mode="json"),
+        "vlmdiff": vlmdiff.__version__,
+    }
+
+
+def image_array(frame: pd.DataFrame, data: p.Prepare, size: int, file: Path) -> np.ndarray:
+    """The images of a manifest's rows, decoded and resized once into the memory-mapped `file`: uint8 (N, S, S, 3)."""
+    from vlmdiff.data.images import load_rgb, resolve
+
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(frame), size, size, 3))
+    for i, path in enumerate(track(frame["path"], "read images", total=len(frame))):
+        array[i] = load_rgb(resolve(data.image_root, path), size, data.max_pixels)
+    array.flush()
+    return array
+
+
+def write_history(report: Path, history: list[dict[str, float]]) -> None:
+    """Loss curves as rows that `dvc plots` reads."""
+    with atomic_folder(report) as temporary:
+        write_json(temporary / "loss.json", history)
+
+
+def training_state(root: Path, params: p.Section, *inputs: Path) -> Path:
+    """The folder for the state of the training that these parameters, inputs and this code define."""
+    digest = hashlib.sha256(f"{vlmdiff.__version__} {params.model_dump_json()}".encode())
+    package = Path(vlmdiff.__file__).parent
+    code = [*(package / "model").glob("*.py"), *(package / "training").glob("*.py")]
+    for file in [*sorted(code), *(file for path in inputs for file in files_under(path))]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    folder = root / f"{type(params).__name__.lower()}-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def files_under(path: Path) -> Iterator[Path]:
+    if not path.exists():
+        raise InputError(f"{path} does not exist: run the stages before this one first (`dvc repro` knows the order)")
+    yield from sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
