@@ -106,6 +106,11 @@ class Detector:
                 score = float(anomaly_map.max())
                 yield Detection(score, score > 0.5, anomaly_map, find_regions(anomaly_map), reconstruction)
 
+    def reconstruct(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+        """Photographs (B, 3, S, S) in [0, 1] as if they were normal, one draw of them."""
+        params = self.params
+        return self.pipeline(images, noise_level=params.noise_level, steps=params.steps, seed=seed).images
+
     def _calibrated(self) -> Calibration:
         if self.calibration is None:
             raise InputError("this detector knows no threshold yet: call calibrate() with normal images")
@@ -116,15 +121,13 @@ class Detector:
         self, images: Iterable[np.ndarray], batch_size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A batch at a time: a map a kind of features (B, F, S, S), and the first reconstruction, uint8 (B, S, S, 3)."""
-        params, size, device = self.params, self.pipeline.config.image_size, self.pipeline.device
+        params, size = self.params, self.pipeline.config.image_size
         for batch in batches(images, batch_size):
-            x = torch.stack([to_tensor(image, size) for image in batch]).to(device)
+            x = torch.stack([to_tensor(image, size) for image in batch]).to(self.pipeline.device)
             before = [extract(x) for extract, _ in self.spaces]
-            total = torch.zeros(len(x), len(self.spaces), size, size, device=device)
+            total = torch.zeros(len(x), len(self.spaces), size, size, device=x.device)
             for sample in range(params.samples):
-                rebuilt = self.pipeline(
-                    x, noise_level=params.noise_level, steps=params.steps, seed=params.seed + sample
-                ).images
+                rebuilt = self.reconstruct(x, params.seed + sample)
                 if sample == 0:
                     shown = (rebuilt * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
                 for i, (extract, distance) in enumerate(self.spaces):

@@ -34,6 +34,7 @@ def train_autoencoder(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
+        mid_block_add_attention=False,
         norm_num_groups=min(32, *params.block_channels),
     ).to(device, memory_format=torch.channels_last)
 

@@ -1,0 +1,29 @@
+"""The table of results for the terminal."""
+
+import math
+
+from rich import box
+from rich.table import Table
+
+from vlmdiff.evaluation.metrics import METRICS, Results
+
+
+def results_table(results: Results) -> Table:
+    """A row a class and, last and bold, the mean over the classes that define a metric; a dash where not."""
+    left_out = sorted({name for names in results.left_out.values() for name in names})
+    caption = f"- is not defined; the mean leaves out {', '.join(left_out)}" if left_out else None
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left"
+    )
+    table.add_column("class", overflow="fold")
+    for title in METRICS.values():
+        table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
+    for name, values in results.classes.items():
+        table.add_row(name, *_cells(values))
+    table.add_section()
+    table.add_row("mean", *_cells(results.mean), style="bold")
+    return table
+
+
+def _cells(values: dict[str, float]) -> list[str]:
+    return ["-" if math.isnan(values[metric]) else f"{values[metric]:.3f}" for metric in METRICS]
