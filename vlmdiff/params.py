@@ -24,7 +24,7 @@ class Demo(Section):
     """The procedural factory: images a class, and the side of a photograph in pixels."""
 
     seed: int = 0
-    train: Positive = 60
+    train: Positive = 80
     test_good: Positive = 12
     test_per_defect: Positive = 6
     size: Annotated[int, Field(ge=64)] = 128
@@ -58,7 +58,8 @@ class Validate(Section):
     modes: tuple[str, ...] = ("RGB", "L")
     min_side: Positive = 32
     min_images: Minimum = Minimum()
-    near_duplicate_bits: Annotated[int, Field(ge=0, le=16)] = 2
+    masks: Literal["required", "optional"] = "required"
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=64)] = 8
     max_imbalance: Annotated[float, Field(ge=1)] = 10.0
 
 
@@ -96,11 +97,11 @@ class FirstStage(Training):
     kind: Literal["autoencoder_kl"] = "autoencoder_kl"
     image_size: Positive = 64
     latent_channels: Positive = 4
-    block_channels: tuple[Positive, ...] = (32, 64, 64)
+    block_channels: tuple[Positive, ...] = (16, 32, 64)
     kl_weight: Annotated[float, Field(ge=0)] = 1e-4
-    steps: Positive = 400
-    batch_size: Positive = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    steps: Positive = 800
+    batch_size: Positive = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
 
     @model_validator(mode="after")
     def _grid_fits(self):
@@ -132,20 +133,20 @@ class Encode(Section):
 class Train(Training):
     """The denoiser: channels of the UNet and of the SGN at each resolution, and how they are trained."""
 
-    block_channels: tuple[Positive, ...] = (64, 96, 128)
+    block_channels: tuple[Positive, ...] = (32, 64, 128)
     layers_per_block: Positive = 1
     head_size: Positive = 32
     hint_channels: tuple[Positive, ...] = (16, 32, 64)
     only_mid_control: bool = True
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    steps: Positive = 600
+    steps: Positive = 520
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
 
 
 class Pixels(Section):
-    """The photograph itself, at `scale` of the model's resolution."""
+    """The photograph itself, at the model's resolution."""
 
     kind: Literal["pixels"]
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -177,10 +178,10 @@ class Detection(Section):
     """How a photograph becomes an anomaly map: saved with the model, and used wherever the model is."""
 
     noise_level: Annotated[int, Field(ge=0, le=999)] = 500
-    steps: Positive = 5
-    samples: Positive = 1
+    steps: Positive = 1
+    samples: Positive = 4
     features: Annotated[tuple[Features, ...], Field(min_length=1)] = (Pixels(kind="pixels"),)
-    smoothing: Annotated[float, Field(ge=0)] = 2.0
+    smoothing: Annotated[float, Field(ge=0)] = 3.0
     false_alarm_rate: Fraction = 0.05
     seed: int = 0
 

@@ -25,3 +25,4 @@ GATE = Path("reports/gate.json")
 # What must outlive a crash: DVC deletes a stage's outputs before it runs the stage.
 CAPTION_STORE = Path(".cache/captions/captions.sqlite")
 TRAINING_STATE = Path(".cache/train")
+CHAMPIONS = Path(".cache/champions")

@@ -1,0 +1,46 @@
+# Needs Python 3.11 or later, git and make. Everything else goes into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
+
+BIN := $(CURDIR)/.venv/bin
+INSTALLED := .venv/.installed
+
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# No tool reports its use to anybody.
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+export GX_ANALYTICS_ENABLED := false
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint up down bench
+
+help: ## List what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: $(INSTALLED) ## From photographs to a promoted model: the flow `retrain` on params.yaml
+	@python -m flows.retrain
+
+test: $(INSTALLED) ## Run the tests
+	@pytest
+
+lint: $(INSTALLED) ## Check style and unused code
+	@ruff check .
+
+up: $(INSTALLED) ## Start the Prefect server and the MLflow page on loopback
+	@python -m flows.servers up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+down: $(INSTALLED) ## End the servers that `make up` started
+	@python -m flows.servers down
+
+bench: $(INSTALLED) ## Run the benchmarks
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; python $$file; done
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into .venv (some minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
