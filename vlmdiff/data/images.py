@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,13 +21,14 @@ def resolve(root: Path, relative: str) -> Path:
     return file
 
 
-def decode(path: Path, max_pixels: int) -> Image.Image:
-    """A fully decoded image in its own mode. Raises InputError naming the file."""
+def decode(file: Path | BinaryIO, max_pixels: int, name: str | None = None) -> Image.Image:
+    """A fully decoded image in its own mode. Raises InputError naming the file, or calling it `name`."""
+    path = name or file
     try:
         with warnings.catch_warnings():
             # Our own limit judges the size, from the header, before anything is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise InputError(

@@ -26,9 +26,12 @@ def mvtec_ad(root: Path, test_fraction: float) -> Iterator[Record]:
     """CLASS/train/good, CLASS/test/DEFECT or good, CLASS/ground_truth/DEFECT/STEM_mask.png (MVTec-AD)."""
     for folder in _folders(root):
         if not (folder / "train" / GOOD).is_dir():
-            raise InputError(f"{folder} has no train/{GOOD}: layout mvtec_ad expects CLASS/train/{GOOD} and CLASS/test/*")
+            raise InputError(
+                f"{folder} has no train/{GOOD}: layout mvtec_ad expects CLASS/train/{GOOD} and CLASS/test/*"
+            )
         masks = _masks(folder / "ground_truth")
-        for split in ("train", "test"):
+        # MVTec-AD numbers each folder from zero: a mask belongs to the test image of its name first.
+        for split in ("test", "train"):
             for kind in _folders(folder / split) if (folder / split).is_dir() else ():
                 for image in _images(kind):
                     mask = masks.pop((kind.name, image.stem), None)
@@ -61,7 +64,11 @@ def folder(root: Path, test_fraction: float) -> Iterator[Record]:
 
 
 # The demo is made in MVTec-AD's layout.
-LAYOUTS: dict[str, Callable[[Path, float], Iterator[Record]]] = {"demo": mvtec_ad, "mvtec_ad": mvtec_ad, "folder": folder}
+LAYOUTS: dict[str, Callable[[Path, float], Iterator[Record]]] = {
+    "demo": mvtec_ad,
+    "mvtec_ad": mvtec_ad,
+    "folder": folder,
+}
 
 
 def _record(root: Path, class_name: str, split: str, kind: str, image: Path, mask: Path | None) -> Record:

@@ -55,12 +55,20 @@ def build(params: Prepare, root: Path) -> pd.DataFrame:
         facts = pool.map(lambda record: _look(root, record, params.max_pixels), records)
         looked = list(track(facts, "read images", total=len(records)))
     frame = pd.DataFrame(
-        [{**record._asdict(), **facts} for record, facts in zip(records, looked, strict=True)], columns=SCHEMA.names
+        [{**record._asdict(), **facts} for record, facts in zip(records, looked, strict=True)],
+        columns=SCHEMA.names,
     )
     candidates = frame[(frame["split"] == "train") & ~frame["is_anomalous"]]
     for _, rows in candidates.groupby("class_name"):
         count = max(1, round(params.validation_fraction * len(rows)))
         frame.loc[rows.sort_values("image_id").index[:count], "split"] = "validation"
+    return _with_none(frame)
+
+
+def _with_none(frame: pd.DataFrame) -> pd.DataFrame:
+    """What is absent is None, whatever pandas makes of it."""
+    for column in ("defect", "mask_path", "problem"):
+        frame[column] = frame[column].astype(object).where(frame[column].notna(), None)
     return frame
 
 
@@ -93,7 +101,4 @@ def read(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} is not a Parquet file: {error}") from error
     if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
         raise InputError(f"{path} is not a manifest of this version: run the prepare stage again")
-    frame = table.to_pandas()
-    for column in ("defect", "mask_path", "problem"):
-        frame[column] = frame[column].astype(object).where(frame[column].notna(), None)
-    return frame
+    return _with_none(table.to_pandas())

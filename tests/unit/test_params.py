@@ -1,0 +1,42 @@
+"""params.yaml: what is refused, and that the error names the file and the key."""
+
+import pytest
+
+from vlmdiff.errors import InputError
+from vlmdiff.params import Params, load
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {stepz: 5}", ["train.stepz", "unknown key"]),
+        ("tarin: {steps: 5}", ["tarin", "unknown key"]),
+        ("train: {steps: 0}", ["train.steps", "0"]),
+        ("train: {steps: many}", ["train.steps", "many"]),
+        ("gate: {min_mean: .nan}", ["gate.min_mean"]),
+        ("gate: {min_mean: 1.5}", ["gate.min_mean", "1.5"]),
+        ("caption: {captioner: file}", ["caption", "file"]),
+        ("first_stage: {image_size: 30}", ["first_stage", "image_size"]),
+        ("evaluate: {detection: {features: []}}", ["evaluate.detection.features"]),
+        ("evaluate: {detection: {features: [{kind: magic}]}}", ["magic"]),
+        ("train: [", ["not valid YAML"]),
+        ("just text", ["whole file"]),
+    ],
+)
+def test_a_bad_file_is_an_error_that_names_file_and_key(tmp_path, text, words):
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as error:
+        load(file)
+    for word in ["params.yaml", *words]:
+        assert word in str(error.value)
+
+
+def test_a_missing_file_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(InputError, match="--params"):
+        load(tmp_path / "params.yaml")
+
+
+def test_what_is_not_given_has_its_default(tmp_path):
+    (tmp_path / "params.yaml").write_text("")
+    assert load(tmp_path / "params.yaml") == Params()
