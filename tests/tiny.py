@@ -29,7 +29,13 @@ def tiny_pipeline(**train) -> VLMDiffPipeline:
     tokenizer = train_tokenizer(CAPTIONS, params)
     thumbnails = torch.rand(len(CAPTIONS), 3, 8, 8)
     text_encoder = train_text_encoder(tokenizer, CAPTIONS, thumbnails, params, 0, torch.device("cpu"))
-    settings = {"block_channels": (32, 32), "hint_channels": (8, 16, 16), "head_size": 16, "steps": 1, **train}
+    settings = {
+        "block_channels": (32, 32),
+        "hint_channels": (8, 16, 16),
+        "head_size": 16,
+        "steps": 1,
+        **train,
+    }
     pipeline = build(vae, text_encoder, tokenizer, Train(**settings))
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.sgn):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tests.tiny import SIZE, tiny_detector, tiny_pipeline
 
+from tests.tiny import SIZE, tiny_detector, tiny_pipeline
 from vlmdiff.detection.calibration import conformal_threshold
 from vlmdiff.detection.detector import Detector, find_regions
 from vlmdiff.detection.features import space
@@ -35,7 +35,7 @@ def test_the_verdict_the_score_and_the_regions_agree(detector):
         assert detection.score == pytest.approx(detection.anomaly_map.max())
         assert detection.is_anomalous == (detection.score > 0.5) == bool(detection.regions)
         assert detection.anomaly_map.shape == (SIZE, SIZE) and detection.anomaly_map.dtype == np.float32
-        assert 0 <= detection.anomaly_map.min() and detection.anomaly_map.max() < 1
+        assert detection.anomaly_map.min() >= 0 and detection.anomaly_map.max() < 1
         assert detection.reconstruction.shape == (SIZE, SIZE, 3) and detection.reconstruction.dtype == np.uint8
 
 
@@ -87,9 +87,7 @@ def test_the_threshold_is_the_conformal_rank(count, rate, rank):
 
 def test_conformal_thresholds_keep_their_rate():
     generator = np.random.default_rng(0)
-    alarms = [
-        generator.exponential() > conformal_threshold(generator.exponential(size=59), 0.1) for _ in range(4000)
-    ]
+    alarms = [generator.exponential() > conformal_threshold(generator.exponential(size=59), 0.1) for _ in range(4000)]
     # At most 0.1 by the theorem; 0.1 + 1/60 bounds it from the other side. Three standard errors are 0.015.
     assert 0.1 - 1 / 60 - 0.015 < np.mean(alarms) < 0.1 + 0.015
 

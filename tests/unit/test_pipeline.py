@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from tests.tiny import SIZE, tiny_pipeline
 
+from tests.tiny import SIZE, tiny_pipeline
 from vlmdiff.errors import InputError
 from vlmdiff.model.pipeline import VLMDiffPipeline
 
@@ -16,7 +16,10 @@ def pipeline():
     # A control of zero would hide whether the hint matters.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for block in (*pipeline.sgn.control.controlnet_down_blocks, pipeline.sgn.control.controlnet_mid_block):
+        for block in (
+            *pipeline.sgn.control.controlnet_down_blocks,
+            pipeline.sgn.control.controlnet_mid_block,
+        ):
             block.weight.normal_(0, 0.1, generator=generator)
         pipeline.sgn.control.controlnet_cond_embedding.conv_out.weight.normal_(0, 0.1, generator=generator)
     return pipeline
@@ -89,7 +92,9 @@ def test_predict_noise_agrees_with_the_schedulers_own_conversion(pipeline):
         noise = pipeline.predict_noise(latents, timestep, text, hint)
     pipeline.scheduler.set_timesteps(1000)
     clean = pipeline.scheduler.step(velocity, timestep, latents).pred_original_sample
-    torch.testing.assert_close(pipeline.scheduler.add_noise(clean, noise, timestep[None]), latents, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        pipeline.scheduler.add_noise(clean, noise, timestep[None]), latents, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, SIZE, SIZE), (1, 3, SIZE, SIZE + 1), (1, 1, SIZE, SIZE)])

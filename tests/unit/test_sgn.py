@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.tiny import SIZE, tiny_pipeline
 
+from tests.tiny import SIZE, tiny_pipeline
 from vlmdiff.model.sgn import SemanticGuidedNetwork, SpatialFeatureFusion
 
 
@@ -55,7 +55,14 @@ def test_only_mid_control_leaves_the_fine_skips_alone():
     coarse, _ = SemanticGuidedNetwork(**arguments, only_mid_control=True)(x, torch.tensor(10), text, image)
     assert [tuple(tensor.shape) for tensor in coarse] == [(), (), (), (), (1, 32, 4, 4), (1, 64, 4, 4)]
     full, _ = SemanticGuidedNetwork(**arguments, only_mid_control=False)(x, torch.tensor(10), text, image)
-    assert [tuple(t.shape[1:]) for t in full] == [(32, 16, 16), (32, 16, 16), (32, 8, 8), (32, 8, 8), (32, 4, 4), (64, 4, 4)]
+    assert [tuple(t.shape[1:]) for t in full] == [
+        (32, 16, 16),
+        (32, 16, 16),
+        (32, 8, 8),
+        (32, 8, 8),
+        (32, 4, 4),
+        (64, 4, 4),
+    ]
 
 
 def test_fusion_is_the_published_formula():

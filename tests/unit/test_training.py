@@ -106,8 +106,15 @@ def test_the_average_not_the_last_weights_is_judged_and_kept(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_the_parameter_to_change(tmp_path):
     model = torch.nn.Linear(1, 1)
-    with pytest.raises(InputError, match="train.learning_rate"):
-        fit("train", model, lambda step: model.weight.sum() * float("nan"), lambda: 0.0, Training(**SETTINGS), tmp_path)
+    with pytest.raises(InputError, match=r"train\.learning_rate"):
+        fit(
+            "train",
+            model,
+            lambda step: model.weight.sum() * float("nan"),
+            lambda: 0.0,
+            Training(**SETTINGS),
+            tmp_path,
+        )
 
 
 def test_two_trainings_on_one_state_are_refused(tmp_path):

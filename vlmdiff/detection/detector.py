@@ -17,7 +17,7 @@ from vlmdiff.detection.features import space
 from vlmdiff.device import pick_device
 from vlmdiff.errors import InputError
 from vlmdiff.files import write_json
-from vlmdiff.model.pipeline import VLMDiffPipeline
+from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
 from vlmdiff.params import Detection as DetectionParams
 
 SETTINGS = "detector.json"
@@ -49,6 +49,21 @@ class Detection:
     regions: list[Region]
     reconstruction: np.ndarray
 
+    def scaled_regions(self, width: int, height: int) -> list[Region]:
+        """The regions in pixels of the photograph as it came, `width` x `height`."""
+        x, y = width / self.anomaly_map.shape[1], height / self.anomaly_map.shape[0]
+        return [
+            Region(
+                round(r.x0 * x),
+                round(r.y0 * y),
+                round(r.x1 * x),
+                round(r.y1 * y),
+                round(r.area * x * y),
+                r.peak,
+            )
+            for r in self.regions
+        ]
+
 
 class Detector:
     """A pipeline, how its reconstructions are compared with the photographs, and what is normal for it."""
@@ -65,13 +80,12 @@ class Detector:
         folder = Path(folder)
         settings = folder / SETTINGS
         if not settings.is_file():
-            raise InputError(f"{folder} is not a detector's folder: it has no {SETTINGS} (the evaluate stage writes it)")
+            raise InputError(
+                f"{folder} is not a detector's folder: it has no {SETTINGS} (the evaluate stage writes it)"
+            )
         facts = json.loads(settings.read_text())
-        pipeline = VLMDiffPipeline.from_pretrained(folder).to(pick_device(device))
-        pipeline.set_progress_bar_config(disable=True)
-        return cls(
-            pipeline, DetectionParams.model_validate(facts["detection"]), Calibration(**facts["calibration"])
-        )
+        pipeline = load_pipeline(folder, pick_device(device))
+        return cls(pipeline, DetectionParams.model_validate(facts["detection"]), Calibration(**facts["calibration"]))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """A `DiffusionPipeline` folder in safetensors, and in it the detector's settings."""
@@ -86,7 +100,10 @@ class Detector:
         scores = self._combine(differences, scales).max(axis=(1, 2))
         threshold = conformal_threshold(scores, self.params.false_alarm_rate)
         self.calibration = Calibration(
-            scales=scales.tolist(), threshold=threshold, images=len(scores), false_alarm_rate=self.params.false_alarm_rate
+            scales=scales.tolist(),
+            threshold=threshold,
+            images=len(scores),
+            false_alarm_rate=self.params.false_alarm_rate,
         )
 
     def detect(self, images: Sequence[np.ndarray], batch_size: int = 32) -> list[Detection]:
@@ -117,10 +134,8 @@ class Detector:
         return self.calibration
 
     @torch.no_grad()
-    def _differences(
-        self, images: Iterable[np.ndarray], batch_size: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A batch at a time: a map a kind of features (B, F, S, S), and the first reconstruction, uint8 (B, S, S, 3)."""
+    def _differences(self, images: Iterable[np.ndarray], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A batch at a time: a map a kind of features (B, F, S, S), and one reconstruction, uint8 (B, S, S, 3)."""
         params, size = self.params, self.pipeline.config.image_size
         for batch in batches(images, batch_size):
             x = torch.stack([to_tensor(image, size) for image in batch]).to(self.pipeline.device)

@@ -16,8 +16,9 @@ Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """1 - cosine similarity over the channels, in [0, 2]."""
-    return 1 - F.cosine_similarity(a, b, dim=1)
+    """1 - cosine similarity over the channels, in [0, 2]; 0 where both are zero, as after a ReLU."""
+    # By the chord, |a - b|^2 / 2 of unit vectors, which is defined there.
+    return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1) / 2
 
 
 def absolute_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

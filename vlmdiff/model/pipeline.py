@@ -2,15 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.errors import InputError
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 from vlmdiff.model.text import embed
+
+
+def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline":
+    """A pipeline's folder as a working pipeline on `device`; without progress bars, it takes a second."""
+    logging.disable_progress_bar()
+    pipeline = VLMDiffPipeline.from_pretrained(folder).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @dataclass
@@ -39,8 +48,8 @@ class VLMDiffPipeline(DiffusionPipeline):
         sgn: SemanticGuidedNetwork,
         scheduler: DDIMScheduler,
         image_size: int = 256,
-        image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        image_std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        image_mean: list[float] = (0.5, 0.5, 0.5),
+        image_std: list[float] = (0.5, 0.5, 0.5),
     ):
         super().__init__()
         self.register_modules(

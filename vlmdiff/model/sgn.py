@@ -82,7 +82,11 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         return outputs[-2 * n : -n], outputs[-n:]
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, image: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        image: torch.Tensor,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Control for the UNet's skips, finest first, and for its middle block.
 

@@ -13,7 +13,10 @@ from vlmdiff.files import atomic_folder
 def save(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Replace the checkpoint in `folder`; a crash at any moment leaves the old one or the new one."""
     with atomic_folder(folder) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            temporary / "state.safetensors",
+        )
         (temporary / "facts.json").write_text(json.dumps(facts))
 
 
@@ -31,8 +34,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Give an optimizer the state that `optimizer_tensors` named."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         index, entry = name.split(".")
-        state.setdefault(int(index), {})[entry] = value
+        parameter = parameters[int(index)]
+        # The fused AdamW walks through memory: moments must lie there as their weights do (channels last), and a file
+        # knows no strides.
+        same = value.shape == parameter.shape
+        state.setdefault(int(index), {})[entry] = torch.empty_like(parameter).copy_(value) if same else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -16,9 +16,7 @@ from vlmdiff.training.encoded import Encoded
 from vlmdiff.training.loop import History, batch_indices, fit, step_generator
 
 
-def build(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, params: Train
-) -> VLMDiffPipeline:
+def build(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, params: Train) -> VLMDiffPipeline:
     """A pipeline with an untrained denoiser of the given size around a trained first stage and text encoder."""
     torch.manual_seed(params.seed)
     levels = len(params.block_channels)
@@ -37,9 +35,7 @@ def build(
         up_block_types=(*("CrossAttnUpBlock2D",) * (levels - 1), "UpBlock2D"),
         **shape,
     )
-    sgn = SemanticGuidedNetwork(
-        hint_channels=params.hint_channels, only_mid_control=params.only_mid_control, **shape
-    )
+    sgn = SemanticGuidedNetwork(hint_channels=params.hint_channels, only_mid_control=params.only_mid_control, **shape)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -63,7 +59,11 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
     captions = data.index["caption"].to_numpy()
 
     def prediction_loss(
-        rows: np.ndarray, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor, text_rows: np.ndarray
+        rows: np.ndarray,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        levels: torch.Tensor,
+        text_rows: np.ndarray,
     ) -> torch.Tensor:
         noise, levels = noise.to(device), levels.to(device)
         noisy = scheduler.add_noise(latents, noise, levels)

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.console import track
 from vlmdiff.errors import InputError
@@ -67,10 +66,16 @@ def encode(
 
     size = params.batch_size
     count, factor = len(images), vae.config.scaling_factor
-    shape = (count, vae.config.latent_channels, *(2 * [images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)]))
+    shape = (
+        count,
+        vae.config.latent_channels,
+        *(2 * [images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)]),
+    )
     mean, std = (_array(out / f"{name}.npy", shape, np.float32) for name in ("mean", "std"))
     text = _array(
-        out / "text.npy", (len(known), params.text_encoder.max_tokens, params.text_encoder.hidden_size), np.float32
+        out / "text.npy",
+        (len(known), params.text_encoder.max_tokens, params.text_encoder.hidden_size),
+        np.float32,
     )
     with torch.no_grad():
         for start in track(range(0, count, size), "encode images", total=-(-count // size)):
@@ -83,7 +88,11 @@ def encode(
     for array in (mean, std, text):
         array.flush()
     index = pd.DataFrame(
-        {"image_id": frame["image_id"].to_numpy(), "split": frame["split"].to_numpy(), "caption": [rows[t] for t in texts]}
+        {
+            "image_id": frame["image_id"].to_numpy(),
+            "split": frame["split"].to_numpy(),
+            "caption": [rows[t] for t in texts],
+        }
     )
     index.to_parquet(out / "index.parquet", index=False)
 

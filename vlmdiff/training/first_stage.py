@@ -35,7 +35,8 @@ def train_autoencoder(
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         mid_block_add_attention=False,
-        norm_num_groups=min(32, *params.block_channels),
+        # Groups of one channel would wash out its level, and the decoder would draw specks to get it back.
+        norm_num_groups=min(32, min(params.block_channels) // 4),
     ).to(device, memory_format=torch.channels_last)
 
     def loss(step: int) -> torch.Tensor:

@@ -75,13 +75,19 @@ def _fit(name, model, loss, validation_loss, params: Training, saved: Path) -> H
     start, losses, best_loss = 0, [], math.inf
     if (found := checkpoint.load(saved, device)) is not None:
         tensors, facts = found
-        start, losses, best_loss, history = facts["step"], facts["losses"], facts["best_loss"], facts["history"]
+        start, losses, best_loss, history = (
+            facts["step"],
+            facts["losses"],
+            facts["best_loss"],
+            facts["history"],
+        )
         for prefix, target in (("weights.", weights), ("average.", average), ("best.", best)):
             with torch.no_grad():
                 for key, tensor in target.items():
                     tensor.copy_(tensors[prefix + key])
         checkpoint.load_optimizer(
-            optimizer, {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+            optimizer,
+            {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")},
         )
         say(f"{name}: resumed at step {start} of {params.steps}")
 
@@ -114,7 +120,12 @@ def _fit(name, model, loss, validation_loss, params: Training, saved: Path) -> H
                 for key, tensor in average.items():
                     best[key].copy_(tensor)
             history.append(
-                {"step": done, "loss": float(np.mean(losses)), "validation_loss": judged, "learning_rate": rate}
+                {
+                    "step": done,
+                    "loss": float(np.mean(losses)),
+                    "validation_loss": judged,
+                    "learning_rate": rate,
+                }
             )
             losses = []
             pace = (time.monotonic() - began) / (done - start)

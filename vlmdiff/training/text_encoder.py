@@ -78,5 +78,7 @@ def train_text_encoder(
         optimizer.step()
         losses.append(loss.item())
     tenth = max(1, params.steps // 10)
-    say(f"text encoder: contrastive loss {np.mean(losses[:tenth]):.3f} at first, {np.mean(losses[-tenth:]):.3f} at last")
+    say(
+        f"text encoder: contrastive loss {np.mean(losses[:tenth]):.3f} at first, {np.mean(losses[-tenth:]):.3f} at last"
+    )
     return model.eval().requires_grad_(False)
