@@ -139,9 +139,7 @@ def test_labels_given_for_images_count_before_masks():
     # A defect can be lost when its mask is scaled down.
     values = evaluate_classes(["nut"] * 2, np.zeros((2, 2, 2)), BOTH_KINDS, [1.0, 0.0]).classes["nut"]
     assert values["image_auroc"] == 0
-    relabelled = evaluate_classes(
-        ["nut"] * 2, np.zeros((2, 2, 2)), BOTH_KINDS, [1.0, 0.0], is_anomalous=[True, False]
-    )
+    relabelled = evaluate_classes(["nut"] * 2, np.zeros((2, 2, 2)), BOTH_KINDS, [1.0, 0.0], is_anomalous=[True, False])
     assert relabelled.classes["nut"]["image_auroc"] == 1
     assert relabelled.classes["nut"]["pixel_auroc"] == values["pixel_auroc"]
 

@@ -112,9 +112,7 @@ def test_the_report_shows_results_curves_photographs_and_what_made_it(tmp_path):
     ):
         assert text in page.text
     assert "Passed" not in page.text and "Found" not in page.text
-    assert "nut/test/cut/000.png" in page.text.replace(
-        " ", ""
-    ) and "bolt/test/good/7.png" in page.text.replace(" ", "")
+    assert "nut/test/cut/000.png" in page.text.replace(" ", "") and "bolt/test/good/7.png" in page.text.replace(" ", "")
 
 
 def test_the_report_needs_no_network_and_no_script(tmp_path):
@@ -181,9 +179,7 @@ def test_maps_of_a_class_share_their_scale(tmp_path):
     weak, strong = np.full((32, 32), 0.1), np.full((32, 32), 1.0)
     grey = np.full((32, 32, 3), 128, np.uint8)
     shown = [example(image=grey, anomaly_map=scores, mask=scores > 2) for scores in (weak, strong, weak)]
-    heat = [
-        picture(image["src"]) for image in Page(written(tmp_path / "r.html", examples=shown)).images[2::4]
-    ]
+    heat = [picture(image["src"]) for image in Page(written(tmp_path / "r.html", examples=shown)).images[2::4]]
     assert heat[1].mean() > heat[0].mean() + 60
     assert (heat[0] == heat[2]).all()
 

@@ -82,9 +82,7 @@ def check_limit(max_fpr: float) -> None:
         raise InputError(f"max_fpr is {max_fpr}: it must be above 0 and at most 1")
 
 
-def collect(
-    maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], names: Sequence[str] | None = None
-) -> Pixels:
+def collect(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], names: Sequence[str] | None = None) -> Pixels:
     """Part all pixels into anomalous and normal ones. `names` say in errors whose map is meant."""
     if len(maps) != len(masks):
         raise InputError(f"{len(maps)} anomaly maps but {len(masks)} masks: give one mask for each map")
@@ -108,9 +106,7 @@ def _check(scores: np.ndarray, mask: np.ndarray, name: str) -> tuple[np.ndarray,
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float64)
     if scores.ndim != 2 or scores.shape != mask.shape:
-        raise InputError(
-            f"anomaly map {name} has shape {scores.shape}, its mask {mask.shape}: give both as (H, W)"
-        )
+        raise InputError(f"anomaly map {name} has shape {scores.shape}, its mask {mask.shape}: give both as (H, W)")
     if not np.isfinite(scores).all():
         raise InputError(f"anomaly map {name} holds NaN or infinity: every score must be finite")
     return scores, mask

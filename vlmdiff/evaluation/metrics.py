@@ -68,7 +68,7 @@ class Results:
 def evaluate_classes(
     class_names: Sequence[str],
     maps: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray | None],
     image_scores: Sequence[float],
     max_fpr: float = 0.3,
     ids: Sequence[str] | None = None,
@@ -76,15 +76,15 @@ def evaluate_classes(
 ) -> Results:
     """Judge N images by class, anomaly map and mask (as in `aupro`), and image score, higher more anomalous.
 
-    `is_anomalous` is the truth of whole images, by default whether the mask has an anomalous pixel; `ids`
-    name the images in errors. Metrics are defined as in scikit-learn, and NaN for a class without normal
-    or without anomalous samples. Classes come in order of their names. Raises InputError for scores or
-    maps that are not finite and for inputs that do not match.
+    A mask of None is not known: pixel metrics leave the image out. `is_anomalous` is the truth of whole images, by
+    default whether the mask has an anomalous pixel; `ids` name the images in errors. Metrics are defined as in
+    scikit-learn, and NaN for a class without normal or without anomalous samples. Classes come in order of their names.
+    Raises InputError for scores or maps that are not finite and for inputs that do not match.
     """
     check_limit(max_fpr)
     ids = [f"image {index}" for index in range(len(class_names))] if ids is None else ids
     scores = np.asarray(image_scores, np.float64)
-    truth = np.asarray([np.any(mask) for mask in masks] if is_anomalous is None else is_anomalous, bool)
+    truth = np.asarray([mask is None or np.any(mask) for mask in masks] if is_anomalous is None else is_anomalous, bool)
     lengths = {len(class_names), len(maps), len(masks), len(scores), len(truth), len(ids)}
     if len(lengths) > 1:
         raise InputError(f"classes, maps, masks, scores, labels and ids differ in length: {sorted(lengths)}")
@@ -94,7 +94,8 @@ def evaluate_classes(
 
     classes = {}
     for name, members in group(class_names).items():
-        pixels = collect([maps[i] for i in members], [masks[i] for i in members], [ids[i] for i in members])
+        known = [i for i in members if masks[i] is not None]
+        pixels = collect([maps[i] for i in known], [masks[i] for i in known], [ids[i] for i in known])
         pixel_ranking = rank(*pixels)
         anomalous, normal = scores[members][truth[members]], scores[members][~truth[members]]
         image_ranking = rank(anomalous, np.ones(len(anomalous)), normal)

@@ -13,17 +13,22 @@ Curves = dict[str, list[dict[str, str | float]]]
 
 
 def curves(
-    class_names: Sequence[str], maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], max_fpr: float = 0.3
+    class_names: Sequence[str],
+    maps: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray | None],
+    max_fpr: float = 0.3,
 ) -> Curves:
     """Rows of three curves over pixels, at most 200 a class: `pro`, `roc` and `precision_recall`.
 
     A row is the `class_name` and a point: (fpr, pro) up to `max_fpr`, (fpr, tpr), or (recall, precision).
-    Input and errors are those of `aupro`; a class without normal or without anomalous pixels has no rows.
+    Input and errors are those of `aupro`, images without a mask (None) are left out; a class without normal or without
+    anomalous pixels has no rows.
     """
     check_limit(max_fpr)
     rows: Curves = {"pro": [], "roc": [], "precision_recall": []}
     for name, members in group(class_names).items():
-        ranking = rank(*collect([maps[i] for i in members], [masks[i] for i in members]))
+        known = [i for i in members if masks[i] is not None]
+        ranking = rank(*collect([maps[i] for i in known], [masks[i] for i in known]))
         rows["pro"] += _rows(name, ("fpr", "pro"), curve(ranking, max_fpr))
         rows["roc"] += _rows(name, ("fpr", "tpr"), curve(ranking.uniform()))
         rows["precision_recall"] += _rows(name, ("recall", "precision"), _precision_recall(ranking))

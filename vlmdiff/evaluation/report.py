@@ -43,7 +43,7 @@ PICTURE_SIDE = 320
 
 @dataclass(frozen=True)
 class Example:
-    """A judged photograph: truth and verdict, pictures as uint8 (H, W, 3), map and mask as (H, W).
+    """A judged photograph: truth and verdict, pictures as uint8 (H, W, 3), map and mask (None: not known) as (H, W).
 
     Sizes may differ: the report scales the map and the mask to the photograph.
     """
@@ -57,7 +57,7 @@ class Example:
     image: np.ndarray
     reconstruction: np.ndarray
     anomaly_map: np.ndarray
-    mask: np.ndarray
+    mask: np.ndarray | None
     caption: str | None = None
 
 
@@ -136,6 +136,23 @@ def write_report(
         temporary.write_text(html)
 
 
+def write_heatmaps(folder: Path, examples: Sequence[Example]) -> None:
+    """Write of each class the highest-scored anomalous example as `folder`/CLASS.png: photograph, map and truth."""
+    folder.mkdir(parents=True)
+    peaks = _peaks(examples)
+    for name in sorted(peaks):
+        found = [example for example in examples if example.class_name == name and example.is_anomalous]
+        if not found:
+            continue
+        example = max(found, key=lambda example: example.score)
+        height, width = example.image.shape[:2]
+        row = [
+            np.asarray(Image.fromarray(picture).resize((width, height)))
+            for picture in _pictures(example, peaks[name]).values()
+        ]
+        Image.fromarray(_shrink(np.concatenate(row, axis=1), 4 * PICTURE_SIDE)).save(folder / f"{name}.png")
+
+
 def _chart(rows: list[dict], names: list[str], title: str, x: str, y: str) -> dict[str, Any]:
     """A chart with each class's line in a square of side 100 that starts, as in SVG, at the top left."""
     x_max = max((row[x] for row in rows), default=1.0)
@@ -149,10 +166,7 @@ def _chart(rows: list[dict], names: list[str], title: str, x: str, y: str) -> di
 
 def _galleries(examples: Sequence[Example]) -> dict[str, dict[str, list[dict]]]:
     """Class to kind to examples, each with its pictures as data URLs."""
-    peaks: dict[str, float] = {}
-    for example in examples:
-        peak = float(np.percentile(example.anomaly_map, 99.5))
-        peaks[example.class_name] = max(peak, peaks.get(example.class_name, peak))
+    peaks = _peaks(examples)
     pictures = _encode([_pictures(example, peaks[example.class_name]) for example in examples])
 
     galleries = {name: {heading: [] for heading in KINDS.values()} for name in peaks}
@@ -162,14 +176,25 @@ def _galleries(examples: Sequence[Example]) -> dict[str, dict[str, list[dict]]]:
     return galleries
 
 
+def _peaks(examples: Sequence[Example]) -> dict[str, float]:
+    """The score at which a class's heatmaps are brightest."""
+    peaks: dict[str, float] = {}
+    for example in examples:
+        peak = float(np.percentile(example.anomaly_map, 99.5))
+        peaks[example.class_name] = max(peak, peaks.get(example.class_name, peak))
+    return peaks
+
+
 def _pictures(example: Example, vmax: float) -> dict[str, np.ndarray]:
     photograph = _shrink(example.image, PICTURE_SIDE)
-    return {
+    pictures = {
         "photograph": photograph,
         "reconstruction": example.reconstruction,
         "anomaly map": heatmap(photograph, example.anomaly_map, vmax),
-        "truth": _truth(photograph, example.mask),
     }
+    if example.mask is not None:
+        pictures["truth"] = _truth(photograph, example.mask)
+    return pictures
 
 
 def _encode(pictures: list[dict[str, np.ndarray]]) -> list[dict[str, str]]:

@@ -1,0 +1,166 @@
+"""Hand a judged model to MLflow: a run that says what made it, and a version that loads without this repository."""
+
+import base64
+import io
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array, Object, Property
+from PIL import Image
+
+import vlmdiff
+from vlmdiff import workspace as w
+from vlmdiff.console import say
+from vlmdiff.data import manifest
+from vlmdiff.data.images import read_image, resolve
+from vlmdiff.evaluation.metrics import METRICS, Results
+from vlmdiff.params import Params
+from vlmdiff.registry import lineage, served
+from vlmdiff.registry.store import open_store
+
+# What the detector imports: no Prefect, no DVC, no Great Expectations where the model serves.
+REQUIREMENTS = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pandas",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "rich",
+)
+REGION = Object(
+    [Property(name, DataType.long) for name in ("x0", "y0", "x1", "y1", "area")] + [Property("peak", DataType.double)]
+)
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "image")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.double, "score"),
+            ColSpec(DataType.boolean, "is_anomalous"),
+            ColSpec(Array(REGION), "regions"),
+        ]
+    ),
+)
+EXAMPLE_SIDE = 256
+# On versions and on runs alike.
+FINGERPRINT = "fingerprint"
+
+
+def register(params: Params) -> int:
+    """Log the evaluated model of this workspace and register it; its version, the one there is where there is one.
+
+    A version is the detector's and its metrics' hashes: to register twice changes nothing, and who was killed on the
+    way goes on. Raises InputError where the stages have not run, their outputs are not what dvc.lock records, or the
+    store does not answer.
+    """
+    recorded = lineage.read_lock(w.DVC_LOCK)
+    detector = lineage.check_output(w.DETECTOR, recorded)
+    fingerprint = f"{detector.removesuffix('.dir')}-{lineage.check_output(w.METRICS, recorded)}"
+    tags = {
+        FINGERPRINT: fingerprint,
+        **lineage.code_revision(),
+        **{f"dvc.{k}": v for k, v in recorded.items()},
+    }
+    results = Results.read(w.METRICS)
+    name = params.registry.model_name
+    with open_store(params.registry) as client:
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name, description="Visual anomaly detection: VLMDiff (arXiv 2511.08173).")
+        for version in client.search_model_versions(f"name = '{name}'"):
+            if version.tags.get(FINGERPRINT) == fingerprint:
+                say(f"register: this model is version {version.version} already")
+                return int(version.version)
+        run_id, model_uri = _find_run(client, params, fingerprint) or _log_run(params, results, tags)
+        summary = ", ".join(f"{title} {results.mean[key]:.3f}" for key, title in METRICS.items())
+        version = client.create_model_version(
+            name,
+            model_uri,
+            run_id,
+            tags,
+            description=f"Means over {len(results.classes)} classes: {summary}.",
+        )
+    say(f"register: version {version.version} of {name}")
+    return int(version.version)
+
+
+def _find_run(client: MlflowClient, params: Params, fingerprint: str) -> tuple[str, str] | None:
+    """The finished run of the same model that was not registered: somebody was killed in between."""
+    experiment = client.get_experiment_by_name(params.registry.experiment)
+    if experiment is None:
+        return None
+    for run in client.search_runs([experiment.experiment_id], f"tags.{FINGERPRINT} = '{fingerprint}'"):
+        if run.info.status == "FINISHED":
+            return run.info.run_id, run.data.tags["model_uri"]
+        if run.info.status == "RUNNING":
+            # Nobody else is in here: whoever logged it is gone.
+            client.set_terminated(run.info.run_id, "KILLED")
+    return None
+
+
+def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[str, str]:
+    """Log everything to a new run; its id and the model's address."""
+    mlflow.set_experiment(params.registry.experiment)
+    with mlflow.start_run(tags=tags) as run:
+        mlflow.log_params(_flat(params.model_dump(mode="json", by_alias=True)))
+        mlflow.log_metrics(_defined(results))
+        for stage in ("first_stage", "train"):
+            for row in json.loads(Path(f"reports/{stage}/loss.json").read_text()):
+                values = {f"{stage}/{key}": value for key, value in row.items() if key != "step"}
+                mlflow.log_metrics(values, step=int(row["step"]))
+        mlflow.log_artifacts(str(w.EVALUATION), "evaluation")
+        for file in (w.PARAMS, w.DVC_LOCK, w.MANIFEST, w.CAPTIONS):
+            mlflow.log_artifact(str(file), "lineage")
+        model = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=served.__file__,
+            artifacts={"detector": str(w.DETECTOR)},
+            code_paths=[str(Path(vlmdiff.__file__).parent)],
+            signature=SIGNATURE,
+            input_example=pd.DataFrame({"image": [_example(params)]}),
+            pip_requirements=[f"{name}=={metadata.version(name)}" for name in ("mlflow", *REQUIREMENTS)],
+        )
+        mlflow.set_tag("model_uri", model.model_uri)
+    return run.info.run_id, model.model_uri
+
+
+def _example(params: Params) -> str:
+    """A normal test image as a client sends it: the base64 of its file, made small."""
+    frame = manifest.read(w.MANIFEST)
+    path = frame.loc[(frame["split"] == "test") & ~frame["is_anomalous"], "path"].iloc[0]
+    image = read_image(resolve(params.prepare.image_root, path), params.prepare.max_pixels)
+    image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _defined(results: Results) -> dict[str, float]:
+    """The metrics as MLflow names them, `au_pro` and `au_pro/CLASS`; what is not defined is left out."""
+    values = dict(results.mean)
+    for name, metrics in results.classes.items():
+        values |= {f"{metric}/{_allowed(name)}": value for metric, value in metrics.items()}
+    return {name: value for name, value in values.items() if value == value}
+
+
+def _allowed(name: str) -> str:
+    """A class's name in the characters that MLflow allows in a metric's."""
+    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
