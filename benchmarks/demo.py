@@ -53,7 +53,9 @@ def main() -> None:
     alone, mean = AutoencoderAlone(ours.pipeline, settings), MeanImage(ours.pipeline, settings)
     alone.calibrate(read(by_split["validation"]))
     for name, rows in by_split["test"].groupby("class_name"):
-        training, held_out = (by_split[split].query("class_name == @name") for split in ("train", "validation"))
+        training, held_out = (
+            by_split[split][by_split[split]["class_name"] == name] for split in ("train", "validation")
+        )
         mean.mean = torch.from_numpy(np.mean(read(training), axis=0)).permute(2, 0, 1)[None].float() / 255
         mean.calibrate(read(held_out))
         images = read(rows)
@@ -66,7 +68,9 @@ def main() -> None:
             scores.setdefault(title, []).extend(detection.score for detection in found)
 
     table = Table("class", title=f"AU-PRO, {Path.cwd().name}, {len(names)} test images")
-    results = {t: evaluate_classes(names, maps[t], masks, scores[t], params.evaluate.max_fpr, None, truths) for t in maps}
+    results = {
+        t: evaluate_classes(names, maps[t], masks, scores[t], params.evaluate.max_fpr, None, truths) for t in maps
+    }
     for title in results:
         table.add_column(title, justify="right")
     for name in sorted(set(names)):

@@ -1,5 +1,6 @@
-"""The `vlmdiff` command: arguments to parameters to one function. Heavy imports wait for the command that needs them."""
+"""The `vlmdiff` command: arguments to parameters to one function; a heavy import waits for its command."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -92,13 +93,81 @@ def _evaluate(params: Params) -> None:
     """Calibrate, reconstruct the test images, judge, report."""
     from vlmdiff import stages
 
-    stages.evaluate(
-        params.evaluate, params.prepare, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION
+    stages.evaluate(params.evaluate, params.prepare, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
+
+
+@app.command(rich_help_panel=HANDOVER)
+def register(params: ParamsFile = w.PARAMS) -> None:
+    """Log the evaluated model to MLflow and register it; once, however often it is asked."""
+    from vlmdiff.registry.packaging import register
+
+    version = register(load(params))
+    print(f"version {version}")
+
+
+@app.command(rich_help_panel=HANDOVER)
+def promote(
+    version: Annotated[int, typer.Argument(help="The version to judge; `vlmdiff register` prints it.")],
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """Judge a registered version by the gate; where it passes, it becomes champion."""
+    from rich.console import Console
+
+    from vlmdiff.evaluation.gate import verdict_table
+    from vlmdiff.registry.promotion import promote
+
+    Console().print(verdict_table(promote(load(params), version)))
+
+
+@app.command(rich_help_panel=USE)
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Photographs.")],
+    out: Annotated[Path, typer.Option(help="A new folder for predictions.jsonl and heatmaps.")],
+    model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """Judge photographs by the champion: score, verdict and heatmap of each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlmdiff.detection.detector import Detector
+    from vlmdiff.predict import predict
+
+    loaded = load(params)
+    if model is None:
+        from vlmdiff.registry.promotion import champion_folder
+
+        model = champion_folder(loaded)
+    rows = predict(images, Detector.from_pretrained(model), out, loaded.prepare.max_pixels)
+    table = Table(
+        "photograph", "score", "verdict", "regions", caption=f"0.5 is the threshold. Heatmaps: {out}/heatmaps"
     )
+    for row in rows:
+        verdict = "[bold red]anomalous" if row["is_anomalous"] else "[green]normal"
+        table.add_row(row["path"], f"{row['score']:.3f}", verdict, str(len(row["regions"])))
+    Console().print(table)
+
+
+@app.command(rich_help_panel=USE)
+def results() -> None:
+    """The last evaluation's table and the gate's last verdict."""
+    from rich.console import Console
+
+    from vlmdiff.evaluation.gate import Verdict, verdict_table
+    from vlmdiff.evaluation.metrics import Results
+    from vlmdiff.evaluation.results import results_table
+
+    console = Console()
+    console.print(results_table(Results.read(w.METRICS)))
+    if w.GATE.exists():
+        console.print(verdict_table(Verdict.read(w.GATE)))
 
 
 def main() -> None:
     """Run the command line; what a user can mend is a sentence on standard error and exit status 1."""
+    # The libraries' bars for what takes a second, and their news of the day, would bury what we say.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     try:
         app()
     except InputError as error:

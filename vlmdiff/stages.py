@@ -4,7 +4,6 @@ A stage writes into a temporary folder beside its output and renames at the end:
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,11 +40,20 @@ def validate(params: p.Validate, data: p.Prepare, manifest_file: Path, out: Path
 
 
 def caption(params: p.Caption, data: p.Prepare, manifest_file: Path, store: Path, out: Path, report: Path) -> None:
-    """A caption for every image into the JSONL `out`, from the store where it holds one."""
-    raise NotImplementedError
+    """A caption for every image into the JSONL `out`, from the store where it holds one; InputError on a bad one."""
+    from vlmdiff.captions import contract
+    from vlmdiff.captions.captioners import caption_images
+    from vlmdiff.captions.files import write_captions
+    from vlmdiff.data import manifest
+
+    frame = caption_images(manifest.read(manifest_file), data.image_root, data.root, params, data.max_pixels, store)
+    contract.validate(frame, params, report).raise_if_failed()
+    write_captions(frame, out)
 
 
-def first_stage(params: p.FirstStage, data: p.Prepare, manifest_file: Path, state: Path, out: Path, report: Path) -> None:
+def first_stage(
+    params: p.FirstStage, data: p.Prepare, manifest_file: Path, state: Path, out: Path, report: Path
+) -> None:
     """Fit the latent space to the normal training images: a model folder `out`, loss curves in `report`."""
     from vlmdiff.data import manifest
     from vlmdiff.device import pick_device
@@ -65,7 +73,9 @@ def first_stage(params: p.FirstStage, data: p.Prepare, manifest_file: Path, stat
     shutil.rmtree(folder)
 
 
-def encode(params: p.Encode, data: p.Prepare, manifest_file: Path, captions: Path, latent_space: Path, out: Path) -> None:
+def encode(
+    params: p.Encode, data: p.Prepare, manifest_file: Path, captions: Path, latent_space: Path, out: Path
+) -> None:
     """What is frozen while the denoiser trains, computed once: latents, text embeddings, hints."""
     from diffusers import AutoencoderKL
 
@@ -121,15 +131,15 @@ def evaluate(
     from vlmdiff.data import manifest
     from vlmdiff.data.images import load_mask, load_rgb, resolve
     from vlmdiff.detection.detector import Detector
+    from vlmdiff.device import pick_device
     from vlmdiff.evaluation.metrics import evaluate_classes
     from vlmdiff.evaluation.plots import curves, write_plots
-    from vlmdiff.evaluation.report import Example, pick_examples, write_report
-    from vlmdiff.model.pipeline import VLMDiffPipeline
+    from vlmdiff.evaluation.report import Example, pick_examples, write_heatmaps, write_report
+    from vlmdiff.model.pipeline import load_pipeline
 
     frame = manifest.read(manifest_file)
     test = frame[frame["split"] == "test"].reset_index(drop=True)
-    pipeline = VLMDiffPipeline.from_pretrained(pipeline_folder).to(pick_device())
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(pipeline_folder, pick_device())
     size = pipeline.config.image_size
 
     def read(paths: pd.Series) -> Iterator[np.ndarray]:
@@ -140,14 +150,13 @@ def evaluate(
     detector.calibrate(list(read(frame.loc[frame["split"] == "validation", "path"])), params.batch_size)
     found = list(track(detector.stream(read(test["path"]), params.batch_size), "judge", total=len(test)))
     maps = np.stack([detection.anomaly_map for detection in found])
-    masks = np.stack(
-        [
-            np.zeros((size, size), bool)
-            if mask is None
-            else load_mask(resolve(data.image_root, mask), size, data.max_pixels)
-            for mask in test["mask_path"]
-        ]
-    )
+    masks = [
+        # The mask of an anomalous image without one is not known, which is not the same as empty.
+        (None if is_anomalous else np.zeros((size, size), bool))
+        if mask is None
+        else load_mask(resolve(data.image_root, mask), size, data.max_pixels)
+        for mask, is_anomalous in zip(test["mask_path"], test["is_anomalous"], strict=True)
+    ]
     classes, scores = test["class_name"].tolist(), [detection.score for detection in found]
     results = evaluate_classes(
         classes, maps, masks, scores, params.max_fpr, test["path"].tolist(), test["is_anomalous"].to_numpy()
@@ -176,6 +185,7 @@ def evaluate(
     with atomic_folder(out) as temporary:
         results.write(temporary / "metrics.json")
         write_plots(temporary / "plots", rows)
+        write_heatmaps(temporary / "heatmaps", examples)
         write_report(temporary / "report.html", results, examples, rows, provenance(params, frame, detector))
 
 

@@ -1,0 +1,164 @@
+"""What the tests share: no telemetry, a Prefect API of their own, scratch workspaces with git and DVC."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+# What a workspace has of the repository: the graph, the sources that its stages depend on, DVC's settings.
+WORKSPACE_FILES = (
+    "dvc.yaml",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvcignore",
+    ".gitignore",
+    "data/raw/README.md",
+    "vlmdiff",
+)
+
+# The whole line in about a minute: every component real, and small.
+TINY: dict[str, Any] = {
+    "prepare": {"demo": {"train": 12, "test_good": 3, "test_per_defect": 1, "size": 64}},
+    "validate": {"min_images": {"train": 4, "validation": 1, "test": 2}},
+    "first_stage": {"image_size": 32, "block_channels": [32, 32], "steps": 6, "batch_size": 8},
+    "encode": {"text_encoder": {"hidden_size": 16, "layers": 1, "heads": 2, "steps": 2}},
+    "train": {
+        "block_channels": [32, 32],
+        "head_size": 16,
+        "hint_channels": [8, 16],
+        "steps": 6,
+        "batch_size": 8,
+        "checkpoint_every": 2,
+    },
+    "evaluate": {"detection": {"steps": 1}, "examples": 1},
+    "gate": {"min_mean": 0.0, "min_class": 0.0},
+}
+
+_private = Path(tempfile.mkdtemp(prefix="vlmdiff-tests-"))
+
+# Before anything imports the tools that read these.
+os.environ.update(
+    DO_NOT_TRACK="true",
+    DVC_NO_ANALYTICS="1",
+    GX_ANALYTICS_ENABLED="false",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_HOME=str(_private / "prefect"),
+    DVC_SITE_CACHE_DIR=str(_private / "dvc"),
+    # Two cores are enough for what is tiny, and leave a large machine to the others on it.
+    OMP_NUM_THREADS="2",
+    # Commits of scratch workspaces: the user's configuration plays no part.
+    GIT_CONFIG_GLOBAL=os.devnull,
+    GIT_AUTHOR_NAME="Tests",
+    GIT_AUTHOR_EMAIL="tests@localhost",
+    GIT_COMMITTER_NAME="Tests",
+    GIT_COMMITTER_EMAIL="tests@localhost",
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+)
+for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "VLMDIFF_OWNER"):
+    os.environ.pop(name, None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_private)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder in which the line runs: a git repository with DVC."""
+
+    path: Path
+
+    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command there; its standard output and error come back as text, together in `stdout`."""
+        result = subprocess.run(
+            command,
+            cwd=self.path,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if check:
+            assert result.returncode == 0, f"{command} exited with {result.returncode}:\n{result.stdout}"
+        return result
+
+    def set_params(self, **sections: dict[str, Any]) -> None:
+        """Set keys of params.yaml, nested as there: `set_params(train={"steps": 8})`."""
+        file = self.path / "params.yaml"
+        file.write_text(yaml.safe_dump(_merge(yaml.safe_load(file.read_text()), sections), sort_keys=False))
+
+    def commit(self) -> None:
+        """Commit whatever git does not ignore."""
+        self.run("git", "add", "--all")
+        self.run("git", "commit", "--quiet", "--allow-empty", "--message", "State of the workspace")
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return values | {
+        key: _merge(values[key], change) if isinstance(change, dict) and key in values else change
+        for key, change in changes.items()
+    }
+
+
+def make_workspace(path: Path, dvc_yaml: dict[str, Any] | None = None) -> Workspace:
+    """A fresh workspace: the repository's stages with parameters TINY or, where given, another graph."""
+    from vlmdiff.params import Params
+
+    path.mkdir(parents=True)
+    for name in WORKSPACE_FILES:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, path / name)
+    if dvc_yaml is not None:
+        (path / "dvc.yaml").write_text(yaml.safe_dump(dvc_yaml))
+    params = Params.model_validate(TINY).model_dump(mode="json", by_alias=True)
+    (path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    workspace = Workspace(path)
+    workspace.run("git", "init", "--quiet")
+    workspace.commit()
+    return workspace
+
+
+@pytest.fixture
+def new_workspace(tmp_path: Path) -> Callable[..., Workspace]:
+    """Make a workspace in which nothing has run: `new_workspace()`, or `new_workspace(dvc_yaml)`."""
+    return lambda dvc_yaml=None: make_workspace(tmp_path / "workspace", dvc_yaml)
+
+
+@pytest.fixture(scope="session")
+def tiny_line(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The line with parameters TINY, every stage run and committed, once for all tests. Not to be changed."""
+    workspace = make_workspace(tmp_path_factory.mktemp("tiny") / "workspace")
+    workspace.run("dvc", "repro")
+    workspace.commit()
+    return workspace
+
+
+@pytest.fixture
+def workspace(tiny_line: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the tiny line for a test to change."""
+    shutil.copytree(tiny_line.path, tmp_path / "workspace", symlinks=True)
+    return Workspace(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[str]:
+    """The address of a Prefect API: for flows in the tests' process and, as PREFECT_API_URL, in others."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=60):
+        yield PREFECT_API_URL.value()

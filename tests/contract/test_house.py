@@ -1,0 +1,159 @@
+"""The house's rules: who imports whom, and that graph, parameters, commands and flow name the same stages."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.dvc import stage_names
+from vlmdiff.cli import app
+from vlmdiff.params import Params, load
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ["data", "captions", "model", "training", "detection", "evaluation", "registry"]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The modules that a file imports, at the top or anywhere else, by their full names."""
+    package = file.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+SOURCES = sorted((ROOT / "vlmdiff").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_package_knows_neither_prefect_nor_dvc(file) -> None:
+    assert {name.partition(".")[0] for name in imports(file)}.isdisjoint({"prefect", "dvc", "flows"})
+
+
+@pytest.mark.parametrize("position", range(len(FOLDERS)), ids=lambda position: FOLDERS[position])
+def test_a_folder_imports_only_from_those_before_it(position) -> None:
+    later = {f"vlmdiff.{name}" for name in [*FOLDERS[position + 1 :], "stages", "cli"]}
+    for file in (ROOT / "vlmdiff" / FOLDERS[position]).rglob("*.py"):
+        found = {".".join(name.split(".")[:2]) for name in imports(file)} & later
+        assert not found, f"{file.relative_to(ROOT)} imports {found}"
+
+
+def test_each_folder_of_the_package_has_its_place() -> None:
+    assert {file.parent.name for file in (ROOT / "vlmdiff").glob("*/__init__.py")} == set(FOLDERS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_has_a_command_and_sections_of_the_parameters(stage) -> None:
+    assert STAGES[stage]["cmd"] == f"vlmdiff {stage}"
+    assert CliRunner().invoke(app, [stage, "--help"]).exit_code == 0
+
+    sections = {field.alias or name for name, field in Params.model_fields.items()}
+    assert stage in STAGES[stage]["params"]
+    assert set(STAGES[stage]["params"]) <= sections
+
+
+def test_the_commands_of_the_stages_stand_in_the_order_of_the_graph() -> None:
+    commands = [command.name for command in app.registered_commands]
+    assert [name for name in commands if name in STAGES] == list(STAGES)
+
+
+def test_the_graph_lists_every_stage_after_those_that_it_needs() -> None:
+    made: set[str] = set()
+    for name, stage in STAGES.items():
+        later = set(outputs(STAGES)) - made - set(outputs({name: stage}))
+        assert not later & set(stage["deps"]), f"{name} needs what a later stage makes"
+        made |= set(outputs({name: stage}))
+
+
+def outputs(stages: dict) -> Iterator[str]:
+    for stage in stages.values():
+        yield from stage.get("outs", []) + stage.get("metrics", [])
+
+
+def test_the_flow_takes_the_stages_from_the_graph() -> None:
+    assert stage_names(ROOT / "dvc.yaml") == list(STAGES)
+
+
+def test_what_a_stage_depends_on_of_the_sources_exists() -> None:
+    for name, stage in STAGES.items():
+        for path in stage["deps"]:
+            if path.startswith("vlmdiff/"):
+                assert (ROOT / path).exists(), f"{name} depends on {path}"
+
+
+def test_the_default_parameters_are_those_of_the_code() -> None:
+    assert load(ROOT / "params.yaml") == Params()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_preset_is_a_valid_parameters_file(file) -> None:
+    load(file)
+
+
+def test_every_key_of_the_default_parameters_is_written_out() -> None:
+    written = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert keys(written) == keys(Params().model_dump(mode="json", by_alias=True))
+
+
+def keys(values: dict, prefix: str = "") -> set[str]:
+    found = set()
+    for key, value in values.items():
+        found |= keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    return found
+
+
+def test_help_answers_at_once_and_without_the_heavy_imports() -> None:
+    code = "import sys, vlmdiff.cli; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    heavy = {
+        "torch",
+        "numpy",
+        "pandas",
+        "transformers",
+        "diffusers",
+        "mlflow",
+        "great_expectations",
+        "matplotlib",
+    }
+    assert heavy.isdisjoint(modules.split())
+
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(["vlmdiff", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_every_import_is_declared_as_a_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[]", item)[0].replace("-", "_").lower() for item in project["dependencies"]}
+    names = {"PIL": "pillow", "sklearn": "scikit_learn", "yaml": "pyyaml", "skimage": "scikit_image"}
+    found = set()
+    for file in [*SOURCES, *(ROOT / "flows").glob("*.py")]:
+        found |= {name.partition(".")[0] for name in imports(file)}
+    found -= set(sys.stdlib_module_names) | {"vlmdiff", "flows"}
+    assert {names.get(name, name).lower() for name in found} <= declared
+
+
+def test_public_functions_of_the_flows_say_what_they_do() -> None:
+    from flows import dvc, processes, retrain, servers
+
+    for module in (dvc, processes, retrain, servers):
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+                assert value.__doc__ or name == "main", f"{module.__name__}.{name} has no docstring"

@@ -1,0 +1,53 @@
+"""The flow `retrain` in a workspace, against a real Prefect API."""
+
+import json
+import sys
+import urllib.request
+
+import yaml
+
+FLOW = (sys.executable, "-m", "flows.retrain")
+
+
+def ask(api: str, what: str) -> list[dict]:
+    request = urllib.request.Request(f"{api}/{what}/filter", b"{}", {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)
+
+
+def test_the_flow_ends_with_a_champion_and_run_again_changes_nothing(workspace, prefect_api):
+    first = workspace.run(*FLOW, PREFECT_API_URL=prefect_api).stdout
+    assert "version 1 passes the gate and is champion" in first
+    for shown in (
+        "AU-PRO",
+        "reports/evaluation/report.html",
+        "reports/data/docs/index.html",
+        "make up",
+        "vlmdiff predict",
+    ):
+        assert shown in first
+    second = workspace.run(*FLOW, PREFECT_API_URL=prefect_api).stdout
+    assert "this model is version 1 already" in second and "version 1 passes the gate and is champion" in second
+    assert "Running stage" not in second
+
+    tasks = sorted(ask(prefect_api, "task_runs"), key=lambda run: run["start_time"])
+    stages = list(yaml.safe_load((workspace.path / "dvc.yaml").read_text())["stages"])
+    assert [run["name"] for run in tasks][-9:] == [*stages, "register", "promote"]
+    artifacts = {artifact["key"] for artifact in ask(prefect_api, "artifacts")}
+    assert {"metrics", "report", "gate"} <= artifacts
+
+
+def test_a_stage_that_fails_ends_the_flow_with_its_words(workspace, prefect_api):
+    workspace.set_params(validate={"min_side": 1000})
+    done = workspace.run(*FLOW, check=False, PREFECT_API_URL=prefect_api)
+    assert done.returncode == 1
+    assert (
+        "stage 'validate' failed" in done.stdout and "size (every image has at least 1000 pixels a side)" in done.stdout
+    )
+    assert not (workspace.path / "mlflow.db").exists()
+
+
+def test_a_model_that_misses_a_floor_ends_well_without_a_champion(workspace, prefect_api):
+    workspace.set_params(gate={"min_mean": 1.0})
+    output = workspace.run(*FLOW, PREFECT_API_URL=prefect_api).stdout
+    assert "does not pass the gate; there is no champion" in output and "at least 1.000 required" in output

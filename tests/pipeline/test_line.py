@@ -1,0 +1,298 @@
+"""The whole line on small parameters: what reruns, what is registered, who becomes champion, what serves."""
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from vlmdiff.registry.lineage import dvc_hash
+
+CLIENT = """
+import json, sys, mlflow
+from mlflow.tracking import MlflowClient
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+model = MlflowClient().get_registered_model("vlmdiff")
+versions = MlflowClient().search_model_versions("name = 'vlmdiff'")
+runs = mlflow.search_runs(experiment_names=["vlmdiff"], output_format="list")
+print(json.dumps({
+    "champion": str(model.aliases["champion"]) if model.aliases else None,
+    "tags": {v.version: v.tags for v in versions},
+    "metrics": {v.version: mlflow.get_run(v.run_id).data.metrics for v in versions},
+    "runs": len(runs),
+}))
+"""
+
+
+def registry(workspace) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT], cwd=workspace.path, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]
+
+
+def version_of(output: str) -> str:
+    return output.strip().splitlines()[-1].removeprefix("version ")
+
+
+def set_metrics(workspace, **means: float) -> None:
+    """Stand in for an evaluation with other results: its file, recorded by DVC as what the stage made."""
+    file = workspace.path / "reports/evaluation/metrics.json"
+    metrics = json.loads(file.read_text())
+    for values in metrics["classes"].values():
+        values |= means
+    file.write_text(json.dumps(metrics))
+    workspace.run("dvc", "commit", "--force", "--quiet")
+
+
+def test_a_second_repro_runs_nothing(workspace):
+    assert ran(workspace.run("dvc", "repro").stdout) == []
+
+
+def test_new_bounds_for_captions_rerun_captions_and_not_the_first_stage(workspace):
+    workspace.set_params(caption={"max_words": 100})
+    assert ran(workspace.run("dvc", "repro").stdout) == ["caption"]
+
+
+def test_other_captions_rerun_what_follows_and_not_the_first_stage(workspace):
+    written = (workspace.path / "data/captions/captions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in written]
+    lines = [json.dumps({"path": row["path"], "caption": f"a thing called {row['class_name']}"}) for row in rows]
+    (workspace.path / "data/raw/captions.jsonl").write_text("\n".join(lines))
+    workspace.set_params(caption={"captioner": "file", "file": "captions.jsonl"})
+    again = ran(workspace.run("dvc", "repro").stdout)
+    assert {"caption", "encode", "train", "evaluate"} <= set(again) and "first_stage" not in again
+
+
+def test_touching_one_photograph_recaptions_one(workspace):
+    photographs = workspace.path / "data/raw/photos"
+    demo = workspace.path / "data/demo"
+    subprocess.run(["cp", "-r", str(demo), str(photographs)], check=True)
+    workspace.set_params(prepare={"layout": "mvtec_ad", "root": "data/raw/photos"})
+    workspace.run("dvc", "repro", "caption")
+    file = sorted(photographs.glob("*/train/good/*.png"))[0]
+    image = Image.open(file)
+    image.load()
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(file)
+    output = workspace.run("dvc", "repro", "caption").stdout
+    assert "1 asked of the captioner" in output
+
+
+def test_our_hashes_are_dvcs(workspace):
+    lock = yaml.safe_load((workspace.path / "dvc.lock").read_text())
+    outputs = {o["path"]: o["md5"] for stage in lock["stages"].values() for o in stage["outs"]}
+    assert {path: dvc_hash(workspace.path / path) for path in outputs} == outputs
+
+
+def test_registering_twice_makes_one_version_with_its_lineage(workspace):
+    assert version_of(workspace.run("vlmdiff", "register").stdout) == "1"
+    assert version_of(workspace.run("vlmdiff", "register").stdout) == "1"
+    found = registry(workspace)
+    assert found["runs"] == 1 and list(found["tags"]) == ["1"]
+    lock = yaml.safe_load((workspace.path / "dvc.lock").read_text())
+    (recorded,) = [o["md5"] for o in lock["stages"]["prepare"]["outs"] if o["path"] == "data/manifest.parquet"]
+    tags = found["tags"]["1"]
+    assert tags["dvc.data/manifest.parquet"] == recorded
+    assert tags["git.revision"] == workspace.run("git", "rev-parse", "HEAD").stdout.strip()
+    metrics = json.loads((workspace.path / "reports/evaluation/metrics.json").read_text())
+    assert found["metrics"]["1"]["au_pro"] == pytest.approx(metrics["mean"]["au_pro"])
+
+
+def test_a_model_that_dvc_did_not_make_is_not_registered(workspace):
+    file = workspace.path / "reports/evaluation/metrics.json"
+    file.write_text(file.read_text() + " ")
+    done = workspace.run("vlmdiff", "register", check=False)
+    assert done.returncode == 1 and "dvc.lock" in done.stdout
+    assert not (workspace.path / "mlruns").exists()
+
+
+def test_the_gate_promotes_the_better_and_no_other(workspace):
+    set_metrics(workspace, au_pro=0.8)
+    workspace.set_params(gate={"min_mean": 0.85, "min_class": 0.5, "min_improvement": 0.01})
+    low = version_of(workspace.run("vlmdiff", "register").stdout)
+    assert "no champion" in workspace.run("vlmdiff", "promote", low).stdout
+    found = registry(workspace)
+    assert found["champion"] is None and found["tags"][low]["gate.verdict"] == "failed"
+    assert "0.8000, at least 0.850 required" in found["tags"][low]["gate.reasons"]
+
+    set_metrics(workspace, au_pro=0.9)
+    good = version_of(workspace.run("vlmdiff", "register").stdout)
+    workspace.run("vlmdiff", "promote", good)
+    assert registry(workspace)["champion"] == good
+
+    set_metrics(workspace, au_pro=0.905)
+    hardly = version_of(workspace.run("vlmdiff", "register").stdout)
+    workspace.run("vlmdiff", "promote", hardly)
+    found = registry(workspace)
+    assert found["champion"] == good and "gain over the champion" in found["tags"][hardly]["gate.reasons"]
+
+    set_metrics(workspace, au_pro=None)
+    undefined = version_of(workspace.run("vlmdiff", "register").stdout)
+    workspace.run("vlmdiff", "promote", undefined)
+    found = registry(workspace)
+    assert found["champion"] == good and "not defined" in found["tags"][undefined]["gate.reasons"]
+
+    # To ask about the champion again changes nothing.
+    before = found
+    workspace.run("vlmdiff", "promote", good)
+    assert registry(workspace) == before
+    assert json.loads((workspace.path / "reports/gate.json").read_text())["is_champion"]
+
+
+def test_of_two_promotions_at_once_the_better_model_wins(workspace):
+    versions = []
+    for value in (0.90, 0.95):
+        set_metrics(workspace, au_pro=value)
+        versions.append(version_of(workspace.run("vlmdiff", "register").stdout))
+    running = [
+        subprocess.Popen(["vlmdiff", "promote", v], cwd=workspace.path, stdout=subprocess.DEVNULL)
+        for v in versions[::-1]
+    ]
+    assert [process.wait() for process in running] == [0, 0]
+    assert registry(workspace)["champion"] == versions[1]
+
+
+def test_three_that_open_a_fresh_store_at_once_leave_one_version(workspace):
+    running = [
+        subprocess.Popen(["vlmdiff", "register"], cwd=workspace.path, stdout=subprocess.DEVNULL) for _ in range(3)
+    ]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    found = registry(workspace)
+    assert list(found["tags"]) == ["1"] and found["runs"] == 1
+
+
+def test_who_was_killed_between_run_and_version_registers_the_same_run(workspace):
+    kill = (
+        "import os, signal; from mlflow.tracking import MlflowClient as C\n"
+        "C.create_model_version = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from vlmdiff.cli import main; import sys; sys.argv = ['vlmdiff', 'register']; main()"
+    )
+    done = workspace.run(sys.executable, "-c", kill, check=False)
+    assert done.returncode == -9
+    assert version_of(workspace.run("vlmdiff", "register").stdout) == "1"
+    assert registry(workspace)["runs"] == 1
+
+
+def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens: refused
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        start = time.monotonic()
+        done = workspace.run("vlmdiff", "register", check=False, MLFLOW_TRACKING_URI=uri)
+    assert done.returncode == 1 and uri in done.stdout and "nothing needs to be trained anew" in done.stdout
+    assert time.monotonic() - start < 30
+    assert version_of(workspace.run("vlmdiff", "register").stdout) == "1"
+
+
+def test_predict_writes_score_verdict_and_heatmap_with_the_champion(workspace, tmp_path):
+    photograph = next((workspace.path / "data/demo/cable/test/missing").glob("*.png"))
+    done = workspace.run("vlmdiff", "predict", str(photograph), "--out", str(tmp_path / "out"), check=False)
+    assert done.returncode == 1 and "has no champion" in done.stdout
+    version = version_of(workspace.run("vlmdiff", "register").stdout)
+    workspace.run("vlmdiff", "promote", version)
+    workspace.run("vlmdiff", "predict", str(photograph), "--out", str(tmp_path / "out"))
+    (row,) = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert 0 <= row["score"] < 1 and row["is_anomalous"] == (row["score"] > 0.5)
+    assert Image.open(tmp_path / "out" / row["heatmap"]).size == Image.open(photograph).size
+    other = workspace.run(
+        "vlmdiff", "predict", str(photograph), "--model", "models/detector", "--out", str(tmp_path / "b")
+    )
+    assert other.returncode == 0
+    assert (tmp_path / "b/predictions.jsonl").read_text() == (tmp_path / "out/predictions.jsonl").read_text()
+
+
+def test_predict_refuses_what_is_no_photograph_and_writes_nothing(workspace, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    done = workspace.run(
+        "vlmdiff",
+        "predict",
+        str(tmp_path / "text.png"),
+        "--model",
+        "models/detector",
+        "--out",
+        str(tmp_path / "o"),
+        check=False,
+    )
+    assert done.returncode == 1 and "text.png" in done.stdout and not (tmp_path / "o").exists()
+
+
+def test_the_champion_loads_and_serves_without_this_repository(workspace, tmp_path):
+    workspace.run("vlmdiff", "promote", version_of(workspace.run("vlmdiff", "register").stdout))
+    photograph = next((workspace.path / "data/demo/cable/test/missing").glob("*.png"))
+    row = {"image": base64.b64encode(photograph.read_bytes()).decode()}
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{workspace.path}/mlflow.db"}
+    # -I: neither the folder at hand nor an installed checkout's path entries come before the model's own code.
+    load = (
+        "import json, sys, mlflow, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model('models:/vlmdiff@champion')\n"
+        "import vlmdiff; print(vlmdiff.__file__)\n"
+        "print(model.predict(pd.DataFrame([json.loads(sys.argv[1])])).to_json(orient='records'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", load, json.dumps(row)],
+        cwd=tmp_path,
+        env=os.environ | store,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    module, answer = done.stdout.splitlines()[-2:]
+    assert Path(module).is_relative_to(workspace.path / "mlruns")
+    (loaded,) = json.loads(answer)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        "models:/vlmdiff@champion",
+        "--env-manager",
+        "local",
+        "-p",
+        port,
+    ]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "-h", "127.0.0.1"],
+            cwd=tmp_path,
+            env=os.environ | store,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            try:
+                urllib.request.urlopen(f"{url}/ping", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        body = json.dumps({"dataframe_records": [row]}).encode()
+        request = urllib.request.Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            (served,) = json.load(response)["predictions"]
+    finally:
+        from flows.processes import end_group
+
+        end_group(server.pid)
+        server.wait()
+    assert served["score"] == pytest.approx(loaded["score"], abs=1e-6)
+    assert served["is_anomalous"] == loaded["is_anomalous"] and isinstance(served["regions"], list)
