@@ -5,6 +5,7 @@ by row. `label` is the anomaly in some lists and the class in others: here it is
 """
 
 import csv
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -288,22 +289,33 @@ def _table(root: Path, relative: Path, columns: dict[str, str]) -> Iterator[Reco
 
 def _rows(file: Path) -> Iterator[tuple[str, list[str]]]:
     """The header of a table, then its rows, each with where it stands; what is absent is empty."""
-    where = str(file)
+    return _parquet_rows(file) if file.suffix.lower() == ".parquet" else _csv_rows(file)
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    data = file.read_bytes()
     try:
-        if file.suffix.lower() == ".parquet":
-            parquet = pq.ParquetFile(file)
-            columns = parquet.read().columns if parquet.schema_arrow.names else []
-            yield where, parquet.schema_arrow.names
-            for i, values in enumerate(zip(*(column.to_pylist() for column in columns), strict=True)):
-                yield f"{file}, row {i}", ["" if value is None else str(value) for value in values]
-        else:
-            with file.open(encoding="utf-8-sig", newline="") as stream:
-                reader = csv.reader(stream, strict=True)
-                for cells in reader:
-                    where = f"{file}, line {reader.line_num}"
-                    yield where, cells
-    except (csv.Error, UnicodeDecodeError, pa.ArrowException, OSError) as error:
-        raise InputError(f"{where}: the table cannot be read on from here: {error}") from error
+        # Spreadsheets write a byte-order mark.
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file}, line {line}: {error}; save it as UTF-8") from error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for cells in reader:
+            yield f"{file}, line {reader.line_num}", cells
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num}: {error}: it is not CSV from here") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    try:
+        content = pq.ParquetFile(file).read()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file} is not a whole Parquet file: {error}") from error
+    yield str(file), content.column_names
+    for i, values in enumerate(zip(*(column.to_pylist() for column in content.columns), strict=True)):
+        yield f"{file}, row {i}", ["" if value is None else str(value) for value in values]
 
 
 class _RealIad(BaseModel):
