@@ -452,6 +452,8 @@ def test_a_broken_cifar_is_refused(tmp_path):
     refused("cifar", root, "data_batch_3.bin, image 0", "label [9]")
     (root / "data_batch_3.bin").unlink()
     refused("cifar", root, "data_batch_3.bin does not exist")
+    (root / "batches.meta.txt").write_text("airplane\n../../../automobile\nbird\n")
+    refused("cifar", root, "batches.meta.txt", "../../../automobile")
 
 
 def test_cifars_pickles_are_not_read(tmp_path):
@@ -522,7 +524,7 @@ def test_a_table_has_validation_images_of_some_classes_and_the_others_are_split(
 
 
 def test_a_row_that_is_there_twice_is_kept_for_the_contract(tmp_path):
-    nuts(tmp_path, *ROWS, "./b.png,nut,true,,")
+    nuts(tmp_path, *ROWS, "./b.png,nut,true,bent,")
     assert manifest.build(Prepare(layout="table"), tmp_path)["path"].tolist() == ["a.png", "b.png", "b.png"]
 
 

@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), from their binary version: the Python version is pickles, never read."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +45,11 @@ def unpack(root: Path, out: Path, normal: Sequence[str]) -> None:
         files = " or ".join(version.names[0] for version in VERSIONS)
         raise InputError(f"{root} has no {files}: layout cifar expects the binary version of CIFAR-10 or CIFAR-100")
     names = [_bytes(root / file).decode(errors="replace").split() for file in version.names]
-    if unknown := set(normal) - {name for level in names for name in level}:
+    known = {name for level in names for name in level}
+    # They become folders.
+    if bad := {name for name in known if not re.fullmatch(r"[\w-]+", name) or name == GOOD}:
+        raise InputError(f"{root}, {version.names}: {bad} are no names of CIFAR's classes: restore the files")
+    if unknown := set(normal) - known:
         raise InputError(
             f"prepare.cifar.normal names {', '.join(sorted(unknown))}: the classes of {root} are {', '.join(names[-1])}"
         )
