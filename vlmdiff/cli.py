@@ -43,7 +43,7 @@ def _prepare(params: Params) -> None:
     """Images, classes, splits and masks into one manifest."""
     from vlmdiff import stages
 
-    stages.prepare(params.prepare, w.DEMO, w.MANIFEST)
+    stages.prepare(params.prepare, w.MADE, w.MANIFEST)
 
 
 @stage("validate")

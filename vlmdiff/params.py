@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlmdiff.errors import InputError
-from vlmdiff.workspace import DEMO
+from vlmdiff.workspace import MADE
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -30,20 +30,54 @@ class Demo(Section):
     size: Annotated[int, Field(ge=64)] = 128
 
 
-class Prepare(Section):
-    """`root` is the dataset's folder; for the demo it is read by nobody (the demo goes to data/demo)."""
+class Table(Section):
+    """A list of images of one's own: CSV, or Parquet where its name ends so, relative to the root."""
 
-    layout: Literal["demo", "mvtec_ad", "folder"] = "demo"
+    file: Path = Path("images.csv")
+
+
+class Visa(Section):
+    split: Literal["1cls", "2cls_fewshot", "2cls_highshot"] = "1cls"
+
+
+class RealIad(Section):
+    """Folders relative to the root."""
+
+    jsons: Path = Path("realiad_jsons")
+    images: Path = Path("realiad_1024")
+
+
+class CocoAd(Section):
+    split: Annotated[int, Field(ge=0, le=3)] = 0
+
+
+class Cifar(Section):
+    """Names of classes or, of CIFAR-100, of superclasses."""
+
+    normal: Annotated[tuple[str, ...], Field(min_length=1)] = ("airplane",)
+
+
+class Prepare(Section):
+    """`root` is the dataset's folder; the demo's is read by nobody."""
+
+    layout: Literal[
+        "demo", "folder", "table", "mvtec_ad", "mvtec_3d", "btad", "visa", "real_iad", "coco_ad", "cifar"
+    ] = "demo"
     root: Path = Path("data/raw")
     validation_fraction: Fraction = 0.15
     test_fraction: Fraction = 0.2
     max_pixels: Positive = 100_000_000
     demo: Demo = Demo()
+    table: Table = Table()
+    visa: Visa = Visa()
+    real_iad: RealIad = RealIad()
+    coco_ad: CocoAd = CocoAd()
+    cifar: Cifar = Cifar()
 
     @property
     def image_root(self) -> Path:
-        """The folder that the manifest's paths are relative to."""
-        return DEMO if self.layout == "demo" else self.root
+        """The folder that the manifest's paths are relative to: the dataset's or, of images that are made, theirs."""
+        return MADE if self.layout in ("demo", "cifar") else self.root
 
 
 class Minimum(Section):

@@ -18,14 +18,15 @@ from vlmdiff.errors import InputError
 from vlmdiff.files import atomic_folder, write_json
 
 
-def prepare(params: p.Prepare, demo: Path, out: Path) -> None:
-    """Images, classes, splits and masks into one manifest; the demo's images into `demo`, else an empty folder."""
-    from vlmdiff.data import manifest
-    from vlmdiff.data.demo import make_demo
+def prepare(params: p.Prepare, made: Path, out: Path) -> None:
+    """Images, classes, splits and masks into one manifest; images that are no files yet into `made`, else empty."""
+    from vlmdiff.data import cifar, demo, manifest
 
-    with atomic_folder(demo) as folder:
+    with atomic_folder(made) as folder:
         if params.layout == "demo":
-            make_demo(folder, **params.demo.model_dump())
+            demo.make_demo(folder, **params.demo.model_dump())
+        elif params.layout == "cifar":
+            cifar.unpack(params.root, folder, params.cifar.normal)
     frame = manifest.build(params, params.image_root)
     manifest.write(frame, out)
     say(f"prepare: {len(frame)} images of {frame['class_name'].nunique()} classes in {out}")
@@ -36,7 +37,7 @@ def validate(params: p.Validate, data: p.Prepare, manifest_file: Path, out: Path
     from vlmdiff.data import contract, manifest
 
     frame = manifest.read(manifest_file)
-    contract.validate(frame, data.image_root, params, data.max_pixels, out).raise_if_failed()
+    contract.validate(frame, data, params, out).raise_if_failed()
 
 
 def caption(params: p.Caption, data: p.Prepare, manifest_file: Path, store: Path, out: Path, report: Path) -> None:

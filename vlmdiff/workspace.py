@@ -5,7 +5,7 @@ from pathlib import Path
 PARAMS = Path("params.yaml")
 DVC_LOCK = Path("dvc.lock")
 
-DEMO = Path("data/demo")
+MADE = Path("data/made")
 MANIFEST = Path("data/manifest.parquet")
 CAPTIONS = Path("data/captions/captions.jsonl")
 ENCODED = Path("data/encoded")

@@ -78,7 +78,7 @@ def test_other_captions_rerun_what_follows_and_not_the_first_stage(workspace):
 
 def test_touching_one_photograph_recaptions_one(workspace):
     photographs = workspace.path / "data/raw/photos"
-    demo = workspace.path / "data/demo"
+    demo = workspace.path / "data/made"
     subprocess.run(["cp", "-r", str(demo), str(photographs)], check=True)
     workspace.set_params(prepare={"layout": "mvtec_ad", "root": "data/raw/photos"})
     workspace.run("dvc", "repro", "caption")
@@ -199,7 +199,7 @@ def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
 
 
 def test_predict_writes_score_verdict_and_heatmap_with_the_champion(workspace, tmp_path):
-    photograph = next((workspace.path / "data/demo/cable/test/missing").glob("*.png"))
+    photograph = next((workspace.path / "data/made/cable/test/missing").glob("*.png"))
     done = workspace.run("vlmdiff", "predict", str(photograph), "--out", str(tmp_path / "out"), check=False)
     assert done.returncode == 1 and "has no champion" in done.stdout
     version = version_of(workspace.run("vlmdiff", "register").stdout)
@@ -232,7 +232,7 @@ def test_predict_refuses_what_is_no_photograph_and_writes_nothing(workspace, tmp
 
 def test_the_champion_loads_and_serves_without_this_repository(workspace, tmp_path):
     workspace.run("vlmdiff", "promote", version_of(workspace.run("vlmdiff", "register").stdout))
-    photograph = next((workspace.path / "data/demo/cable/test/missing").glob("*.png"))
+    photograph = next((workspace.path / "data/made/cable/test/missing").glob("*.png"))
     row = {"image": base64.b64encode(photograph.read_bytes()).decode()}
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{workspace.path}/mlflow.db"}
     # -I: neither the folder at hand nor an installed checkout's path entries come before the model's own code.

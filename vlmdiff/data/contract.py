@@ -13,12 +13,12 @@ import pandas as pd
 
 from vlmdiff.console import say, track
 from vlmdiff.data.images import decode, read_image, resolve
+from vlmdiff.data.layouts import LABEL_MAPS, SPLITS
 from vlmdiff.errors import InputError
 from vlmdiff.files import atomic_folder, write_json
-from vlmdiff.params import Validate
+from vlmdiff.params import Prepare, Validate
 
 NAMED_FILES = 10
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ def _finding(rule: Rule, result: gx.core.ExpectationValidationResult) -> Finding
     )
 
 
-def validate(frame: pd.DataFrame, image_root: Path, params: Validate, max_pixels: int, out: Path) -> Verdict:
+def validate(frame: pd.DataFrame, data: Prepare, params: Validate, out: Path) -> Verdict:
     """Judge a manifest, its images and masks; reports go into the folder `out`."""
+    image_root, max_pixels = data.image_root, data.max_pixels
     table = frame.join(_look_at_masks(frame, image_root, max_pixels))
     readable = frame["problem"].isna()
     learned = frame["split"].isin(["train", "validation"])
@@ -147,10 +148,11 @@ def validate(frame: pd.DataFrame, image_root: Path, params: Validate, max_pixels
     table["also_in_test"] = _same(frame, learned)
     table["near_duplicate"] = _near_duplicates(frame, image_root, params.near_duplicate_bits, max_pixels)
     images = table.astype(object).where(table.notna(), None)
-    return check("dataset", {"images": (images, _image_rules(params)), "classes": _classes(frame, params)}, out)
+    rules = _image_rules(params, data.layout in LABEL_MAPS)
+    return check("dataset", {"images": (images, rules), "classes": _classes(frame, params)}, out)
 
 
-def _image_rules(params: Validate) -> list[Rule]:
+def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
     no_mask = "draw it, or set validate.masks: optional and have the gate judge a metric of whole images"
 
     def none(name: str, column: str, what: str, remedy: str, severity: Literal["error", "warning"] = "error") -> Rule:
@@ -197,7 +199,6 @@ def _image_rules(params: Validate) -> list[Rule]:
         ),
         none("mask_file", "mask_problem", "every mask can be decoded", "restore the file or take it out"),
         none("mask_size", "mask_of_other_size", "a mask has its image's size", "export it at the image's size"),
-        none("mask_binary", "mask_not_binary", "a mask has two values, 0 and one more", "cut it at a threshold"),
         none(
             "mask_empty",
             "mask_empty",
@@ -218,6 +219,9 @@ def _image_rules(params: Validate) -> list[Rule]:
             "warning",
         ),
     ]
+    if not label_maps:
+        what = "a mask has two values, 0 and one more"
+        rules.append(none("mask_binary", "mask_not_binary", what, "cut it at a threshold"))
     if params.masks == "required":
         rules.append(none("mask_exists", "mask_missing", "every anomalous image has a mask", no_mask))
     return rules

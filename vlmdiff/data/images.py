@@ -15,7 +15,10 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 def resolve(root: Path, relative: str) -> Path:
     """The file `relative` under `root`. Raises InputError where it lies outside, also by way of a link."""
     path = PurePosixPath(relative)
-    file = (root / path).resolve()
+    try:
+        file = (root / path).resolve()
+    except ValueError as error:
+        raise InputError(f"{relative!r} cannot be a file's name: {error}") from None
     if path.is_absolute() or ".." in path.parts or not file.is_relative_to(root.resolve()):
         raise InputError(f"{relative} leaves the dataset's root {root}: list only files inside it")
     return file

@@ -5,13 +5,14 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmdiff.console import track
 from vlmdiff.data.images import decode, resolve
-from vlmdiff.data.layouts import LAYOUTS, Record
+from vlmdiff.data.layouts import LAYOUTS
 from vlmdiff.errors import InputError
 from vlmdiff.files import atomic_path
 from vlmdiff.params import Prepare
@@ -36,33 +37,46 @@ SCHEMA = pa.schema(
 def build(params: Prepare, root: Path) -> pd.DataFrame:
     """List, hash and decode every image under `root`; columns as in SCHEMA, sorted by path.
 
-    An image that cannot be read is listed with its `problem`, for the data contract to judge. Of each class's normal
-    training images the share `validation_fraction`, at least one, is held out as split "validation": those with the
-    lowest hash, so that images that come later hardly move others.
+    An image that cannot be read is listed with its `problem`, for the data contract to judge. Where the dataset has no
+    splits, its anomalous images are for testing, and the share `test_fraction` of each class's good ones. Of a class
+    without a split "validation" the share `validation_fraction` of the normal training images, at least one, becomes
+    it. Both take the images with the lowest hash, so that images that come later hardly move others.
 
     Raises InputError where the root is missing or empty, is not of the layout, or a path leaves it.
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: set prepare.root to the dataset's")
-    records = sorted(LAYOUTS[params.layout](root, params.test_fraction))
+    records = sorted(LAYOUTS[params.layout](root, params), key=lambda record: record.path)
     if not records:
-        raise InputError(f"{root} holds no images: layout {params.layout} expects a folder a class in it")
+        raise InputError(f"{root} holds no images as layout {params.layout} expects them: see vlmdiff/data/layouts.py")
     for record in records:
         for path in (record.path, record.mask_path):
             if path is not None:
                 resolve(root, path)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        facts = pool.map(lambda record: _look(root, record, params.max_pixels), records)
+        facts = pool.map(lambda record: _look(root / record.path, params.max_pixels), records)
         looked = list(track(facts, "read images", total=len(records)))
     frame = pd.DataFrame(
         [{**record._asdict(), **facts} for record, facts in zip(records, looked, strict=True)],
         columns=SCHEMA.names,
     )
-    candidates = frame[(frame["split"] == "train") & ~frame["is_anomalous"]]
-    for _, rows in candidates.groupby("class_name"):
-        count = max(1, round(params.validation_fraction * len(rows)))
-        frame.loc[rows.sort_values("image_id").index[:count], "split"] = "validation"
+    _split(frame, params)
     return _with_none(frame)
+
+
+def _split(frame: pd.DataFrame, params: Prepare) -> None:
+    """Make the splits that the dataset does not have."""
+    normal, without = ~frame["is_anomalous"], frame["split"].isna()
+    frame["split"] = frame["split"].where(~without, np.where(normal, "train", "test"))
+    for _, rows in frame[without & normal].groupby("class_name"):
+        frame.loc[_lowest(rows, round(params.test_fraction * len(rows))), "split"] = "test"
+    has_validation = frame["class_name"].isin(frame.loc[frame["split"] == "validation", "class_name"])
+    for _, rows in frame[(frame["split"] == "train") & normal & ~has_validation].groupby("class_name"):
+        frame.loc[_lowest(rows, max(1, round(params.validation_fraction * len(rows)))), "split"] = "validation"
+
+
+def _lowest(rows: pd.DataFrame, count: int) -> pd.Index:
+    return rows.sort_values("image_id", kind="stable").index[:count]
 
 
 def _with_none(frame: pd.DataFrame) -> pd.DataFrame:
@@ -72,16 +86,16 @@ def _with_none(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _look(root: Path, record: Record, max_pixels: int) -> dict[str, str | int | None]:
-    file = resolve(root, record.path)
-    facts = {"width": 0, "height": 0, "mode": "", "problem": None}
-    try:
-        image = decode(file, max_pixels)
-        facts |= {"width": image.width, "height": image.height, "mode": image.mode}
-    except InputError as error:
-        facts["problem"] = str(error)
+def _look(file: Path, max_pixels: int) -> dict[str, str | int | None]:
+    """An image's hash and what its header says, opened once."""
     with file.open("rb") as stream:
-        return {"image_id": hashlib.file_digest(stream, "sha256").hexdigest(), **facts}
+        facts = {"image_id": hashlib.file_digest(stream, "sha256").hexdigest()}
+        stream.seek(0)
+        try:
+            image = decode(stream, max_pixels, name=str(file))
+        except InputError as error:
+            return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
+    return {**facts, "width": image.width, "height": image.height, "mode": image.mode, "problem": None}
 
 
 def write(frame: pd.DataFrame, path: Path) -> None:

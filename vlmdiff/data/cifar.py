@@ -1,0 +1,88 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), from their binary version: the Python version is pickles, never read."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vlmdiff.console import track
+from vlmdiff.data.layouts import GOOD
+from vlmdiff.errors import InputError
+
+SIDE = 32
+PIXELS = 3 * SIDE * SIDE
+
+
+class Version(NamedTuple):
+    """The files of a dataset: a list of names for each of an image's label bytes, then images by split."""
+
+    names: tuple[str, ...]
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+VERSIONS = (
+    Version(("batches.meta.txt",), tuple(f"data_batch_{i}.bin" for i in range(1, 6)), ("test_batch.bin",)),
+    Version(("coarse_label_names.txt", "fine_label_names.txt"), ("train.bin",), ("test.bin",)),
+)
+
+
+def unpack(root: Path, out: Path, normal: Sequence[str]) -> None:
+    """Write CIFAR's images into the folder `out` in the layout of MVTec-AD, as a task of anomaly detection.
+
+    What is of a class in `normal` (or, of CIFAR-100, of a superclass) is good, in train/good and test/good; the test
+    images of each other class are in test/CLASS, without masks, and its training images are not used. One name gives
+    the one-class setting; several, which become one product class, the unified one (You et al., UniAD, 2022). A file
+    is named by its image's place in the split.
+
+    Raises InputError where `root` holds no binary version, a file is truncated or a name in `normal` is not a class.
+    """
+    version = next((version for version in VERSIONS if (root / version.names[0]).is_file()), None)
+    if version is None:
+        files = " or ".join(version.names[0] for version in VERSIONS)
+        raise InputError(f"{root} has no {files}: layout cifar expects the binary version of CIFAR-10 or CIFAR-100")
+    names = [_bytes(root / file).decode(errors="replace").split() for file in version.names]
+    known = {name for level in names for name in level}
+    # They become folders.
+    if bad := {name for name in known if not re.fullmatch(r"[\w-]+", name) or name == GOOD}:
+        raise InputError(f"{root}, {version.names}: {bad} are no names of CIFAR's classes: restore the files")
+    if unknown := set(normal) - known:
+        raise InputError(
+            f"prepare.cifar.normal names {', '.join(sorted(unknown))}: the classes of {root} are {', '.join(names[-1])}"
+        )
+    product = normal[0] if len(normal) == 1 else "unified"
+    for split, files in (("train", version.train), ("test", version.test)):
+        images = [image for file in files for image in _images(root / file, names)]
+        for number, (labels, pixels) in enumerate(track(images, f"unpack {split}", total=len(images))):
+            is_normal = not set(normal).isdisjoint(labels)
+            if is_normal or split == "test":
+                file = out / product / split / (GOOD if is_normal else labels[-1]) / f"{number:05}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(file)
+
+
+def _images(file: Path, names: list[list[str]]) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Each image's names, the finest last, and its pixels, uint8 (32, 32, 3)."""
+    data, size = _bytes(file), len(names) + PIXELS
+    if not data or len(data) % size:
+        raise InputError(f"{file} has {len(data)} bytes, not a multiple of {size}: it is truncated, restore it")
+    records = np.frombuffer(data, np.uint8).reshape(-1, size)
+    for i, record in enumerate(records):
+        labels, pixels = record[: len(names)], record[len(names) :]
+        if any(label >= len(level) for label, level in zip(labels, names, strict=True)):
+            raise InputError(f"{file}, image {i}: label {labels.tolist()} has no name: restore the file")
+        # Planes of red, green and blue, row by row.
+        yield (
+            [level[label] for label, level in zip(labels, names, strict=True)],
+            pixels.reshape(3, SIDE, SIDE).transpose(1, 2, 0),
+        )
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist: restore it from the binary version") from None
