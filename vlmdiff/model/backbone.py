@@ -38,8 +38,8 @@ class Backbone:
         self.name = params.model
         self.size = (params.image_size, params.image_size)
         self._model = model.eval().requires_grad_(False)
-        self._mean = torch.tensor(mean, device=model.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(std, device=model.device).view(1, 3, 1, 1)
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=model.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, dtype=torch.float32, device=model.device).view(1, 3, 1, 1)
         # Those that interpolate their positions only when told to; the others do it themselves or have none.
         told = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if told else {}
