@@ -14,6 +14,7 @@ from vlmdiff.workspace import MADE
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+Scale = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -194,14 +195,34 @@ class AutoencoderFeatures(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
-class BackboneFeatures(Section):
-    """Hidden states of any vision model of `transformers`, by hub name (pin `revision`) or path."""
+class VisionBackbone(Section):
+    """A vision model of `transformers`, by folder or by hub name and `revision`, and the layers that are looked at.
 
-    kind: Literal["transformers"]
+    Layers are hidden states as the library counts them: 0 is what enters a transformer's first block, -1 what its last
+    block gives. "last" is the model's `last_hidden_state`: -1 after the final normalisation in ViT and DINO (there the
+    reference's features), after the last convolution in MobileNet, the same as -1 in ResNet and ConvNeXt. `image_mean`
+    and `image_std`, of an image in [0, 1], are those of the checkpoint's preprocessor_config.json where left out, and
+    0.5, which means inputs in [-1, 1], where it has none.
+    """
+
     model: str
     revision: str | None = None
     image_size: Positive = 224
-    layers: tuple[int, ...] = (-1,)
+    layers: Annotated[tuple[int | Literal["last"], ...], Field(min_length=1)] = (-1,)
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[Scale, Scale, Scale] | None = None
+
+    @model_validator(mode="after")
+    def _normalization_is_whole(self):
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("give both of `image_mean` and `image_std`, or neither")
+        return self
+
+
+class BackboneFeatures(VisionBackbone):
+    """Hidden states of a vision model."""
+
+    kind: Literal["transformers"]
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 

@@ -1,16 +1,14 @@
-"""Detector: calibration, verdicts, regions, saving; feature extractors of several families."""
+"""Detector: calibration, verdicts, regions, saving."""
 
 import numpy as np
 import pytest
-import torch
-import transformers as tf
 
 from tests.tiny import SIZE, tiny_detector, tiny_pipeline
 from vlmdiff.detection.calibration import conformal_threshold
 from vlmdiff.detection.detector import Detector, find_regions
-from vlmdiff.detection.features import space
+from vlmdiff.detection.features import spaces
 from vlmdiff.errors import InputError
-from vlmdiff.params import AutoencoderFeatures, BackboneFeatures
+from vlmdiff.params import AutoencoderFeatures
 
 
 def photographs(count, seed=0, size=SIZE):
@@ -92,52 +90,6 @@ def test_conformal_thresholds_keep_their_rate():
     assert 0.1 - 1 / 60 - 0.015 < np.mean(alarms) < 0.1 + 0.015
 
 
-def backbones():
-    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=48)
-    torch.manual_seed(0)
-    return {
-        "vit": tf.ViTModel(tf.ViTConfig(**shape, patch_size=8), add_pooling_layer=False),
-        "dinov2": tf.Dinov2Model(tf.Dinov2Config(**shape, patch_size=8)),
-        "resnet": tf.ResNetModel(
-            tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic")
-        ),
-        "mobilenet": tf.MobileNetV2Model(tf.MobileNetV2Config(depth_multiplier=0.25)),
-    }
-
-
-@pytest.mark.parametrize("family", ["vit", "dinov2", "resnet", "mobilenet"])
-def test_any_vision_backbone_gives_feature_maps_on_a_grid(family, tmp_path):
-    backbones()[family].save_pretrained(tmp_path)
-    params = BackboneFeatures(kind="transformers", model=str(tmp_path), image_size=48, layers=(1, 2))
-    extract, distance = space(params, tiny_pipeline())
-    x = torch.rand(2, 3, SIZE, SIZE)
-    with torch.no_grad():
-        maps, again = extract(x), extract(x.flip(0))
-    assert len(maps) == 2 and all(m.ndim == 4 and m.shape[0] == 2 for m in maps)
-    assert distance(maps[0], maps[0]).abs().max() < 1e-5
-    assert distance(maps[0], again[0]).max() > 1e-5
-
-
-def test_patch_tokens_lie_where_their_patches_are(tmp_path):
-    """A change in one corner of the image changes the patch embedding in that corner alone."""
-    model = backbones()["vit"]
-    model.save_pretrained(tmp_path)
-    params = BackboneFeatures(kind="transformers", model=str(tmp_path), image_size=48, layers=(0,))
-    extract, _ = space(params, tiny_pipeline())
-    x = torch.rand(1, 3, 48, 48)
-    y = x.clone()
-    y[:, :, :8, 40:] = 0
-    with torch.no_grad():
-        changed = (extract(x)[0] - extract(y)[0]).abs().sum(1)[0]
-    assert torch.nonzero(changed > 1e-6).tolist() == [[0, 5]]
-
-
-def test_a_backbone_that_is_not_there_is_named():
-    params = BackboneFeatures(kind="transformers", model="no/such/folder/here")
-    with pytest.raises(InputError, match="no/such/folder/here"):
-        space(params, tiny_pipeline())
-
-
 def test_a_layer_that_is_not_there_is_named():
     with pytest.raises(InputError, match="layers 0 to 2"):
-        space(AutoencoderFeatures(kind="autoencoder", layers=(7,)), tiny_pipeline())
+        spaces([AutoencoderFeatures(kind="autoencoder", layers=(7,))], tiny_pipeline())

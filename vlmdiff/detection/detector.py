@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
-from vlmdiff.detection.features import space
+from vlmdiff.detection.features import spaces
 from vlmdiff.device import pick_device
 from vlmdiff.errors import InputError
 from vlmdiff.files import write_json
@@ -72,7 +72,7 @@ class Detector:
         self.pipeline = pipeline
         self.params = params
         self.calibration = calibration
-        self.spaces = [space(features, pipeline) for features in params.features]
+        self.spaces = spaces(params.features, pipeline)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str = "auto") -> "Detector":

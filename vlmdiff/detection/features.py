@@ -1,11 +1,12 @@
 """Where a photograph and its reconstruction are compared: pixels, the first stage's features, any vision backbone's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from vlmdiff.errors import InputError
+from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.params import AutoencoderFeatures, BackboneFeatures, Features, Pixels
 
@@ -26,18 +27,46 @@ def absolute_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a - b).abs().mean(dim=1)
 
 
-def space(params: Features, pipeline: VLMDiffPipeline) -> tuple[Extractor, Distance]:
-    """What `params` name, and the distance that suits it.
+def spaces(features: Sequence[Features], pipeline: VLMDiffPipeline) -> list[tuple[Extractor, Distance]]:
+    """What each of `features` names, and the distance that suits it; a backbone named twice is loaded once.
 
-    Raises InputError where a layer or the backbone does not exist.
+    Raises InputError where a layer or a backbone does not exist.
     """
-    match params:
-        case Pixels():
-            return lambda images: [images], absolute_difference
-        case AutoencoderFeatures():
-            return autoencoder_features(pipeline, params.layers), cosine_distance
-        case BackboneFeatures():
-            return backbone_features(params, pipeline.device), cosine_distance
+    layers: dict[BackboneFeatures, list] = {}
+    for entry in features:
+        if isinstance(entry, BackboneFeatures):
+            layers.setdefault(_apart_from_layers(entry), []).extend(entry.layers)
+    backbones = {
+        key: Backbone.load(key.model_copy(update={"layers": tuple(wanted)}), pipeline.device)
+        for key, wanted in layers.items()
+    }
+
+    def space(entry: Features) -> tuple[Extractor, Distance]:
+        match entry:
+            case Pixels():
+                return lambda images: [images], absolute_difference
+            case AutoencoderFeatures():
+                return autoencoder_features(pipeline, entry.layers), cosine_distance
+            case BackboneFeatures():
+                key = _apart_from_layers(entry)
+                places = [layers[key].index(layer) for layer in entry.layers]
+                return backbone_features(backbones[key], places), cosine_distance
+
+    return [space(entry) for entry in features]
+
+
+def _apart_from_layers(entry: BackboneFeatures) -> BackboneFeatures:
+    return entry.model_copy(update={"layers": (), "weight": 1.0})
+
+
+def backbone_features(backbone: Backbone, places: Sequence[int]) -> Extractor:
+    """Those of the backbone's layers that stand at `places`."""
+
+    def extract(images: torch.Tensor) -> list[torch.Tensor]:
+        maps = backbone(images)
+        return [maps[place] for place in places]
+
+    return extract
 
 
 def autoencoder_features(pipeline: VLMDiffPipeline, layers: tuple[int, ...]) -> Extractor:
@@ -60,38 +89,3 @@ def autoencoder_features(pipeline: VLMDiffPipeline, layers: tuple[int, ...]) -> 
         return maps
 
     return extract
-
-
-def backbone_features(params: BackboneFeatures, device: torch.device) -> Extractor:
-    """Hidden states of a vision model of `transformers`; those of a transformer are folded back onto its patch grid."""
-    from transformers import AutoImageProcessor, AutoModel
-
-    try:
-        model = AutoModel.from_pretrained(params.model, revision=params.revision, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the feature extractor {params.model!r}: {error}") from error
-    model = model.to(device).eval().requires_grad_(False)
-    mean, std = torch.full((1, 3, 1, 1), 0.5, device=device), torch.full((1, 3, 1, 1), 0.5, device=device)
-    try:
-        processor = AutoImageProcessor.from_pretrained(params.model, revision=params.revision)
-        mean = torch.tensor(processor.image_mean, device=device).view(1, 3, 1, 1)
-        std = torch.tensor(processor.image_std, device=device).view(1, 3, 1, 1)
-    except OSError:
-        # A checkpoint without a processor's file, such as one of our own: its inputs are in [-1, 1].
-        processor = None
-
-    def extract(images: torch.Tensor) -> list[torch.Tensor]:
-        size = (params.image_size, params.image_size)
-        x = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
-        states = model(pixel_values=(x - mean) / std, output_hidden_states=True).hidden_states
-        return [_grid(states[layer], model.config, params.image_size) for layer in params.layers]
-
-    return extract
-
-
-def _grid(state: torch.Tensor, config, image_size: int) -> torch.Tensor:
-    if state.ndim == 4:
-        return state
-    side = image_size // config.patch_size
-    patches = state[:, state.shape[1] - side * side :]  # the class and register tokens come first
-    return patches.transpose(1, 2).unflatten(2, (side, side))

@@ -1,0 +1,369 @@
+"""Vision backbones of many families, against the library called by hand; and as features of a detector."""
+
+import gc
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.tiny import SIZE, tiny_detector, tiny_pipeline
+from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.features import spaces
+from vlmdiff.errors import InputError
+from vlmdiff.model.backbone import Backbone, concatenate
+from vlmdiff.params import BackboneFeatures, VisionBackbone
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Trained at 48 pixels and given 64 here, so that positions are interpolated.
+TRAINED, GIVEN, PATCH = 48, 64, 8
+WIDTHS = [8, 16, 24, 32]
+
+
+def transformer(**changes) -> dict:
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    return {**shape, "image_size": TRAINED, "patch_size": PATCH, **changes}
+
+
+def text() -> dict:
+    return transformer(vocab_size=100, projection_dim=32, bos_token_id=0, eos_token_id=1)
+
+
+def stages() -> dict:
+    return {"hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]}
+
+
+def swin() -> dict:
+    return {"image_size": TRAINED, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+
+
+FAMILIES = {
+    "vit": lambda: tf.ViTModel(tf.ViTConfig(**transformer()), add_pooling_layer=False),
+    "deit": lambda: tf.DeiTModel(tf.DeiTConfig(**transformer())),
+    "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(**transformer())),
+    "dinov2_with_registers": lambda: tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(**transformer())),
+    "dinov3_vit": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**transformer(), num_register_tokens=3)),
+    "clip": lambda: tf.CLIPModel(tf.CLIPConfig(text_config=text(), vision_config=transformer())),
+    "siglip": lambda: tf.SiglipModel(tf.SiglipConfig(text_config=text(), vision_config=transformer())),
+    "yolos": lambda: tf.YolosModel(tf.YolosConfig(**transformer(image_size=[TRAINED, TRAINED]))),
+    "swin": lambda: tf.SwinModel(tf.SwinConfig(**swin(), window_size=3)),
+    "resnet": lambda: tf.ResNetModel(tf.ResNetConfig(embedding_size=8, layer_type="basic", **stages())),
+    "convnext": lambda: tf.ConvNextModel(tf.ConvNextConfig(**stages())),
+    "dinov3_convnext": lambda: tf.DINOv3ConvNextModel(tf.DINOv3ConvNextConfig(**stages())),
+    "mobilenet_v2": lambda: tf.MobileNetV2Model(tf.MobileNetV2Config(depth_multiplier=0.25)),
+}
+# Tokens before the patches, by the papers: class, distillation and register tokens. YOLOS has more behind them.
+TOKENS_BEFORE = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 5, "dinov3_vit": 4}
+TOKENS_BEFORE |= {"clip": 1, "siglip": 0, "yolos": 1}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A family's name to the folder of a tiny random checkpoint, with a processor's file."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def build(family: str) -> Path:
+        folder = root / family
+        if not folder.exists():
+            torch.manual_seed(0)
+            FAMILIES[family]().save_pretrained(folder)
+            facts = {"image_processor_type": "ViTImageProcessor", "image_mean": MEAN, "image_std": STD}
+            facts |= {"size": {"height": GIVEN, "width": GIVEN}, "resample": int(Image.Resampling.BILINEAR)}
+            (folder / "preprocessor_config.json").write_text(json.dumps(facts))
+        return folder
+
+    return build
+
+
+def backbone(folder: Path, **params) -> Backbone:
+    return Backbone.load(VisionBackbone(**{"model": str(folder), "image_size": GIVEN, **params}))
+
+
+def photograph(height: int = GIVEN, width: int = GIVEN, seed: int = 0) -> Image.Image:
+    """Not noise: a resized photograph should look like itself."""
+    values = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def by_hand(folder: Path, image: Image.Image):
+    """The library's own way: its processor (Pillow's backend), its model, the vision tower of one of two."""
+    pixels = tf.AutoImageProcessor.from_pretrained(folder, backend="pil")(image, return_tensors="pt").pixel_values
+    model = tf.AutoModel.from_pretrained(folder).eval()
+    model = getattr(model, "vision_model", model)
+    options = {} if folder.name not in ("vit", "deit", "clip", "siglip") else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        return model(pixel_values=pixels, output_hidden_states=True, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_features_are_those_of_the_library_called_by_hand(family, checkpoint):
+    folder, image = checkpoint(family), photograph()
+    maps = backbone(folder, layers=(1, -1, "last"))(tensor(image))
+    output = by_hand(folder, image)
+    states = getattr(output, "reshaped_hidden_states", None) or output.hidden_states
+    expected = [states[1], states[-1], output.last_hidden_state]
+    for found, state in zip(maps, expected, strict=True):
+        if family in TOKENS_BEFORE:
+            side = GIVEN // PATCH
+            patches = [state[0, TOKENS_BEFORE[family] + i] for i in range(side * side)]
+            state = torch.stack(patches, dim=1).view(1, -1, side, side)
+        elif state.ndim == 3:  # the last state of Swin, and of DINOv3's ConvNeXt after the mean token
+            state = state[:, -found.shape[2] * found.shape[3] :].transpose(1, 2).reshape(found.shape)
+        torch.testing.assert_close(found, state, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_channels_and_grids_are_those_of_the_maps(family, checkpoint):
+    extract = backbone(checkpoint(family), layers=(0, 1, -1, "last"))
+    maps = extract(torch.rand(2, 3, 40, 56))
+    assert [(2, c, *grid) for c, grid in zip(extract.channels, extract.grids, strict=True)] == [m.shape for m in maps]
+    assert all(m.dtype == torch.float32 and not m.requires_grad for m in maps)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_does_not_change_the_features_of_an_image(family, checkpoint):
+    extract, images = backbone(checkpoint(family), layers=(1, "last")), torch.rand(3, 3, GIVEN, GIVEN)
+    together = extract(images)
+    for i in range(3):
+        for one, many in zip(extract(images[i : i + 1]), together, strict=True):
+            torch.testing.assert_close(one[0], many[i], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*TOKENS_BEFORE, "swin"])
+def test_a_patch_of_the_image_changes_its_own_cell_of_the_embedding(family, checkpoint):
+    extract = backbone(checkpoint(family), layers=(0,))
+    patch = GIVEN // extract.grids[0][0]
+    images = torch.rand(1, 3, GIVEN, GIVEN).repeat(2, 1, 1, 1)
+    images[1, :, 2 * patch : 3 * patch, 5 * patch : 6 * patch] = 0
+    one, other = extract(images)[0]
+    assert torch.nonzero((one - other).abs().sum(0) > 1e-5).tolist() == [[2, 5]]
+
+
+def test_a_grid_need_not_be_square(tmp_path):
+    config = tf.Dinov2Config(**transformer(image_size=(48, 96), patch_size=(8, 16)))
+    tf.Dinov2Model(config).save_pretrained(tmp_path)
+    extract = backbone(tmp_path, layers=(0, -1), image_size=96)
+    images = torch.rand(1, 3, 96, 96).repeat(2, 1, 1, 1)
+    images[1, :, 24:32, 64:80] = 0
+    one, other = extract(images)[0]
+    assert extract.grids == [(12, 6), (12, 6)]
+    assert torch.nonzero((one - other).abs().sum(0) > 1e-5).tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("size", [(224, 224), (150, 90), (32, 32)])
+def test_an_image_of_another_size_is_resized_not_sheared(family, size, checkpoint):
+    """As Pillow would resize it, up to its rounding to 8 bits. To resize the storage instead, as the reference does,
+    shears the image."""
+    folder, image = checkpoint(family), photograph(*size)
+    extract = backbone(folder, layers=(1,))
+    (expected,) = extract(tensor(image.resize((GIVEN, GIVEN), Image.Resampling.BILINEAR)))
+    (found,) = extract(tensor(image))
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+    whole = torch.cat([tensor(image).flatten(), torch.zeros(3 * GIVEN * GIVEN)])
+    (sheared,) = extract(whole[: 3 * GIVEN * GIVEN].view(1, 3, GIVEN, GIVEN))
+    assert (sheared - expected).norm() > 0.1 * expected.norm()
+
+
+def test_the_last_state_is_the_last_layer_after_the_final_norm(checkpoint):
+    folder = checkpoint("vit")
+    before, after = backbone(folder, layers=(-1, "last"))(torch.rand(1, 3, GIVEN, GIVEN))
+    weights = load_file(folder / "model.safetensors")
+    norm = weights["layernorm.weight"], weights["layernorm.bias"], 1e-12
+    expected = torch.nn.functional.layer_norm(before.permute(0, 2, 3, 1), (32,), *norm).permute(0, 3, 1, 2)
+    torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", TOKENS_BEFORE)
+def test_blocks_after_the_deepest_layer_are_not_computed(family, checkpoint):
+    images, features, work = torch.rand(1, 3, GIVEN, GIVEN), {}, {}
+    for layers in ((0,), (1,), (2,), (0, 1, 2, "last")):
+        extract = backbone(checkpoint(family), layers=layers)
+        with FlopCounterMode(display=False) as counter:
+            features[layers] = extract(images)
+        work[layers] = counter.get_total_flops()
+    *single, whole = features
+    assert all(torch.equal(features[layers][0], features[whole][layers[0]]) for layers in single)
+    one_block = work[whole] - work[2,]
+    assert one_block > 0
+    assert work[whole] - work[1,] == work[whole] - work[0,] == 2 * one_block
+
+
+@pytest.mark.parametrize(("family", "count"), [("vit", 4), ("resnet", 5), ("mobilenet_v2", 16)])
+def test_a_layer_counts_from_either_end_and_must_exist(family, count, checkpoint):
+    images = torch.rand(1, 3, GIVEN, GIVEN)
+    first, last = backbone(checkpoint(family), layers=(-count, -1))(images)
+    torch.testing.assert_close([first, last], backbone(checkpoint(family), layers=(0, count - 1))(images))
+    for layer in (count, -count - 1):
+        with pytest.raises(InputError, match=rf"layers 0 to {count - 1}.*not \[{layer}\]"):
+            backbone(checkpoint(family), layers=(0, layer))
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov3_vit", "clip"])
+def test_a_size_that_patches_do_not_fill_is_an_error_that_names_the_nearest(family, checkpoint):
+    with pytest.raises(InputError, match=r"image_size = 100 .* 96 and 104"):
+        backbone(checkpoint(family), image_size=100)
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext", "mobilenet_v2", "swin"])
+def test_others_take_any_size(family, checkpoint):
+    extract = backbone(checkpoint(family), image_size=101, layers=(-1,))
+    assert tuple(extract(torch.rand(1, 3, 50, 50))[0].shape) == (1, extract.channels[0], *extract.grids[0])
+
+
+def test_a_model_that_cannot_interpolate_its_positions_says_so(tmp_path):
+    config = tf.HieraConfig(image_size=[64, 64], embed_dim=8, depths=[1, 1], num_heads=[1, 1], num_query_pool=1)
+    tf.HieraModel(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="cannot take images of 67 pixels"):
+        backbone(tmp_path, image_size=67)
+
+
+def test_a_model_that_hides_patches_is_refused(tmp_path):
+    tf.ViTMAEModel(tf.ViTMAEConfig(**transformer())).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no maps of the image"):
+        backbone(tmp_path)
+
+
+def pixels_seen(folder: Path, **params) -> torch.Tensor:
+    """Layer 0 of DINOv3's ConvNeXt is what goes into it."""
+    return backbone(folder, layers=(0,), **params)(torch.full((1, 3, GIVEN, GIVEN), 0.25))[0][0, :, 0, 0]
+
+
+def test_the_normalization_is_the_parameter_s_then_the_checkpoint_s_then_minus_one_to_one(tmp_path):
+    FAMILIES["dinov3_convnext"]().save_pretrained(tmp_path)
+    torch.testing.assert_close(pixels_seen(tmp_path), torch.tensor([-0.5, -0.5, -0.5]))
+
+    # No class of this name could be built: the file is read for its numbers.
+    facts = {"image_processor_type": "NeedsTorchvisionFast", "image_mean": MEAN, "image_std": STD}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+    torch.testing.assert_close(pixels_seen(tmp_path), (0.25 - torch.tensor(MEAN)) / torch.tensor(STD))
+
+    nested = {"image_processor": {"image_mean": (0, 0, 0), "image_std": (0.5, 0.5, 0.5)}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    torch.testing.assert_close(pixels_seen(tmp_path), torch.tensor([0.5, 0.5, 0.5]))
+
+    given = pixels_seen(tmp_path, image_mean=(0.25, 0, 0), image_std=(1, 0.25, 1))
+    torch.testing.assert_close(given, torch.tensor([0, 1, 0.25]))
+
+
+def test_a_checkpoint_that_is_not_normalized_is_left_so(tmp_path):
+    FAMILIES["dinov3_convnext"]().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "image_mean": MEAN}))
+    torch.testing.assert_close(pixels_seen(tmp_path), torch.tensor([0.25, 0.25, 0.25]))
+
+
+def test_a_preparation_of_another_kind_is_refused(tmp_path):
+    FAMILIES["dinov3_convnext"]().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_flip_channel_order": True}))
+    with pytest.raises(InputError, match="do_flip_channel_order"):
+        backbone(tmp_path)
+
+
+def test_half_precision_weights_are_computed_in_single(tmp_path):
+    torch.manual_seed(0)
+    FAMILIES["resnet"]().half().save_pretrained(tmp_path)
+    assert {x.dtype for x in load_file(tmp_path / "model.safetensors").values()} >= {torch.float16}
+    (half,) = backbone(tmp_path)(torch.rand(1, 3, GIVEN, GIVEN))
+    assert half.dtype == torch.float32
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
+    weights = load_file(checkpoint("dinov2") / "model.safetensors")
+    lost = "encoder.layer.1.mlp.fc1.weight"
+    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((checkpoint("dinov2") / "config.json").read_bytes())
+    with pytest.raises(InputError, match=lost):
+        backbone(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path):
+    whole = (checkpoint("resnet") / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "config.json").write_bytes((checkpoint("resnet") / "config.json").read_bytes())
+    with pytest.raises(InputError, match="cannot load the vision model"):
+        backbone(tmp_path)
+
+
+def test_a_model_of_text_is_refused(tmp_path):
+    tf.BertModel(tf.BertConfig(**transformer(vocab_size=100))).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="BertModel: not a model of images"):
+        backbone(tmp_path)
+
+
+def test_what_is_no_folder_needs_a_revision():
+    with pytest.raises(InputError, match=r"some/model.*revision"):
+        Backbone.load(VisionBackbone(model="some/model"))
+
+
+def test_mean_and_deviation_go_together():
+    with pytest.raises(ValueError, match="both of `image_mean` and `image_std`"):
+        VisionBackbone(model="some/model", image_mean=MEAN)
+
+
+def test_a_part_behind_the_features_can_be_trained(checkpoint):
+    projection = torch.nn.Conv2d(32, 4, 1)
+    (features,) = backbone(checkpoint("vit"))(torch.rand(2, 3, GIVEN, GIVEN))
+    projection(features).square().sum().backward()
+    assert projection.weight.grad.abs().sum() > 0
+
+
+def test_maps_of_several_layers_are_laid_on_one_grid():
+    fine, coarse = torch.arange(16.0).view(1, 1, 4, 4), torch.tensor([[0.0, 1.0], [0.0, 1.0]]).view(1, 1, 2, 2)
+    both = concatenate([fine, coarse.expand(1, 2, 2, 2)], 4)
+    assert tuple(both.shape) == (1, 3, 4, 4)
+    assert torch.equal(both[:, :1], fine)
+    # Halfway between cell centres and beyond the outermost: bilinear, corners not aligned.
+    torch.testing.assert_close(both[0, 1:], torch.tensor([0, 0.25, 0.75, 1]).expand(2, 4, 4))
+    # Made smaller, every cell has its share: no point of the map falls between the samples.
+    points = torch.eye(64).view(64, 1, 8, 8)
+    assert concatenate([points], (2, 4)).sum(dim=(1, 2, 3)).min() > 0.05
+
+
+def entry(folder: Path, **params) -> BackboneFeatures:
+    return BackboneFeatures(kind="transformers", **{"model": str(folder), "image_size": TRAINED, **params})
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2_with_registers", "resnet", "convnext", "mobilenet_v2"])
+def test_a_detector_compares_in_the_features_of_a_backbone(family, checkpoint, tmp_path):
+    rng = np.random.default_rng(0)
+    normal, images = (list(rng.integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)) for n in (12, 4))
+    detector = tiny_detector(features=(entry(checkpoint(family), layers=(1, -1)),), steps=1, samples=2)
+    detector.calibrate(normal)
+    found = detector.detect(images)
+    alone = detector.detect(images, batch_size=1)
+    detector.save_pretrained(tmp_path)
+    loaded = Detector.from_pretrained(tmp_path).detect(images)
+    for one, single, again in zip(found, alone, loaded, strict=True):
+        assert np.isfinite(one.anomaly_map).all() and one.anomaly_map.std() > 0
+        np.testing.assert_allclose(one.anomaly_map, single.anomaly_map, atol=1e-4)
+        np.testing.assert_allclose(one.anomaly_map, again.anomaly_map, atol=1e-6)
+
+
+def test_a_backbone_named_twice_is_loaded_once(checkpoint):
+    folder, images = checkpoint("vit"), torch.rand(2, 3, SIZE, SIZE)
+    pipeline, entries = tiny_pipeline(), [entry(folder, layers=(2, 1)), entry(folder, layers=(-1, 2), weight=0.5)]
+    apart = [spaces([e], pipeline)[0][0](images) for e in entries]
+
+    gc.collect()
+    before = sum(type(x) is tf.ViTModel for x in gc.get_objects())
+    together = spaces(entries, pipeline)
+    assert sum(type(x) is tf.ViTModel for x in gc.get_objects()) == before + 1
+    for (extract, _), expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(extract(images), expected)
+
+
+def test_alike_features_are_no_distance_apart_and_others_are(checkpoint):
+    ((extract, distance),) = spaces([entry(checkpoint("resnet"), layers=(2,))], tiny_pipeline())
+    (maps,) = extract(torch.rand(2, 3, SIZE, SIZE))
+    assert distance(maps, maps).abs().max() < 1e-6 < distance(maps, maps.flip(0)).min()

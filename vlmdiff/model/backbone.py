@@ -1,0 +1,204 @@
+"""`Backbone`: a vision model of `transformers` as feature maps, frozen, each hidden state on its grid."""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, ModelOutput, cached_file, logging
+
+from vlmdiff.errors import InputError
+from vlmdiff.params import VisionBackbone
+
+# Inputs in [-1, 1], as TensorFlow's checkpoints and most of those without a processor's file take them.
+DEFAULT_MEAN = DEFAULT_STD = (0.5, 0.5, 0.5)
+
+
+def concatenate(maps: Sequence[torch.Tensor], size: int | tuple[int, int]) -> torch.Tensor:
+    """Maps (B, C_i, h_i, w_i) on one grid: (B, sum of C_i, h, w), bilinear, antialiased where a map is made smaller."""
+    size = (size, size) if isinstance(size, int) else size
+    return torch.cat([_resize(x, size) for x in maps], dim=1)
+
+
+class Backbone:
+    """Images (B, 3, H, W) in [0, 1] to one map (B, C, h, w) a layer, float32, in the order of `params.layers`.
+
+    `channels` are the C and `grids` the (h, w) of the layers. Nothing of it is trained. What the model's outputs mean
+    is measured when it is loaded, not taken from its name: how many layers there are, and which tokens are patches.
+    """
+
+    def __init__(self, model: PreTrainedModel, params: VisionBackbone, mean: Sequence[float], std: Sequence[float]):
+        """Raises InputError where the model has no such layer, or cannot take images of `params.image_size`."""
+        self.name = params.model
+        self.size = (params.image_size, params.image_size)
+        self._model = model.eval().requires_grad_(False)
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=model.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, dtype=torch.float32, device=model.device).view(1, 3, 1, 1)
+        # Those that interpolate their positions only when told to; the others do it themselves or have none.
+        told = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if told else {}
+
+        output, patches = self._probe()
+        count = len(output.hidden_states)
+        if bad := [layer for layer in params.layers if layer != "last" and not -count <= layer < count]:
+            raise InputError(
+                f"{self.name} has layers 0 to {count - 1}, -{count} to -1 and last, not {bad}: mend `layers`"
+            )
+        self.layers = tuple(layer if layer == "last" else layer % count for layer in params.layers)
+        self._grid, self._first = patches
+        maps = self._maps(output)
+        self.channels = [x.shape[1] for x in maps]
+        self.grids = [tuple(x.shape[2:]) for x in maps]
+        if output.hidden_states[0].ndim == 4:
+            model.to(memory_format=torch.channels_last)
+        elif "last" not in self.layers:
+            _drop_blocks(model, count - 1, max(self.layers))
+
+    @classmethod
+    def load(cls, params: VisionBackbone, device: torch.device | str = "cpu") -> "Backbone":
+        """The checkpoint that `params` name, on `device`, computing in float32 whatever its weights are stored as.
+
+        Raises InputError where there is none, it is no vision model, or it lacks weights.
+        """
+        if params.revision is None and not Path(params.model).is_dir():
+            raise InputError(f"{params.model} is not a folder; for a model of the hub, pin its `revision` (a commit)")
+        try:
+            model = _load(params)
+            mean, std = _normalization(params)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"cannot load the vision model {params.model}: {error}") from error
+        return cls(model.to(device), params, mean, std)
+
+    @torch.no_grad()  # not inference_mode: whoever trains on the features must be able to save them for a backward pass
+    def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of images of any size, resized to `image_size`, bilinear with antialiasing."""
+        return self._maps(self._run(_resize(images.to(self._mean), self.size)))
+
+    def _run(self, images: torch.Tensor) -> ModelOutput:
+        pixels = (images - self._mean) / self._std
+        return self._model(pixel_values=pixels, output_hidden_states=True, **self._options)
+
+    def _maps(self, output: ModelOutput) -> list[torch.Tensor]:
+        states = _states(output)
+        chosen = [output.last_hidden_state if layer == "last" else states[layer] for layer in self.layers]
+        return [x if x.ndim == 4 else self._fold(x) for x in chosen]
+
+    def _fold(self, tokens: torch.Tensor) -> torch.Tensor:
+        h, w = self._grid
+        return tokens[:, self._first : self._first + h * w].transpose(1, 2).unflatten(2, (h, w))
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[ModelOutput, tuple[tuple[int, int], int]]:
+        """The model's output for black images; the grid (h, w) that tokens lie on, and the first of them."""
+        images = torch.zeros(3, 3, *self.size, device=self._model.device)
+        patch = _patch_size(self._model)
+        images[1, :, : patch[0], : patch[1]] = 1
+        images[2, :, -patch[0] :, -patch[1] :] = 1
+        try:
+            output = self._run(images)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise InputError(f"{self.name} cannot take images of {self.size[0]} pixels: {error}") from error
+        if not getattr(output, "hidden_states", None):
+            raise InputError(f"{self.name} is not supported: it gives no hidden states")
+        states, last = _states(output), output.last_hidden_state
+        if states[0].ndim == 4:
+            # Maps all through; the last state alone may be tokens, and then a token of their mean may come first.
+            grid = tuple(states[-1].shape[2:])
+            first = last.shape[1] - grid[0] * grid[1] if last.ndim == 3 else 0
+            understood = all(x.ndim == 4 for x in states) and first in (0, 1)
+        else:
+            grid = tuple(self._patches(side) for side in patch)
+            # Before the first block a token sees its own patch alone: the corners say where the patches begin and end.
+            first, end = (states[0][1:] - states[0][:1]).abs().sum(dim=2).argmax(dim=1).tolist()
+            understood = end - first == grid[0] * grid[1] - 1 and len({x.shape for x in states}) == 1
+        if not understood:
+            shapes = ", ".join(str(tuple(x.shape[1:])) for x in states)
+            raise InputError(f"{self.name} is not supported: its hidden states {shapes} are no maps of the image")
+        return output, (grid, first)
+
+    def _patches(self, side: int) -> int:
+        """How many patches of `side` pixels there are along the image."""
+        count, rest = divmod(self.size[0], side)
+        if rest:
+            nearest = " and ".join(str(n * side) for n in (count, count + 1) if n)
+            raise InputError(
+                f"image_size = {self.size[0]} is not a multiple of {side}, the patches of {self.name}: "
+                f"the nearest sizes are {nearest}"
+            )
+        return count
+
+
+def _resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if tuple(x.shape[2:]) == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def _states(output: ModelOutput) -> Sequence[torch.Tensor]:
+    """Hidden states; those that the model itself has put back onto the grid, as Swin does, where it gives them."""
+    return getattr(output, "reshaped_hidden_states", None) or output.hidden_states
+
+
+def _patch_size(model: PreTrainedModel) -> tuple[int, int]:
+    size = getattr(model.config, "patch_size", None) or 1
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _drop_blocks(model: nn.Module, count: int, needed: int) -> None:
+    """Drop those of a transformer's `count` blocks that nobody reads; its norm goes without: all are as wide."""
+    blocks = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), ())
+    if needed < len(blocks):
+        del blocks[max(needed, 1) :]  # the state before the first block is recorded when that block runs
+
+
+def _load(params: VisionBackbone) -> PreTrainedModel:
+    source = {"revision": params.revision, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(params.model, **source)
+    # Of a model of images and text, such as CLIP, the part that sees.
+    config = getattr(config, "vision_config", config)
+    with _quiet():
+        model, report = AutoModel.from_pretrained(
+            params.model, config=config, dtype=torch.float32, output_loading_info=True, **source
+        )
+    if model.main_input_name != "pixel_values":
+        raise InputError(f"{params.model} is a {type(model).__name__}: not a model of images")
+    # A pooler makes one vector of an image, and checkpoints often come without; features do not pass through it.
+    if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):
+        raise InputError(f"{params.model} lacks weights of a {type(model).__name__}: {', '.join(missing[:3])}, ...")
+    return model
+
+
+def _normalization(params: VisionBackbone) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the channels of images in [0, 1]."""
+    if params.image_mean is not None:
+        return params.image_mean, params.image_std
+    # Read, not instantiated: some processors insist on torchvision.
+    for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
+        file = cached_file(params.model, name, revision=params.revision, _raise_exceptions_for_missing_entries=False)
+        facts = json.loads(Path(file).read_text()) if file else {}
+        facts = facts.get("image_processor", facts)
+        if odd := [key for key in ("do_flip_channel_order", "rescale_offset", "include_top") if facts.get(key)]:
+            raise InputError(f"{params.model} prepares images in its own way ({odd}): set image_mean and image_std")
+        if facts.get("do_normalize") is False:
+            return (0.0,) * 3, (1.0,) * 3
+        if facts.get("image_mean"):
+            return facts["image_mean"], facts["image_std"]
+    return DEFAULT_MEAN, DEFAULT_STD
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bar and the list of the weights of heads, which nobody asked for."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
