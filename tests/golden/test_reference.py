@@ -7,14 +7,20 @@ import json
 import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.tiny import tiny_pipeline
+from vlmdiff.detection.anomaly_map import compare, image_scores, smooth
+from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.features import cosine_distance
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.sampling import reconstruct
+from vlmdiff.params import Detection, Pixels
 
 REFERENCE = Path(__file__).parents[2].parent / "shared" / "reference"
 pytestmark = [
@@ -100,3 +106,45 @@ def test_ten_steps_with_leading_spacing_are_the_references(pipeline, golden):
     assert [timestep for timestep, _ in seen] == golden["ddim_timesteps"].tolist()
     agree("noised", seen[0][1], golden["ddim_xT"])
     agree("after ten steps", out, golden["ddim_out"])
+
+
+def feature_pairs():
+    before = given("amap/in0", 1, 16, 32, 32), given("amap/in1", 1, 32, 16, 16)
+    return before, [f + 0.5 * given(f"amap/noise{i}", *f.shape) for i, f in enumerate(before)]
+
+
+def test_the_anomaly_map_and_its_score_are_the_references(golden):
+    before, after = feature_pairs()
+    total = 2 * compare(before, after, cosine_distance, 256, align_corners=True).double().numpy()
+    agree("sum over layers", total[0], golden["amap_sum"])
+    smoothed = smooth(total, 5.0)
+    agree("smoothed", smoothed[0], golden["amap_smoothed"])
+    agree("image score", image_scores(smoothed, "pooled_max")[0], golden["amap_image_score"])
+
+
+def test_a_detector_with_the_references_parameters_gives_the_references_map(golden):
+    """Up to what calibration makes of it: score = raw / (raw + threshold), and raw in units of a normal difference."""
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(image_size=256)
+    params = Detection(
+        noise_level=999,
+        steps=10,
+        spacing="leading",
+        samples=1,
+        guidance=9.0,
+        align_corners=True,
+        smoothing=5.0,
+        image_score="pooled_max",
+        features=(Pixels(kind="pixels"),),
+    )
+    detector = Detector(pipeline, params)
+    # In place of a backbone's: the given features, of the photograph and of its reconstruction in turn.
+    features = cycle(feature_pairs())
+    detector.spaces = [(lambda images: next(features), cosine_distance)]
+    photograph = np.zeros((256, 256, 3), np.uint8)
+    detector.calibrate([photograph])
+    (found,) = detector.detect([photograph])
+    layers, (scale,), threshold = 2, detector.calibration.scales, detector.calibration.threshold
+    odds = lambda score: np.float64(score) / (1 - np.float64(score))  # noqa: E731
+    agree("map", layers * scale * threshold * odds(found.anomaly_map), golden["amap_smoothed"])
+    agree("score", layers * scale * threshold * odds(found.score), golden["amap_image_score"])
