@@ -1,5 +1,6 @@
 """Checkpoints of the reference: every tensor to its place, and what is no such checkpoint refused by name."""
 
+import functools
 import json
 import math
 import re
@@ -16,15 +17,15 @@ from torch import nn
 
 from vlmdiff.errors import InputError
 from vlmdiff.model.pipeline import VLMDiffPipeline
-from vlmdiff.model.reference import IGNORED, PREFIXES
+from vlmdiff.model.reference import IGNORED, PREFIXES, empty_modules, places
 
 KEYS = Path(__file__).parents[2].parent / "shared" / "reference" / "keys.json"
-pytestmark = pytest.mark.skipif(not KEYS.is_file(), reason=f"the names of the reference's tensors are not in {KEYS}")
 TEXT = PREFIXES["text_encoder"]
 
 
+@functools.cache
 def shapes() -> dict[str, list[int]]:
-    return json.loads(KEYS.read_text())
+    return {name: list(place.shape) for name, place in places(empty_modules(True, False)).items()}
 
 
 def text_shapes() -> dict[str, list[int]]:
@@ -47,6 +48,11 @@ def numbered(named_shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 def values(module: nn.Module | dict[str, torch.Tensor]) -> dict[str, float]:
     state = module if isinstance(module, dict) else module.state_dict()
     return {name: tensor[(0,) * tensor.ndim].item() for name, tensor in state.items()}
+
+
+@pytest.mark.skipif(not KEYS.is_file(), reason=f"the names of the reference's tensors are not in {KEYS}")
+def test_names_and_shapes_are_those_of_the_references_checkpoints():
+    assert shapes() == json.loads(KEYS.read_text())
 
 
 def test_unet_control_and_autoencoder_get_the_tensors_that_diffusers_gives_them():

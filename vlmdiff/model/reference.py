@@ -7,6 +7,7 @@ them for the names that diffusers and we use: first that of a block, then that o
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -121,7 +122,32 @@ def load_reference(
 ) -> VLMDiffPipeline:
     """See `VLMDiffPipeline.from_reference`."""
     state = read_checkpoint(checkpoint)
-    # On the meta device a module takes neither memory nor the time of a random initialisation.
+    with_text = any(name.startswith(PREFIXES["text_encoder"]) for name in state.keys() - IGNORED)
+    if with_text and text_encoder is not None:
+        raise InputError("the checkpoint holds a text encoder: leave out the argument `text_encoder`")
+    modules = empty_modules(only_mid_control, with_text)
+    fill(modules, state)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return VLMDiffPipeline(
+        **{"text_encoder": text_encoder, **modules},
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        image_size=256,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+    )
+
+
+def empty_modules(only_mid_control: bool, with_text: bool) -> dict[str, nn.Module]:
+    """The reference's modules on the meta device: they take no memory, and no time to initialise."""
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {
             "unet": UNet2DConditionModel(sample_size=32, cross_attention_dim=768, attention_head_dim=8),
@@ -136,9 +162,7 @@ def load_reference(
                 scaling_factor=0.18215,
             ),
         }
-        if any(name.startswith(PREFIXES["text_encoder"]) for name in state.keys() - IGNORED):
-            if text_encoder is not None:
-                raise InputError("the checkpoint holds a text encoder: leave out the argument `text_encoder`")
+        if with_text:
             modules["text_encoder"] = CLIPTextModel(
                 CLIPTextConfig(
                     vocab_size=49408,
@@ -150,31 +174,7 @@ def load_reference(
                     hidden_act="quick_gelu",
                 )
             )
-    fill(modules, state)
-    if "text_encoder" in modules:
-        text_encoder = modules.pop("text_encoder")
-        # No weight and in no checkpoint, so still on the meta device.
-        name, positions = next(text_encoder.named_buffers())
-        owner = text_encoder.get_submodule(name.rpartition(".")[0])
-        owner.position_ids = torch.arange(positions.shape[-1]).expand(1, -1)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="epsilon",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    return VLMDiffPipeline(
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        image_size=256,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-        **modules,
-    )
+    return modules
 
 
 def read_checkpoint(checkpoint: Path | str | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -206,34 +206,52 @@ def read_checkpoint(checkpoint: Path | str | Mapping[str, torch.Tensor]) -> Mapp
     return state
 
 
+class Place(NamedTuple):
+    """The module and the name there that a tensor of a checkpoint belongs to, and the shape it comes with."""
+
+    part: str
+    name: str
+    shape: tuple[int, ...]
+
+
+def places(modules: Mapping[str, nn.Module]) -> dict[str, Place]:
+    """Where each tensor of a checkpoint goes, by its name there."""
+    found = {}
+    for part, module in modules.items():
+        for name, parameter in module.state_dict().items():
+            shape = tuple(parameter.shape)
+            # The reference's autoencoder attends by 1x1 convolutions, ours by the same as matrices.
+            shape = (*shape, 1, 1) if part == "vae" and len(shape) == 2 else shape
+            found[reference_name(part, name)] = Place(part, name, shape)
+    return found
+
+
 def fill(modules: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor]) -> None:
-    """Give the modules the tensors of `state`, which they share from then on, and end their training mode.
+    """Give modules on the meta device the tensors of `state`, which they share from then on, to evaluate with.
 
     Raises InputError naming the tensors that are missing, of another shape, or of no module's.
     """
-    names = {
-        part: {ours: reference_name(part, ours) for ours in module.state_dict()} for part, module in modules.items()
-    }
-    wrong = []
-    for part, module in modules.items():
-        for ours, parameter in module.state_dict().items():
-            theirs, shape = names[part][ours], tuple(parameter.shape)
-            if part == "vae" and len(shape) == 2:
-                shape = (*shape, 1, 1)  # their attention is made of 1x1 convolutions
-            if theirs not in state:
-                wrong.append(f"{theirs} is missing")
-            elif tuple(state[theirs].shape) != shape:
-                wrong.append(f"{theirs} has shape {tuple(state[theirs].shape)} instead of {shape}")
-    known = IGNORED.union(*(part.values() for part in names.values()))
-    wrong += [f"{name} is unexpected" for name in state if name not in known]
+    expected = places(modules)
+    wrong = [f"{name} is missing" for name in expected if name not in state]
+    wrong += [f"{name} is unexpected" for name in state if name not in expected and name not in IGNORED]
+    wrong += [
+        f"{name} has shape {tuple(state[name].shape)} instead of {place.shape}"
+        for name, place in expected.items()
+        if name in state and tuple(state[name].shape) != place.shape
+    ]
     if wrong:
         more = f", and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise InputError(f"this is not a checkpoint of the reference: {'; '.join(wrong[:8])}{more}")
     for part, module in modules.items():
-        shapes = {ours: parameter.shape for ours, parameter in module.state_dict().items()}
-        tensors = {ours: state[theirs].view(shapes[ours]) for ours, theirs in names[part].items()}
-        module.load_state_dict(tensors, assign=True)
+        own = module.state_dict()
+        mine = {place.name: state[name] for name, place in expected.items() if place.part == part}
+        module.load_state_dict({name: mine[name].view(own[name].shape) for name in own}, assign=True)
         module.eval()
+        for name, buffer in module.named_buffers():
+            if buffer.is_meta:
+                # CLIP's position numbers, the one thing here that is in no state dict.
+                owner, _, attribute = name.rpartition(".")
+                setattr(module.get_submodule(owner), attribute, torch.arange(buffer.shape[-1]).expand(buffer.shape))
 
 
 def reference_name(part: str, name: str) -> str:
