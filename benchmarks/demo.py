@@ -22,7 +22,7 @@ from vlmdiff.params import load
 class AutoencoderAlone(Detector):
     """Reconstructs by the first stage, without noise and without the denoiser."""
 
-    def reconstruct(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+    def reconstruct(self, images: torch.Tensor, seed: int, captions: None = None) -> torch.Tensor:
         return self.pipeline.decode_latents(self.pipeline.encode_images(images))
 
 
@@ -31,7 +31,7 @@ class MeanImage(Detector):
 
     mean: torch.Tensor
 
-    def reconstruct(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+    def reconstruct(self, images: torch.Tensor, seed: int, captions: None = None) -> torch.Tensor:
         return self.mean.expand_as(images)
 
 

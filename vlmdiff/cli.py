@@ -124,6 +124,9 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Photographs.")],
     out: Annotated[Path, typer.Option(help="A new folder for predictions.jsonl and heatmaps.")],
     model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
+    class_name: Annotated[
+        str | None, typer.Option(help="The photographs' class, for a model that judges by its classes' captions.")
+    ] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
     """Judge photographs by the champion: score, verdict and heatmap of each."""
@@ -138,7 +141,7 @@ def predict(
         from vlmdiff.registry.promotion import champion_folder
 
         model = champion_folder(loaded)
-    rows = predict(images, Detector.from_pretrained(model), out, loaded.prepare.max_pixels)
+    rows = predict(images, Detector.from_pretrained(model), out, loaded.prepare.max_pixels, class_name)
     table = Table(
         "photograph", "score", "verdict", "regions", caption=f"0.5 is the threshold. Heatmaps: {out}/heatmaps"
     )

@@ -229,16 +229,32 @@ class BackboneFeatures(VisionBackbone):
 Features = Annotated[Pixels | AutoencoderFeatures | BackboneFeatures, Field(discriminator="kind")]
 
 
+Spacing = Literal["trailing", "leading"]
+Solver = Literal["ddim", "dpmsolver++"]
+
+
 class Detection(Section):
     """How a photograph becomes an anomaly map: saved with the model, and used wherever the model is."""
 
     noise_level: Annotated[int, Field(ge=0, le=999)] = 500
     steps: Positive = 1
+    spacing: Spacing = "trailing"
+    solver: Solver = "ddim"
     samples: Positive = 4
+    captions: Literal["none", "image", "class"] = "none"
+    guidance: Annotated[float, Field(ge=0)] = 1.0
     features: Annotated[tuple[Features, ...], Field(min_length=1)] = (Pixels(kind="pixels"),)
+    align_corners: bool = False
     smoothing: Annotated[float, Field(ge=0)] = 3.0
+    image_score: Literal["max", "pooled_max"] = "max"
     false_alarm_rate: Fraction = 0.05
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _steps_fit(self):
+        if self.steps > max(self.noise_level, 1):
+            raise ValueError(f"`steps` = {self.steps} are more than `noise_level` = {self.noise_level} has timesteps")
+        return self
 
 
 class Evaluate(Section):

@@ -16,19 +16,27 @@ from vlmdiff.evaluation.report import heatmap
 from vlmdiff.files import atomic_folder
 
 
-def predict(files: Sequence[Path], detector: Detector, out: Path, max_pixels: int) -> list[dict[str, Any]]:
+def predict(
+    files: Sequence[Path], detector: Detector, out: Path, max_pixels: int, class_name: str | None = None
+) -> list[dict[str, Any]]:
     """Judge `files` and write the folder `out`: `predictions.jsonl`, and under `heatmaps/` a PNG a photograph.
 
     A row has `path`, `score` in [0, 1) (0.5 is the threshold), `is_anomalous`, `regions` (boxes x0, y0, x1, y1 in
-    pixels of the photograph, `peak`), `heatmap`. All files are read before any is judged: InputError, and nothing
-    written, where one cannot be read or `out` exists.
+    pixels of the photograph, `peak`), `heatmap`. class_name: of all the photographs, for a detector that judges by its
+    classes' captions. All files are read before any is judged: InputError, and nothing written, where one cannot be
+    read, `out` exists, or the detector needs another or no class.
     """
     if out.exists():
         raise InputError(f"{out} exists: name a new folder with --out")
+    if detector.params.captions == "image":
+        raise InputError("this model judges a photograph by its own caption: call Detector.detect with captions")
+    if detector.params.captions == "class" and class_name is None:
+        raise InputError("this model judges a photograph by its class's caption: name the class with --class-name")
+    captions = None if class_name is None else detector.captions_of([class_name] * len(files))
     for file in files:
         load_rgb(file, None, max_pixels)
     rows = []
-    found = detector.stream(load_rgb(file, None, max_pixels) for file in files)
+    found = detector.stream((load_rgb(file, None, max_pixels) for file in files), captions=captions)
     with atomic_folder(out) as temporary:
         (temporary / "heatmaps").mkdir()
         for number, (file, detection) in enumerate(track(zip(files, found, strict=True), "judge", len(files))):

@@ -131,6 +131,7 @@ def evaluate(
     from vlmdiff.captions.files import read_captions
     from vlmdiff.data import manifest
     from vlmdiff.data.images import load_mask, load_rgb, resolve
+    from vlmdiff.detection.class_captions import class_captions
     from vlmdiff.detection.detector import Detector
     from vlmdiff.device import pick_device
     from vlmdiff.evaluation.metrics import evaluate_classes
@@ -139,7 +140,10 @@ def evaluate(
     from vlmdiff.model.pipeline import load_pipeline
 
     frame = manifest.read(manifest_file)
-    test = frame[frame["split"] == "test"].reset_index(drop=True)
+    training, held_out, test = (
+        frame[frame["split"] == split].reset_index(drop=True) for split in ("train", "validation", "test")
+    )
+    texts = read_captions(captions)
     pipeline = load_pipeline(pipeline_folder, pick_device())
     size = pipeline.config.image_size
 
@@ -147,9 +151,22 @@ def evaluate(
         for path in paths:
             yield load_rgb(resolve(data.image_root, path), size, data.max_pixels)
 
-    detector = Detector(pipeline, params.detection)
-    detector.calibrate(list(read(frame.loc[frame["split"] == "validation", "path"])), params.batch_size)
-    found = list(track(detector.stream(read(test["path"]), params.batch_size), "judge", total=len(test)))
+    def prompts(rows: pd.DataFrame) -> list[str] | None:
+        match params.detection.captions:
+            case "none":
+                return None
+            case "image":
+                return captions_of(rows, texts)
+            case "class":
+                return detector.captions_of(rows["class_name"])
+
+    of_classes = None
+    if params.detection.captions == "class":
+        of_classes = class_captions(captions_of(training, texts), training["class_name"])
+    detector = Detector(pipeline, params.detection, class_captions=of_classes)
+    detector.calibrate(list(read(held_out["path"])), params.batch_size, prompts(held_out))
+    stream = detector.stream(read(test["path"]), params.batch_size, prompts(test))
+    found = list(track(stream, "judge", total=len(test)))
     maps = np.stack([detection.anomaly_map for detection in found])
     masks = [
         # The mask of an anomalous image without one is not known, which is not the same as empty.
@@ -163,7 +180,6 @@ def evaluate(
         classes, maps, masks, scores, params.max_fpr, test["path"].tolist(), test["is_anomalous"].to_numpy()
     )
     rows = curves(classes, maps, masks, params.max_fpr)
-    texts = read_captions(captions)
     truths, verdicts = test["is_anomalous"].tolist(), [detection.is_anomalous for detection in found]
     examples = [
         Example(
@@ -188,6 +204,14 @@ def evaluate(
         write_plots(temporary / "plots", rows)
         write_heatmaps(temporary / "heatmaps", examples)
         write_report(temporary / "report.html", results, examples, rows, provenance(params, frame, detector))
+
+
+def captions_of(rows: pd.DataFrame, texts: dict[str, str]) -> list[str]:
+    """The captions of a manifest's rows. InputError naming an image that has none."""
+    for image_id, path in zip(rows["image_id"], rows["path"], strict=True):
+        if image_id not in texts:
+            raise InputError(f"{path} has no caption: run the caption stage again")
+    return [texts[image_id] for image_id in rows["image_id"]]
 
 
 def provenance(params: p.Evaluate, frame: pd.DataFrame, detector) -> dict[str, object]:

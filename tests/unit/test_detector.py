@@ -8,7 +8,7 @@ from vlmdiff.detection.calibration import conformal_threshold
 from vlmdiff.detection.detector import Detector, find_regions
 from vlmdiff.detection.features import spaces
 from vlmdiff.errors import InputError
-from vlmdiff.params import AutoencoderFeatures
+from vlmdiff.params import AutoencoderFeatures, Detection
 
 
 def photographs(count, seed=0, size=SIZE):
@@ -55,6 +55,82 @@ def test_a_saved_detector_judges_alike(detector, tmp_path):
     for one, other in zip(detector.detect(photographs(3)), loaded.detect(photographs(3)), strict=True):
         np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
         assert one.regions == other.regions
+
+
+def test_pooling_the_score_judges_by_a_broad_difference_alone():
+    """Of the same map, a pooled score is lower than the maximum; regions are those of anomalous images only."""
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(image_size=64)
+    normal, images = photographs(12, seed=1, size=64), photographs(8, seed=2, size=64)
+    settings = dict(image_score="pooled_max", false_alarm_rate=0.5)
+    detector = Detector(pipeline, Detection(**settings))
+    detector.calibrate(normal)
+    found = detector.detect(images)
+    assert {detection.is_anomalous for detection in found} == {True, False}
+    for detection in found:
+        assert detection.score <= detection.anomaly_map.max()
+        assert detection.is_anomalous == (detection.score > 0.5) == bool(detection.regions)
+    scores = [detection.score for detection in detector.detect(normal)]
+    # Rank ceil(13 * 0.5) = 7 of 12 is the threshold: five are above it.
+    assert sum(score > 0.5 for score in scores) == 5
+
+
+def test_a_pooled_score_needs_a_model_large_enough():
+    with pytest.raises(InputError, match="57 pixels"):
+        tiny_detector(image_score="pooled_max")
+
+
+CHOICES = [
+    dict(solver="dpmsolver++", steps=5),
+    dict(spacing="leading", noise_level=999, steps=3),
+    dict(captions="image", guidance=4.0),
+    dict(captions="image", solver="dpmsolver++", spacing="leading", steps=4, guidance=0.5),
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(f"{k}={v}" for k, v in choice.items()))
+def test_batches_do_not_change_a_result_whatever_the_parameters(choice):
+    detector = tiny_detector(**choice)
+    images, captions = photographs(5, seed=3), None
+    if detector.params.captions == "image":
+        captions = ["a red round thing", "", "green stripes", "a blue square thing", ""]
+    detector.calibrate(images, captions=captions)
+    together = detector.detect(images, batch_size=5, captions=captions)
+    for batch_size in (1, 2):
+        for one, other in zip(together, detector.detect(images, batch_size, captions), strict=True):
+            np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, atol=1e-4)
+    # And not its place among them.
+    backwards = detector.detect(images[::-1], captions=captions and captions[::-1])[::-1]
+    for one, other in zip(together, backwards, strict=True):
+        np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, atol=1e-4)
+
+
+def test_captions_are_asked_for_where_they_guide_and_refused_where_they_do_not():
+    images, captions = photographs(3), ["a red round thing"] * 3
+    with pytest.raises(InputError, match="without captions"):
+        tiny_detector().calibrate(images, captions=captions)
+    guided = tiny_detector(captions="image")
+    with pytest.raises(InputError, match="needs a caption for each image"):
+        guided.calibrate(images)
+    guided.calibrate(images, captions=captions)
+    with pytest.raises(InputError, match="2 captions for 3 images"):
+        guided.detect(images, captions=captions[:2])
+
+
+def test_a_saved_detector_knows_the_captions_of_its_classes(tmp_path):
+    detector = tiny_detector(captions="class")
+    detector.class_captions = {"ball": "a red round thing", "fabric": "green stripes"}
+    classes = ["fabric", "ball", "fabric"]
+    captions = detector.captions_of(classes)
+    assert captions == ["green stripes", "a red round thing", "green stripes"]
+    detector.calibrate(photographs(3), captions=captions)
+    detector.save_pretrained(tmp_path)
+    loaded = Detector.from_pretrained(tmp_path)
+    assert loaded.captions_of(classes) == captions
+    with pytest.raises(InputError, match="knows no class 'cable', only ball, fabric"):
+        loaded.captions_of(["ball", "cable"])
+    with pytest.raises(InputError, match="captions: none"):
+        tiny_detector().captions_of(["ball"])
 
 
 def test_a_detector_without_threshold_refuses(tmp_path):

@@ -19,6 +19,8 @@ from vlmdiff.params import Params, load
         ("first_stage: {image_size: 30}", ["first_stage", "image_size"]),
         ("evaluate: {detection: {features: []}}", ["evaluate.detection.features"]),
         ("evaluate: {detection: {features: [{kind: magic}]}}", ["magic"]),
+        ("evaluate: {detection: {noise_level: 5, steps: 6}}", ["evaluate.detection", "steps", "noise_level"]),
+        ("evaluate: {detection: {solver: euler}}", ["evaluate.detection.solver", "euler"]),
         ("train: [", ["not valid YAML"]),
         ("just text", ["whole file"]),
     ],

@@ -106,3 +106,75 @@ def test_images_of_another_shape_are_refused(pipeline, shape):
 def test_a_caption_too_few_is_refused(pipeline):
     with pytest.raises(InputError, match="1 captions for 3 images"):
         pipeline(images(), ["one"])
+
+
+def test_the_global_random_state_plays_no_part(pipeline):
+    torch.manual_seed(1)
+    first = pipeline(images(), seed=0).images
+    torch.manual_seed(2)
+    torch.testing.assert_close(pipeline(images(), seed=0).images, first, rtol=0, atol=0)
+
+
+def test_the_noise_level_decides_what_is_forgotten(pipeline):
+    """Unlike an autoencoder's, a reconstruction goes further from the photograph the more noise it starts from."""
+    x = images()
+    with torch.no_grad():
+        clean = pipeline.encode_images(x)
+    far = [(pipeline(x, noise_level=level, steps=1).latents - clean).norm() for level in (0, 10, 100, 999)]
+    assert far == sorted(far) and far[0] < 0.2 * far[-1]
+
+
+def test_guidance_goes_from_the_empty_prompt_through_the_captions(pipeline):
+    captions = ["a red round thing", "green stripes", "a blue square thing"]
+    arguments = dict(noise_level=600, steps=1)
+    empty, captioned = (pipeline(images(), texts, **arguments).latents for texts in (None, captions))
+    assert (empty - captioned).abs().max() > 1e-3
+    for guidance in (0.0, 1.0, 3.5):
+        # The prediction of one step is linear in the network's output.
+        found = pipeline(images(), captions, guidance=guidance, **arguments).latents
+        torch.testing.assert_close(found, empty + guidance * (captioned - empty), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("captions", "guidance", "asked"),
+    [
+        (None, 9.0, [3]),
+        (["", "", ""], 9.0, [3]),
+        (["a red thing", "", "green stripes"], 9.0, [3, 2]),
+        (["a red thing", "", "green stripes"], 1.0, [3]),
+    ],
+)
+def test_guidance_costs_only_where_it_changes_something(pipeline, captions, guidance, asked):
+    seen = []
+    handle = pipeline.unet.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    pipeline(images(), captions, steps=1, guidance=guidance)
+    handle.remove()
+    assert seen == asked
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_with_guidance_too_an_image_is_reconstructed_alike_in_any_batch(pipeline, solver, spacing):
+    x, captions = images(4), ["a red round thing", "", "green stripes", "a blue square thing"]
+    arguments = dict(noise_level=700, steps=4, guidance=2.5, spacing=spacing, solver=solver)
+    together = pipeline(x, captions, **arguments).images
+    alone = torch.cat([pipeline(x[i : i + 1], captions[i : i + 1], **arguments).images for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_pipeline_without_text_encoder_takes_embeddings_alone(pipeline, tmp_path):
+    without = VLMDiffPipeline(**{**pipeline.components, "text_encoder": None, "tokenizer": None}, image_size=SIZE)
+    without.save_pretrained(tmp_path)
+    loaded = VLMDiffPipeline.from_pretrained(tmp_path)
+    assert loaded.text_encoder is None and loaded.tokenizer is None
+    arguments = (
+        torch.ones(1, 4, SIZE // 4, SIZE // 4),
+        torch.tensor(400),
+        pipeline.encode_captions(["a red thing"]),
+        pipeline.normalize(images(1)),
+    )
+    with torch.no_grad():
+        expected, found = (p.predict_noise(*arguments) for p in (pipeline, loaded))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(InputError, match="text encoder"):
+        loaded(images(1))

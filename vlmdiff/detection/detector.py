@@ -1,17 +1,17 @@
 """`Detector`: photographs in, scores, verdicts and anomaly maps out."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
+from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, image_scores, smooth
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
 from vlmdiff.detection.features import spaces
 from vlmdiff.device import pick_device
@@ -66,12 +66,25 @@ class Detection:
 
 
 class Detector:
-    """A pipeline, how its reconstructions are compared with the photographs, and what is normal for it."""
+    """A pipeline, how its reconstructions are compared with the photographs, and what is normal for it.
 
-    def __init__(self, pipeline: VLMDiffPipeline, params: DetectionParams, calibration: Calibration | None = None):
+    class_captions: a caption a class, for a detector whose parameters say `captions: class`.
+    """
+
+    def __init__(
+        self,
+        pipeline: VLMDiffPipeline,
+        params: DetectionParams,
+        calibration: Calibration | None = None,
+        class_captions: Mapping[str, str] | None = None,
+    ):
+        size = pipeline.config.image_size
+        if params.image_score == "pooled_max" and size < SMALLEST_POOLED:
+            raise InputError(f"image_score: pooled_max needs a model of {SMALLEST_POOLED} pixels, not {size}: take max")
         self.pipeline = pipeline
         self.params = params
         self.calibration = calibration
+        self.class_captions = class_captions
         self.spaces = spaces(params.features, pipeline)
 
     @classmethod
@@ -85,19 +98,33 @@ class Detector:
             )
         facts = json.loads(settings.read_text())
         pipeline = load_pipeline(folder, pick_device(device))
-        return cls(pipeline, DetectionParams.model_validate(facts["detection"]), Calibration(**facts["calibration"]))
+        return cls(
+            pipeline,
+            DetectionParams.model_validate(facts["detection"]),
+            Calibration(**facts["calibration"]),
+            facts.get("class_captions"),
+        )
 
     def save_pretrained(self, folder: Path | str) -> None:
         """A `DiffusionPipeline` folder in safetensors, and in it the detector's settings."""
         self.pipeline.save_pretrained(folder)
-        facts = {"detection": self.params.model_dump(mode="json"), "calibration": asdict(self._calibrated())}
+        facts = {
+            "detection": self.params.model_dump(mode="json"),
+            "calibration": asdict(self._calibrated()),
+            "class_captions": self.class_captions,
+        }
         write_json(Path(folder) / SETTINGS, facts)
 
-    def calibrate(self, normal: Sequence[np.ndarray], batch_size: int = 32) -> None:
-        """Learn from normal images that training never saw (uint8 (H, W, 3)) what difference is normal."""
-        differences = np.concatenate([maps for maps, _ in self._differences(normal, batch_size)])
+    def calibrate(
+        self, normal: Sequence[np.ndarray], batch_size: int = 32, captions: Sequence[str] | None = None
+    ) -> None:
+        """Learn from normal images that training never saw (uint8 (H, W, 3)) what difference is normal.
+
+        captions: as for `detect`.
+        """
+        differences = np.concatenate([maps for maps, _ in self._differences(normal, batch_size, captions)])
         scales = differences.mean(axis=(0, 2, 3))
-        scores = self._combine(differences, scales).max(axis=(1, 2))
+        scores = image_scores(self._combine(differences, scales), self.params.image_score)
         threshold = conformal_threshold(scores, self.params.false_alarm_rate)
         self.calibration = Calibration(
             scales=scales.tolist(),
@@ -106,27 +133,62 @@ class Detector:
             false_alarm_rate=self.params.false_alarm_rate,
         )
 
-    def detect(self, images: Sequence[np.ndarray], batch_size: int = 32) -> list[Detection]:
+    def captions_of(self, classes: Iterable[str]) -> list[str]:
+        """The captions by which a detector of `captions: class` judges images of these classes.
+
+        Raises InputError where it knows no class's caption, or not this one's.
+        """
+        if self.params.captions != "class":
+            raise InputError(f"this detector judges by captions: {self.params.captions}, and asks for no class")
+        known = self.class_captions or {}
+        classes = list(classes)
+        if unknown := sorted(set(classes) - known.keys()):
+            raise InputError(f"this detector knows no class {unknown[0]!r}, only {', '.join(sorted(known))}")
+        return [known[name] for name in classes]
+
+    def detect(
+        self, images: Sequence[np.ndarray], batch_size: int = 32, captions: Sequence[str] | None = None
+    ) -> list[Detection]:
         """Judge photographs: uint8 (H, W, 3) of any size, or PIL images.
 
-        Every image is judged by itself: neither its batch nor its place in it changes its result beyond rounding.
+        captions: one an image where the parameters say `captions: image` (its own) or `class` (`captions_of` its
+        class), else None. Every image is judged by itself: neither its batch nor its place in it changes its result
+        beyond rounding. Raises InputError where captions are missing or not wanted.
         """
-        return list(self.stream(images, batch_size))
+        if captions is not None and len(captions) != len(images):
+            raise InputError(f"{len(captions)} captions for {len(images)} images: give one an image, or none")
+        return list(self.stream(images, batch_size, captions))
 
-    def stream(self, images: Iterable[np.ndarray], batch_size: int = 32) -> Iterator[Detection]:
+    def stream(
+        self, images: Iterable[np.ndarray], batch_size: int = 32, captions: Iterable[str] | None = None
+    ) -> Iterator[Detection]:
         """As `detect`, a batch at a time: as many images as one likes in the memory of one batch."""
         calibration = self._calibrated()
-        for differences, rebuilt in self._differences(images, batch_size):
+        for differences, rebuilt in self._differences(images, batch_size, captions):
             raw = self._combine(differences, calibration.scales)
-            maps = (raw / (raw + calibration.threshold)).astype(np.float32)
-            for anomaly_map, reconstruction in zip(maps, rebuilt, strict=True):
-                score = float(anomaly_map.max())
-                yield Detection(score, score > 0.5, anomaly_map, find_regions(anomaly_map), reconstruction)
+            maps, scores = (
+                (values / (values + calibration.threshold)).astype(np.float32)
+                for values in (raw, image_scores(raw, self.params.image_score))
+            )
+            for anomaly_map, score, reconstruction in zip(maps, scores.tolist(), rebuilt, strict=True):
+                is_anomalous = score > 0.5
+                # Where the score is not the map's maximum, a normal image's map may exceed the threshold.
+                regions = find_regions(anomaly_map) if is_anomalous else []
+                yield Detection(score, is_anomalous, anomaly_map, regions, reconstruction)
 
-    def reconstruct(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+    def reconstruct(self, images: torch.Tensor, seed: int, captions: Sequence[str] | None = None) -> torch.Tensor:
         """Photographs (B, 3, S, S) in [0, 1] as if they were normal, one draw of them."""
         params = self.params
-        return self.pipeline(images, noise_level=params.noise_level, steps=params.steps, seed=seed).images
+        return self.pipeline(
+            images,
+            captions,
+            noise_level=params.noise_level,
+            steps=params.steps,
+            seed=seed,
+            guidance=params.guidance,
+            spacing=params.spacing,
+            solver=params.solver,
+        ).images
 
     def _calibrated(self) -> Calibration:
         if self.calibration is None:
@@ -134,28 +196,36 @@ class Detector:
         return self.calibration
 
     @torch.no_grad()
-    def _differences(self, images: Iterable[np.ndarray], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _differences(
+        self, images: Iterable[np.ndarray], batch_size: int, captions: Iterable[str] | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A batch at a time: a map a kind of features (B, F, S, S), and one reconstruction, uint8 (B, S, S, 3)."""
         params, size = self.params, self.pipeline.config.image_size
-        for batch in batches(images, batch_size):
-            x = torch.stack([to_tensor(image, size) for image in batch]).to(self.pipeline.device)
+        if (captions is None) != (params.captions == "none"):
+            raise InputError(
+                f"this detector judges by captions: {params.captions}, so it needs "
+                + ("a caption for each image" if captions is None else "images alone, without captions")
+            )
+        # An image alone is paired with nothing for as long as there are images.
+        pairs = zip(images, repeat(None), strict=False) if captions is None else zip(images, captions, strict=True)
+        for batch in batches(pairs, batch_size):
+            x = torch.stack([to_tensor(image, size) for image, _ in batch]).to(self.pipeline.device)
+            texts = None if captions is None else [caption for _, caption in batch]
             before = [extract(x) for extract, _ in self.spaces]
             total = torch.zeros(len(x), len(self.spaces), size, size, device=x.device)
             for sample in range(params.samples):
-                rebuilt = self.reconstruct(x, params.seed + sample)
+                rebuilt = self.reconstruct(x, params.seed + sample, texts)
                 if sample == 0:
                     shown = (rebuilt * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
                 for i, (extract, distance) in enumerate(self.spaces):
-                    for a, b in zip(before[i], extract(rebuilt), strict=True):
-                        total[:, i] += resize(distance(a, b), size) / (len(before[i]) * params.samples)
+                    maps = compare(before[i], extract(rebuilt), distance, size, params.align_corners)
+                    total[:, i] += maps / params.samples
             yield total.cpu().numpy(), shown
 
     def _combine(self, differences: np.ndarray, scales: Sequence[float]) -> np.ndarray:
         """(B, F, S, S) to (B, S, S): each kind of features on its normal scale, weighted, summed and smoothed."""
         weights = np.array([features.weight for features in self.params.features]) / np.maximum(scales, 1e-12)
-        total = np.einsum("bfhw,f->bhw", differences, weights)
-        sigma = self.params.smoothing
-        return ndimage.gaussian_filter(total, sigma=(0, sigma, sigma)) if sigma > 0 else total
+        return smooth(np.einsum("bfhw,f->bhw", differences, weights), self.params.smoothing)
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:
@@ -174,11 +244,6 @@ def find_regions(anomaly_map: np.ndarray) -> list[Region]:
         peak = float(anomaly_map[rows, columns][inside].max())
         regions.append(Region(columns.start, rows.start, columns.stop, rows.stop, int(inside.sum()), peak))
     return sorted(regions, key=lambda region: -region.peak)
-
-
-def resize(maps: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, h, w) to (B, size, size), bilinear."""
-    return F.interpolate(maps[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def to_tensor(image: np.ndarray | Image.Image, size: int) -> torch.Tensor:

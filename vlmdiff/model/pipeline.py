@@ -1,6 +1,6 @@
 """`VLMDiffPipeline`: reconstruct a photograph as if it were normal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,10 @@ from diffusers.utils import BaseOutput, logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.errors import InputError
+from vlmdiff.model.sampling import reconstruct
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 from vlmdiff.model.text import embed
+from vlmdiff.params import Solver, Spacing
 
 
 def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline":
@@ -38,12 +40,13 @@ class VLMDiffPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->sgn->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
 
     def __init__(
         self,
         vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
         unet: UNet2DConditionModel,
         sgn: SemanticGuidedNetwork,
         scheduler: DDIMScheduler,
@@ -56,6 +59,28 @@ class VLMDiffPipeline(DiffusionPipeline):
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, sgn=sgn, scheduler=scheduler
         )
         self.register_to_config(image_size=image_size, image_mean=tuple(image_mean), image_std=tuple(image_std))
+
+    @classmethod
+    def from_reference(
+        cls,
+        checkpoint: Path | str | Mapping[str, torch.Tensor],
+        only_mid_control: bool = True,
+        text_encoder: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+    ) -> "VLMDiffPipeline":
+        """The pipeline that a checkpoint of the reference implementation holds, in the tensors of the checkpoint.
+
+        checkpoint: a .safetensors file, one of torch.save (.ckpt, .pt), or a state dict; the state dict may lie under
+        the key `state_dict`. No checkpoint holds a tokenizer: it is that of CLIP ViT-L/14
+        (openai/clip-vit-large-patch14), as is the text encoder, which is for a checkpoint without one. Without them the
+        pipeline denoises with embeddings that are given to it, and has no captions.
+
+        A file is mapped into memory, not read: it must stay while the pipeline is used. Raises InputError where the
+        file cannot be read without running code, or a tensor is missing, unexpected or of another shape.
+        """
+        from vlmdiff.model.reference import load_reference
+
+        return load_reference(checkpoint, only_mid_control, text_encoder, tokenizer)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """From [0, 1] to what the networks see; (B, 3, S, S) in and out."""
@@ -75,6 +100,8 @@ class VLMDiffPipeline(DiffusionPipeline):
 
     def encode_captions(self, captions: Sequence[str]) -> torch.Tensor:
         """Text embeddings (B, L, D) of captions, padded or cut to the text encoder's L tokens."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise InputError("this pipeline has no text encoder or no tokenizer: give both to `from_reference`")
         return embed(self.tokenizer, self.text_encoder, captions)
 
     def denoise(
@@ -99,20 +126,11 @@ class VLMDiffPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """The noise (B, C, h, w) in `latents`; arguments as for `denoise`."""
         output = self.denoise(latents, timestep, prompt_embeds, image)
+        if self.scheduler.config.prediction_type == "epsilon":
+            return output
+        # v = sqrt(alpha) noise - sqrt(1 - alpha) clean (Salimans and Ho, 2022).
         alpha = self.scheduler.alphas_cumprod.to(latents.device)[timestep].view(-1, 1, 1, 1)
-        return self._split(latents, output, alpha)[1]
-
-    def _split(
-        self, latents: torch.Tensor, output: torch.Tensor, alpha: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean latents and noise of `latents` = sqrt(alpha) clean + sqrt(1 - alpha) noise, given the network's output.
-
-        v = sqrt(alpha) noise - sqrt(1 - alpha) clean (Salimans and Ho, 2022).
-        """
-        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return signal * latents - noise * output, signal * output + noise * latents
-        return (latents - noise * output) / signal, output
+        return alpha.sqrt() * output + (1 - alpha).sqrt() * latents
 
     @torch.no_grad()
     def __call__(
@@ -122,11 +140,17 @@ class VLMDiffPipeline(DiffusionPipeline):
         noise_level: int = 500,
         steps: int = 5,
         seed: int = 0,
+        guidance: float = 1.0,
+        spacing: Spacing = "trailing",
+        solver: Solver = "ddim",
     ) -> Reconstruction:
-        """Noise the photographs' latents to `noise_level` and take them back by DDIM (eta 0) in `steps` equal steps.
+        """Noise the photographs' latents to `noise_level` and take them back in `steps` steps.
 
         images: (B, 3, S, S) in [0, 1]; captions: one an image, or None for the empty prompt; noise_level: 0..999.
+        guidance: how far to go from what the empty prompt predicts towards what the caption does, 1 for the caption
+        alone (classifier-free guidance, Ho and Salimans, 2022). spacing, solver: see `vlmdiff.model.sampling`.
         One draw of noise serves the whole batch, so that a result does not depend on which images share a batch.
+        Raises InputError where an argument does not fit.
         """
         size = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
@@ -135,20 +159,20 @@ class VLMDiffPipeline(DiffusionPipeline):
             raise InputError(f"{len(captions)} captions for {len(images)} images: give one an image, or none")
         images = images.to(self.device, self.vae.dtype)
         clean = self.encode_images(images)
-        if captions is None:
-            prompt_embeds = self.encode_captions([""]).expand(len(images), -1, -1)
-        else:
-            prompt_embeds = self.encode_captions(captions)
+        empty = self.encode_captions([""])
+        prompt_embeds = empty.expand(len(images), -1, -1) if captions is None else self.encode_captions(captions)
+        # Where the caption is the empty prompt there is nothing to be guided away from.
+        guided = [i for i, caption in enumerate(captions or ()) if caption and guidance != 1]
         hint = self.normalize(images)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(clean[:1].shape, generator=generator).to(clean)
 
-        alphas = self.scheduler.alphas_cumprod.to(clean)
-        levels = torch.linspace(noise_level, 0, steps + 1).round().long()
-        latents = alphas[levels[0]].sqrt() * clean + (1 - alphas[levels[0]]).sqrt() * noise
-        for i in range(steps):
-            output = self.denoise(latents, levels[i].to(latents.device), prompt_embeds, hint)
-            clean, eps = self._split(latents, output, alphas[levels[i]])
-            if i + 1 < steps:
-                latents = alphas[levels[i + 1]].sqrt() * clean + (1 - alphas[levels[i + 1]]).sqrt() * eps
-        return Reconstruction(images=self.decode_latents(clean), latents=clean)
+        def denoise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            output = self.denoise(latents, timestep, prompt_embeds, hint)
+            if guided:
+                without = self.denoise(latents[guided], timestep, empty.expand(len(guided), -1, -1), hint[guided])
+                output[guided] = torch.lerp(without, output[guided], guidance)
+            return output
+
+        latents = reconstruct(denoise, clean, noise, self.scheduler, noise_level, steps, spacing, solver)
+        return Reconstruction(images=self.decode_latents(latents), latents=latents)

@@ -17,6 +17,7 @@ from PIL import Image
 
 import vlmdiff
 from vlmdiff import workspace as w
+from vlmdiff.captions.files import read_captions
 from vlmdiff.console import say
 from vlmdiff.data import manifest
 from vlmdiff.data.images import read_image, resolve
@@ -43,15 +44,12 @@ REQUIREMENTS = (
 REGION = Object(
     [Property(name, DataType.long) for name in ("x0", "y0", "x1", "y1", "area")] + [Property("peak", DataType.double)]
 )
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, "image")]),
-    outputs=Schema(
-        [
-            ColSpec(DataType.double, "score"),
-            ColSpec(DataType.boolean, "is_anomalous"),
-            ColSpec(Array(REGION), "regions"),
-        ]
-    ),
+OUTPUTS = Schema(
+    [
+        ColSpec(DataType.double, "score"),
+        ColSpec(DataType.boolean, "is_anomalous"),
+        ColSpec(Array(REGION), "regions"),
+    ]
 )
 EXAMPLE_SIDE = 256
 # On versions and on runs alike.
@@ -111,6 +109,7 @@ def _find_run(client: MlflowClient, params: Params, fingerprint: str) -> tuple[s
 
 def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[str, str]:
     """Log everything to a new run; its id and the model's address."""
+    example = _example(params)
     mlflow.set_experiment(params.registry.experiment)
     with mlflow.start_run(tags=tags) as run:
         mlflow.log_params(_flat(params.model_dump(mode="json", by_alias=True)))
@@ -127,23 +126,29 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
             python_model=served.__file__,
             artifacts={"detector": str(w.DETECTOR)},
             code_paths=[str(Path(vlmdiff.__file__).parent)],
-            signature=SIGNATURE,
-            input_example=pd.DataFrame({"image": [_example(params)]}),
+            signature=ModelSignature(Schema([ColSpec(DataType.string, name) for name in example]), OUTPUTS),
+            input_example=pd.DataFrame([example]),
             pip_requirements=[f"{name}=={metadata.version(name)}" for name in ("mlflow", *REQUIREMENTS)],
         )
         mlflow.set_tag("model_uri", model.model_uri)
     return run.info.run_id, model.model_uri
 
 
-def _example(params: Params) -> str:
-    """A normal test image as a client sends it: the base64 of its file, made small."""
+def _example(params: Params) -> dict[str, str]:
+    """A normal test image as a client sends it: the base64 of its file, made small, and the caption that it needs."""
     frame = manifest.read(w.MANIFEST)
-    path = frame.loc[(frame["split"] == "test") & ~frame["is_anomalous"], "path"].iloc[0]
-    image = read_image(resolve(params.prepare.image_root, path), params.prepare.max_pixels)
+    row = frame[(frame["split"] == "test") & ~frame["is_anomalous"]].iloc[0]
+    image = read_image(resolve(params.prepare.image_root, row["path"]), params.prepare.max_pixels)
     image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    example = {"image": base64.b64encode(buffer.getvalue()).decode()}
+    match params.evaluate.detection.captions:
+        case "image":
+            example[served.CAPTION_COLUMNS["image"]] = read_captions(w.CAPTIONS)[row["image_id"]]
+        case "class":
+            example[served.CAPTION_COLUMNS["class"]] = row["class_name"]
+    return example
 
 
 def _defined(results: Results) -> dict[str, float]:

@@ -15,6 +15,8 @@ from vlmdiff.detection.detector import Detector
 from vlmdiff.errors import InputError
 
 MAX_PIXELS = 100_000_000
+# What else a row has, by the detector's `captions`.
+CAPTION_COLUMNS = {"image": "caption", "class": "class_name"}
 
 
 class Inspector(mlflow.pyfunc.PythonModel):
@@ -26,11 +28,20 @@ class Inspector(mlflow.pyfunc.PythonModel):
     def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """A row a photograph: `score` in [0, 1), 0.5 the threshold; `is_anomalous`; `regions` in its own pixels.
 
-        `image` is the base64 of a photograph's file. Raises InputError naming the row that is no image.
+        `image` is the base64 of a photograph's file; a model that judges by captions wants `caption`, or `class_name`
+        where a class has one. Raises InputError naming the row that is no image, or the class without a caption.
         """
+        captions = None
+        match self.detector.params.captions:
+            case "image":
+                captions = model_input[CAPTION_COLUMNS["image"]].tolist()
+            case "class":
+                captions = self.detector.captions_of(model_input[CAPTION_COLUMNS["class"]])
         photographs = [_decode(number, value) for number, value in enumerate(model_input["image"])]
         rows = []
-        for photograph, detection in zip(photographs, self.detector.detect(photographs), strict=True):
+        for photograph, detection in zip(
+            photographs, self.detector.detect(photographs, captions=captions), strict=True
+        ):
             regions = detection.scaled_regions(photograph.shape[1], photograph.shape[0])
             rows.append(
                 {

@@ -1,0 +1,52 @@
+"""From the features of a photograph and of its reconstruction to an anomaly map, and from the map to a score.
+
+What the reference (arXiv 2511.08173) does is one choice of the arguments; its sum over layers is `compare` times their
+number, a factor that calibration divides out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+# Eight means over 8 x 8 pixels: about a Gaussian of sigma 6.5.
+POOL, POOLINGS = 8, 8
+SMALLEST_POOLED = POOLINGS * (POOL - 1) + 1
+
+
+def compare(
+    before: Sequence[torch.Tensor],
+    after: Sequence[torch.Tensor],
+    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    size: int,
+    align_corners: bool = False,
+) -> torch.Tensor:
+    """Maps (B, size, size): the distances of two images' features, made as large as the image, averaged over layers.
+
+    before, after: (B, C, h, w) a layer, C, h and w its own; distance: two of those to (B, h, w). The maps are resized
+    bilinearly; with align_corners the centres of the corner pixels meet, as in the reference, else their outer edges.
+    """
+    maps = [distance(a, b)[:, None] for a, b in zip(before, after, strict=True)]
+    large = [F.interpolate(m, size=(size, size), mode="bilinear", align_corners=align_corners) for m in maps]
+    return torch.cat(large, dim=1).mean(dim=1)
+
+
+def smooth(maps: np.ndarray, sigma: float) -> np.ndarray:
+    """(B, S, S) after a Gaussian of `sigma` pixels, mirrored at the border and cut at four sigma; as it is for 0."""
+    return ndimage.gaussian_filter(maps, sigma=(0, sigma, sigma)) if sigma > 0 else maps
+
+
+def image_scores(maps: np.ndarray, kind: Literal["max", "pooled_max"] = "max") -> np.ndarray:
+    """A score an image (B,) of its map (B, S, S): the maximum, or as in the reference that of a much smoother map.
+
+    "pooled_max" takes means over 8 x 8 pixels at stride 1, eight times, and needs SMALLEST_POOLED = 57 pixels at least.
+    """
+    if kind == "pooled_max":
+        pooled = torch.from_numpy(maps)[:, None]
+        for _ in range(POOLINGS):
+            pooled = F.avg_pool2d(pooled, POOL, stride=1)
+        maps = pooled[:, 0].numpy()
+    return maps.max(axis=(1, 2))

@@ -1,0 +1,66 @@
+"""From noised latents back to clean ones: at which timesteps, by which solver."""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from vlmdiff.errors import InputError
+from vlmdiff.params import Solver, Spacing
+
+# Latents (B, C, h, w) and a scalar timestep to the network's output, of the kind `prediction_type` names.
+Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# DPM-Solver++ of order one is DDIM with eta 0 (Lu et al., 2022).
+ORDER: dict[Solver, int] = {"ddim": 1, "dpmsolver++": 2}
+
+
+def timesteps(noise_level: int, steps: int, spacing: Spacing = "trailing") -> list[int]:
+    """The timesteps of a reconstruction from `noise_level`, falling: where the network is asked.
+
+    "trailing" divides noise_level..0 evenly and begins at `noise_level` itself. "leading" is the reference's: from the
+    bottom up, 1, 1 + stride, ... with stride = (noise_level + 1) // steps; it begins below `noise_level`.
+    Raises InputError where there are more steps than levels.
+    """
+    if not 1 <= steps <= max(noise_level, 1):
+        raise InputError(f"`steps` must be from 1 to `noise_level` = {noise_level}, not {steps}")
+    if spacing == "leading":
+        stride = (noise_level + 1) // steps
+        return [1 + stride * i for i in reversed(range(steps))]
+    return torch.linspace(noise_level, 0, steps + 1).round().long().tolist()[:-1]
+
+
+def reconstruct(
+    denoise: Denoise,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    scheduler: DDIMScheduler,
+    noise_level: int,
+    steps: int,
+    spacing: Spacing = "trailing",
+    solver: Solver = "ddim",
+) -> torch.Tensor:
+    """Latents (B, C, h, w) noised to `noise_level` and taken back, without further noise.
+
+    clean: (B, C, h, w); noise: broadcast to it. With "trailing" the end is the clean latents that the last step
+    predicts; with "leading", as in the reference, it has the noise of timestep 0, and the latents are noised to
+    `noise_level` though the first step takes them to be at its own timestep. Raises InputError as `timesteps` does.
+    """
+    config = scheduler.config
+    levels = timesteps(noise_level, steps, spacing)
+    if not 0 <= noise_level < config.num_train_timesteps:
+        raise InputError(f"`noise_level` must be from 0 to {config.num_train_timesteps - 1}, not {noise_level}")
+    stepper = DPMSolverMultistepScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        solver_order=ORDER[solver],
+        final_sigmas_type="sigma_min" if spacing == "leading" else "zero",
+    )
+    stepper.set_timesteps(timesteps=levels, device=clean.device)
+    latents = scheduler.add_noise(clean, noise, torch.tensor([noise_level], device=clean.device))
+    for timestep in stepper.timesteps:
+        latents = stepper.step(denoise(latents, timestep), timestep, latents).prev_sample
+    return latents
