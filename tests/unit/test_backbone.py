@@ -367,3 +367,35 @@ def test_alike_features_are_no_distance_apart_and_others_are(checkpoint):
     ((extract, distance),) = spaces([entry(checkpoint("resnet"), layers=(2,))], tiny_pipeline())
     (maps,) = extract(torch.rand(2, 3, SIZE, SIZE))
     assert distance(maps, maps).abs().max() < 1e-6 < distance(maps, maps.flip(0)).min()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    weights = SHARED / "weights" / "mobilenet_v2"
+    if not weights.is_dir() or not (SHARED / "real").is_dir():
+        pytest.skip(f"{SHARED} has no pretrained weights and real photographs")
+    return backbone(weights, image_size=256, layers=(4, 11, 14))
+
+
+def photographs(*parts: str, count: int) -> torch.Tensor:
+    files = sorted(SHARED.joinpath("real", *parts).iterdir())[:count]
+    return torch.cat([tensor(Image.open(file).convert("RGB").resize((256, 256))) for file in files])
+
+
+@pytest.mark.parametrize("product", ["asphalt", "bottle", "magnetic_tile", "metal_plate", "pcb"])
+def test_a_photograph_made_smaller_is_more_like_itself_than_like_another(product, trained):
+    one, other = photographs(product, "test", "good", count=2).split(1)
+    smaller = torch.nn.functional.interpolate(one, size=(200, 200), mode="bilinear", antialias=True)
+    for a, b, c in zip(trained(one), trained(smaller), trained(other), strict=True):
+        assert torch.cosine_similarity(a, b).mean() > torch.cosine_similarity(a, c).mean()
+
+
+def test_defects_lie_where_features_are_unlike_those_of_normal_photographs(trained):
+    """The distance to the nearest normal patch, as in PatchCore, is larger inside the mask than outside."""
+    normal = concatenate(trained(photographs("bottle", "train", "good", count=8)), 32).movedim(1, -1).flatten(0, 2)
+    broken = concatenate(trained(photographs("bottle", "test", "broken_large", count=4)), 32)
+    masks = photographs("bottle", "ground_truth", "broken_large", count=4)[:, :1]
+    masks = torch.nn.functional.interpolate(masks, size=32, mode="area")[:, 0] > 0.5
+    for features, mask in zip(broken, masks, strict=True):
+        nearest = torch.cdist(features.flatten(1).T, normal).amin(dim=1).view(32, 32)
+        assert nearest[mask].mean() > nearest[~mask].mean()
