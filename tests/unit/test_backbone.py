@@ -40,7 +40,7 @@ def stages() -> dict:
 
 
 def swin() -> dict:
-    return {"image_size": TRAINED, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    return {"image_size": TRAINED, "patch_size": 4, "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 4]}
 
 
 FAMILIES = {
@@ -198,6 +198,13 @@ def test_blocks_after_the_deepest_layer_are_not_computed(family, checkpoint):
     one_block = work[whole] - work[2,]
     assert one_block > 0
     assert work[whole] - work[1,] == work[whole] - work[0,] == 2 * one_block
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(TOKENS_BEFORE)))
+def test_a_layer_alone_is_what_it_is_among_others(family, checkpoint):
+    images = torch.rand(1, 3, GIVEN, GIVEN)
+    alone, *_ = backbone(checkpoint(family), layers=(1,))(images)
+    assert torch.equal(alone, backbone(checkpoint(family), layers=("last", -1, 1))(images)[2])
 
 
 @pytest.mark.parametrize(("family", "count"), [("vit", 4), ("resnet", 5), ("mobilenet_v2", 16)])

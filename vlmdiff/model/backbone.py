@@ -55,7 +55,7 @@ class Backbone:
         maps = self._maps(output)
         self.channels = [x.shape[1] for x in maps]
         self.grids = [tuple(x.shape[2:]) for x in maps]
-        if output.hidden_states[0].ndim == 4:
+        if _states(output)[0].ndim == 4:
             model.to(memory_format=torch.channels_last)
         elif "last" not in self.layers:
             _drop_blocks(model, count - 1, max(self.layers))
