@@ -40,7 +40,7 @@ def stages() -> dict:
 
 
 def swin() -> dict:
-    return {"image_size": TRAINED, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    return {"image_size": TRAINED, "patch_size": 4, "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 4]}
 
 
 FAMILIES = {
@@ -198,6 +198,13 @@ def test_blocks_after_the_deepest_layer_are_not_computed(family, checkpoint):
     one_block = work[whole] - work[2,]
     assert one_block > 0
     assert work[whole] - work[1,] == work[whole] - work[0,] == 2 * one_block
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(TOKENS_BEFORE)))
+def test_a_layer_alone_is_what_it_is_among_others(family, checkpoint):
+    images = torch.rand(1, 3, GIVEN, GIVEN)
+    alone, *_ = backbone(checkpoint(family), layers=(1,))(images)
+    assert torch.equal(alone, backbone(checkpoint(family), layers=("last", -1, 1))(images)[2])
 
 
 @pytest.mark.parametrize(("family", "count"), [("vit", 4), ("resnet", 5), ("mobilenet_v2", 16)])
@@ -367,3 +374,35 @@ def test_alike_features_are_no_distance_apart_and_others_are(checkpoint):
     ((extract, distance),) = spaces([entry(checkpoint("resnet"), layers=(2,))], tiny_pipeline())
     (maps,) = extract(torch.rand(2, 3, SIZE, SIZE))
     assert distance(maps, maps).abs().max() < 1e-6 < distance(maps, maps.flip(0)).min()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    weights = SHARED / "weights" / "mobilenet_v2"
+    if not weights.is_dir() or not (SHARED / "real").is_dir():
+        pytest.skip(f"{SHARED} has no pretrained weights and real photographs")
+    return backbone(weights, image_size=256, layers=(4, 11, 14))
+
+
+def photographs(*parts: str, count: int) -> torch.Tensor:
+    files = sorted(SHARED.joinpath("real", *parts).iterdir())[:count]
+    return torch.cat([tensor(Image.open(file).convert("RGB").resize((256, 256))) for file in files])
+
+
+@pytest.mark.parametrize("product", ["asphalt", "bottle", "magnetic_tile", "metal_plate", "pcb"])
+def test_a_photograph_made_smaller_is_more_like_itself_than_like_another(product, trained):
+    one, other = photographs(product, "test", "good", count=2).split(1)
+    smaller = torch.nn.functional.interpolate(one, size=(200, 200), mode="bilinear", antialias=True)
+    for a, b, c in zip(trained(one), trained(smaller), trained(other), strict=True):
+        assert torch.cosine_similarity(a, b).mean() > torch.cosine_similarity(a, c).mean()
+
+
+def test_defects_lie_where_features_are_unlike_those_of_normal_photographs(trained):
+    """The distance to the nearest normal patch, as in PatchCore, is larger inside the mask than outside."""
+    normal = concatenate(trained(photographs("bottle", "train", "good", count=8)), 32).movedim(1, -1).flatten(0, 2)
+    broken = concatenate(trained(photographs("bottle", "test", "broken_large", count=4)), 32)
+    masks = photographs("bottle", "ground_truth", "broken_large", count=4)[:, :1]
+    masks = torch.nn.functional.interpolate(masks, size=32, mode="area")[:, 0] > 0.5
+    for features, mask in zip(broken, masks, strict=True):
+        nearest = torch.cdist(features.flatten(1).T, normal).amin(dim=1).view(32, 32)
+        assert nearest[mask].mean() > nearest[~mask].mean()
