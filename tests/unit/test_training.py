@@ -71,7 +71,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, stop_at):
     assert resumed_history == history
 
 
-def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path):
+@pytest.mark.parametrize(("keep_from", "kept"), [(0, 17), (25, 25)])
+def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path, keep_from, kept):
     params = Training(**{**SETTINGS, "ema_decay": 0.0, "learning_rate": 0.5, "validate_every": 1})
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1, bias=False)
@@ -83,8 +84,8 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path):
         seen[step] = model.weight.item()
         return abs(step - 17)
 
-    fit("train", model, lambda step, part: -model.weight.sum(), judge, params, tmp_path)
-    assert model.weight.item() == seen[17]
+    fit("train", model, lambda step, part: -model.weight.sum(), judge, params, tmp_path, keep_from=keep_from)
+    assert model.weight.item() == seen[kept]
 
 
 def test_the_average_not_the_last_weights_is_judged_and_kept(tmp_path):

@@ -23,7 +23,7 @@ class SpatialFeatureFusion(nn.Module):
         super().__init__()
         self.downsamplers = nn.ModuleList(
             nn.ModuleList(
-                nn.Sequential(nn.Conv2d(s, t, 3, stride=2, padding=1, bias=False), nn.InstanceNorm2d(t), nn.SiLU())
+                nn.Sequential(nn.Conv2d(s, t, 3, stride=2, padding=1, bias=False), _instance_norm(t), nn.SiLU())
                 for s in source_channels
             )
             for t in target_channels
@@ -128,6 +128,11 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         if self.config.only_mid_control:
             fine = [sample.new_zeros(())] * len(fine)
         return [*fine, *fused], middle
+
+
+def _instance_norm(channels: int) -> nn.Module:
+    # Groups of one channel. PyTorch's own InstanceNorm2d has a wrong gradient for a batch of one in channels-last.
+    return nn.GroupNorm(channels, channels, affine=False)
 
 
 def _plain(value):
