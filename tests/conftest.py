@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "prepare": {"demo": {"train": 12, "test_good": 3, "test_per_defect": 1, "size": 64}},
     "validate": {"min_images": {"train": 4, "validation": 1, "test": 2}},
     "first_stage": {"image_size": 32, "block_channels": [32, 32], "steps": 6, "batch_size": 8},
-    "encode": {"text_encoder": {"hidden_size": 16, "layers": 1, "heads": 2, "steps": 2}},
+    "encode": {"text_encoder": {"kind": "trained", "hidden_size": 16, "layers": 1, "heads": 2, "steps": 2}},
     "train": {
         "block_channels": [32, 32],
         "head_size": 16,

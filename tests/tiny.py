@@ -1,12 +1,18 @@
 """The smallest real models: random weights, the libraries' own classes, built in a second."""
 
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from vlmdiff.detection.detector import Detector
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.params import AutoencoderFeatures, Detection, Pixels, TextEncoder, Train
 from vlmdiff.training.diffusion import build
+from vlmdiff.training.encoded import Encoded
 from vlmdiff.training.text_encoder import train_text_encoder, train_tokenizer
 
 CAPTIONS = ["a red round thing on white", "a blue square thing on grey", "green stripes from left to right"]
@@ -52,3 +58,73 @@ def tiny_detector(**detection) -> Detector:
         **detection,
     }
     return Detector(tiny_pipeline(), Detection(**settings))
+
+
+def tiny_checkpoint(folder: Path, width: int = 32) -> Path:
+    """A folder as Stable Diffusion 1.5's: the same classes and files, three resolutions, random weights."""
+    torch.manual_seed(1)
+    UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        block_out_channels=(width, width, width),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        sample_size=64,  # not the size that it will be used at, as with Stable Diffusion's
+        block_out_channels=(32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        scaling_factor=0.5,
+    ).save_pretrained(folder / "vae")
+    PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
+    params = TextEncoder(vocabulary=300, max_tokens=16, hidden_size=16, layers=1, heads=2, steps=1)
+    tokenizer = train_tokenizer(CAPTIONS, params)
+    thumbnails = torch.rand(len(CAPTIONS), 3, 8, 8)
+    text_encoder = train_text_encoder(tokenizer, CAPTIONS, thumbnails, params, 0, torch.device("cpu"))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text_encoder.save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def tiny_backbone(folder: Path) -> Path:
+    """A vision transformer of two layers on images of 32 pixels, with its processor."""
+    torch.manual_seed(2)
+    ViTModel(
+        ViTConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=SIZE,
+            patch_size=8,
+        ),
+        add_pooling_layer=False,
+    ).save_pretrained(folder)
+    ViTImageProcessor(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]).save_pretrained(folder)
+    return folder
+
+
+def tiny_encoded(latent: int = SIZE // 4, size: int = SIZE, tokens: int = 16, width: int = 16) -> Encoded:
+    """20 images to train on and 6 held out, of three captions and the empty one."""
+    generator = np.random.default_rng(3)
+    count = 26
+    return Encoded(
+        index=pd.DataFrame(
+            {"split": ["train"] * 20 + ["validation"] * 6, "caption": generator.integers(1, 4, count)},
+        ),
+        mean=generator.standard_normal((count, 4, latent, latent), dtype=np.float32),
+        std=np.full((count, 4, latent, latent), 0.1, np.float32),
+        text=generator.standard_normal((4, tokens, width), dtype=np.float32),
+        hints=generator.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
+    )

@@ -176,3 +176,7 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":  # accelerate launch -m vlmdiff.cli train
+    main()

@@ -14,7 +14,7 @@ from vlmdiff.workspace import MADE
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
-Scale = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -111,12 +111,31 @@ class Caption(Section):
         return self
 
 
+class Pretrained(Section):
+    """Weights in diffusers' or transformers' layout: a folder here, or a name on the hub at a `revision` (a commit)."""
+
+    model: str
+    revision: str | None = None
+
+
+class Part(Pretrained):
+    """One network out of such a folder or repository."""
+
+    subfolder: str = ""
+
+
 class Training(Section):
-    """What every training loop of ours has; rates fall by half a cosine after a linear warm-up."""
+    """What every training loop of ours has; rates fall by half a cosine after a linear warm-up.
+
+    `batch_size` is that of an optimizer's step, whatever number of processes and of `accumulate` parts share it.
+    """
 
     steps: Positive
     batch_size: Positive
-    learning_rate: Annotated[float, Field(gt=0)]
+    accumulate: Positive = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    learning_rate: PositiveFloat
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -126,29 +145,79 @@ class Training(Section):
     seed: int = 0
 
 
+class VisionBackbone(Pretrained):
+    """A vision model of `transformers`, by folder or by hub name and `revision`, and the layers that are looked at.
+
+    Layers are hidden states as the library counts them: 0 is what enters a transformer's first block, -1 what its last
+    block gives. "last" is the model's `last_hidden_state`: -1 after the final normalisation in ViT and DINO (there the
+    reference's features), after the last convolution in MobileNet, the same as -1 in ResNet and ConvNeXt. `image_mean`
+    and `image_std`, of an image in [0, 1], are those of the checkpoint's preprocessor_config.json where left out, and
+    0.5, which means inputs in [-1, 1], where it has none.
+    """
+
+    image_size: Positive = 224
+    layers: Annotated[tuple[int | Literal["last"], ...], Field(min_length=1)] = (-1,)
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+
+    @model_validator(mode="after")
+    def _normalization_is_whole(self):
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ValueError("give both of `image_mean` and `image_std`, or neither")
+        return self
+
+
+class Perceptual(VisionBackbone):
+    """Distance in the features of a vision model."""
+
+    weight: PositiveFloat = 1.0
+
+
+class Discriminator(Section):
+    """A patch discriminator that joins at step `start`; `weight` is its share of the decoder's gradient."""
+
+    start: Annotated[int, Field(ge=0)]
+    weight: Annotated[float, Field(gt=0)] = 0.5
+    channels: Annotated[int, Field(gt=0, multiple_of=8)] = 64
+    layers: Positive = 3
+
+
 class FirstStage(Training):
-    """An AutoencoderKL trained from scratch; `block_channels` has an entry a resolution, each halving the last."""
+    """An AutoencoderKL: trained from scratch, or `pretrained` and fine-tuned (`steps: 0` leaves it as it is).
+
+    `block_channels` has an entry a resolution, each halving the last; a pretrained one brings its own shape and scale.
+    """
 
     kind: Literal["autoencoder_kl"] = "autoencoder_kl"
+    pretrained: Part | None = None
     image_size: Positive = 64
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
     latent_channels: Positive = 4
     block_channels: tuple[Positive, ...] = (16, 32, 64)
     kl_weight: Annotated[float, Field(ge=0)] = 1e-4
-    steps: Positive = 800
+    perceptual: Perceptual | None = None
+    discriminator: Discriminator | None = None
+    steps: Annotated[int, Field(ge=0)] = 800
     batch_size: Positive = 8
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    learning_rate: PositiveFloat = 3e-3
 
     @model_validator(mode="after")
-    def _grid_fits(self):
+    def _fits(self):
         factor = 2 ** (len(self.block_channels) - 1)
-        if self.image_size % factor:
+        if self.pretrained is None and self.image_size % factor:
             raise ValueError(f"`image_size` must be a multiple of {factor}, the downsampling of `block_channels`")
+        if self.pretrained is None and self.steps == 0:
+            raise ValueError("`steps: 0` leaves a `pretrained` autoencoder as it is: name one, or train for some steps")
+        if self.discriminator is not None and self.discriminator.start >= self.steps:
+            raise ValueError("`discriminator.start` must be less than `steps`, or the discriminator never joins")
         return self
 
 
 class TextEncoder(Section):
     """A CLIP text model of this size, fitted with its tokenizer to the captions and their images."""
 
+    kind: Literal["trained"] = "trained"
     vocabulary: Annotated[int, Field(ge=300)] = 1000
     max_tokens: Annotated[int, Field(ge=8, le=77)] = 77
     hidden_size: Positive = 64
@@ -156,18 +225,33 @@ class TextEncoder(Section):
     heads: Positive = 4
     steps: Positive = 150
     batch_size: Positive = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: PositiveFloat = 1e-3
+
+
+class PretrainedTextEncoder(Part):
+    """A CLIP text model as it is; the subfolders are those of a Stable Diffusion pipeline."""
+
+    kind: Literal["pretrained"]
+    subfolder: str = "text_encoder"
+    tokenizer_subfolder: str = "tokenizer"
 
 
 class Encode(Section):
     batch_size: Positive = 32
-    text_encoder: TextEncoder = TextEncoder()
+    text_encoder: Annotated[TextEncoder | PretrainedTextEncoder, Field(discriminator="kind")] = TextEncoder()
     seed: int = 0
 
 
 class Train(Training):
-    """The denoiser: channels of the UNet and of the SGN at each resolution, and how they are trained."""
+    """The denoiser: what the UNet and the SGN start from, and how they are trained.
 
+    `pretrained` is a pipeline in diffusers' layout: the UNet starts from its `unet`, the SGN from the same UNet's down
+    and middle blocks, the noise schedule is its `scheduler`'s. Without it `block_channels`, `layers_per_block` and
+    `head_size` shape an untrained UNet.
+    """
+
+    pretrained: Pretrained | None = None
+    trainable: Literal["all", "paper"] = "all"
     block_channels: tuple[Positive, ...] = (32, 64, 128)
     layers_per_block: Positive = 1
     head_size: Positive = 32
@@ -177,7 +261,13 @@ class Train(Training):
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     steps: Positive = 520
     batch_size: Positive = 32
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: PositiveFloat = 1e-3
+
+    @model_validator(mode="after")
+    def _frozen_part_is_trained(self):
+        if self.trainable == "paper" and self.pretrained is None:
+            raise ValueError("`trainable: paper` freezes the UNet's down and middle blocks: it needs `pretrained`")
+        return self
 
 
 class Pixels(Section):
@@ -193,30 +283,6 @@ class AutoencoderFeatures(Section):
     kind: Literal["autoencoder"]
     layers: tuple[Annotated[int, Field(ge=0)], ...] = (1,)
     weight: Annotated[float, Field(gt=0)] = 1.0
-
-
-class VisionBackbone(Section):
-    """A vision model of `transformers`, by folder or by hub name and `revision`, and the layers that are looked at.
-
-    Layers are hidden states as the library counts them: 0 is what enters a transformer's first block, -1 what its last
-    block gives. "last" is the model's `last_hidden_state`: -1 after the final normalisation in ViT and DINO (there the
-    reference's features), after the last convolution in MobileNet, the same as -1 in ResNet and ConvNeXt. `image_mean`
-    and `image_std`, of an image in [0, 1], are those of the checkpoint's preprocessor_config.json where left out, and
-    0.5, which means inputs in [-1, 1], where it has none.
-    """
-
-    model: str
-    revision: str | None = None
-    image_size: Positive = 224
-    layers: Annotated[tuple[int | Literal["last"], ...], Field(min_length=1)] = (-1,)
-    image_mean: tuple[float, float, float] | None = None
-    image_std: tuple[Scale, Scale, Scale] | None = None
-
-    @model_validator(mode="after")
-    def _normalization_is_whole(self):
-        if (self.image_mean is None) != (self.image_std is None):
-            raise ValueError("give both of `image_mean` and `image_std`, or neither")
-        return self
 
 
 class BackboneFeatures(VisionBackbone):

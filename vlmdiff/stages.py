@@ -57,21 +57,27 @@ def first_stage(
 ) -> None:
     """Fit the latent space to the normal training images: a model folder `out`, loss curves in `report`."""
     from vlmdiff.data import manifest
-    from vlmdiff.device import pick_device
+    from vlmdiff.device import processes
+    from vlmdiff.model.normalization import Normalization
     from vlmdiff.training.first_stage import train_autoencoder
 
-    frame = manifest.read(manifest_file)
+    here = processes()
     folder = training_state(state, params, manifest_file)
-    images = {
-        split: image_array(frame[frame["split"] == split], data, params.image_size, folder / f"{split}.npy")
-        for split in ("train", "validation")
-    }
-    device = pick_device()
-    vae, history = train_autoencoder(images["train"], images["validation"], params, folder, device)
-    with atomic_folder(out) as temporary:
-        vae.save_pretrained(temporary)
-    write_history(report, history)
-    shutil.rmtree(folder)
+    files = {split: folder / f"{split}.npy" for split in ("train", "validation")}
+    if here.is_main_process:
+        frame = manifest.read(manifest_file)
+        for split, file in files.items():
+            image_array(frame[frame["split"] == split], data, params.image_size, file)
+    here.wait_for_everyone()
+    images = {split: np.load(file, mmap_mode="c") for split, file in files.items()}
+    vae, history = train_autoencoder(images["train"], images["validation"], params, folder, here.device)
+    if here.is_main_process:
+        with atomic_folder(out) as temporary:
+            vae.save_pretrained(temporary)
+            Normalization(params.image_mean, params.image_std).save(temporary)
+        write_history(report, history)
+        shutil.rmtree(folder)
+    here.destroy_process_group()
 
 
 def encode(
@@ -83,6 +89,7 @@ def encode(
     from vlmdiff.captions.files import read_captions
     from vlmdiff.data import manifest
     from vlmdiff.device import pick_device
+    from vlmdiff.model.normalization import Normalization
     from vlmdiff.training import encoded
 
     device = pick_device()
@@ -91,7 +98,9 @@ def encode(
     vae = AutoencoderKL.from_pretrained(latent_space).to(device)
     with atomic_folder(out) as temporary:
         hints = image_array(frame, data, vae.config.sample_size, temporary / "hints.npy")
-        encoded.encode(frame, hints, read_captions(captions), vae, params, temporary, device)
+        encoded.encode(
+            frame, hints, read_captions(captions), vae, Normalization.load(latent_space), params, temporary, device
+        )
 
 
 def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Path, report: Path) -> None:
@@ -99,23 +108,30 @@ def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Pat
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from vlmdiff.device import pick_device
+    from vlmdiff.device import processes
+    from vlmdiff.model.normalization import Normalization
     from vlmdiff.training.diffusion import build, train_denoiser
     from vlmdiff.training.encoded import Encoded
 
-    device = pick_device()
+    here = processes()
     folder = training_state(state, params, data, latent_space)
     pipeline = build(
         AutoencoderKL.from_pretrained(latent_space),
         CLIPTextModel.from_pretrained(data / "text_encoder"),
         CLIPTokenizer.from_pretrained(data / "tokenizer"),
         params,
-    ).to(device)
+        Normalization.load(latent_space),
+    )
+    # Autoencoder and text encoder have done their work, and their memory is better used.
+    for network in (pipeline.unet, pipeline.sgn):
+        network.to(here.device)
     history = train_denoiser(pipeline, Encoded.open(data), params, folder)
-    with atomic_folder(out) as temporary:
-        pipeline.save_pretrained(temporary)
-    write_history(report, history)
-    shutil.rmtree(folder)
+    if here.is_main_process:
+        with atomic_folder(out) as temporary:
+            pipeline.save_pretrained(temporary)
+        write_history(report, history)
+        shutil.rmtree(folder)
+    here.destroy_process_group()
 
 
 def evaluate(
@@ -247,15 +263,25 @@ def write_history(report: Path, history: list[dict[str, float]]) -> None:
 
 def training_state(root: Path, params: p.Section, *inputs: Path) -> Path:
     """The folder for the state of the training that these parameters, inputs and this code define."""
+    from accelerate.utils import broadcast_object_list
+
+    from vlmdiff.device import processes
+
+    # What the main process has found serves the others: the inputs are a whole dataset.
+    found = [_digest(params, *inputs) if processes().is_main_process else None]
+    folder = root / f"{type(params).__name__.lower()}-{broadcast_object_list(found)[0][:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _digest(params: p.Section, *inputs: Path) -> str:
     digest = hashlib.sha256(f"{vlmdiff.__version__} {params.model_dump_json()}".encode())
     package = Path(vlmdiff.__file__).parent
     code = [*(package / "model").glob("*.py"), *(package / "training").glob("*.py")]
     for file in [*sorted(code), *(file for path in inputs for file in files_under(path))]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    folder = root / f"{type(params).__name__.lower()}-{digest.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return digest.hexdigest()
 
 
 def files_under(path: Path) -> Iterator[Path]:

@@ -75,6 +75,20 @@ def test_fusion_is_the_published_formula():
     torch.testing.assert_close(fusion([source], [target])[0], total * torch.sigmoid(total))
 
 
+def test_the_fusions_gradient_of_a_batch_is_the_sum_of_its_images():
+    """PyTorch 2.13's InstanceNorm2d fails this: on a CPU, for a batch of one in channels-last."""
+    fusion = SpatialFeatureFusion([3], [5]).to(memory_format=torch.channels_last)
+    weight = fusion.downsamplers[0][0][0].weight
+    source = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    target = torch.randn(4, 5, 4, 4).to(memory_format=torch.channels_last)
+
+    def gradient(rows):
+        return torch.autograd.grad(fusion([source[rows]], [target[rows]])[0].square().sum(), weight)[0]
+
+    alone = sum(gradient(slice(i, i + 1)) for i in range(4))
+    torch.testing.assert_close(alone, gradient(slice(None)))
+
+
 def test_at_the_papers_size_the_fusion_has_the_published_channels():
     with torch.device("meta"):
         sgn = SemanticGuidedNetwork()

@@ -48,14 +48,14 @@ def regression(state, params, stop_at=None):
     model = torch.nn.Linear(1, 1)
     x = torch.linspace(-1, 1, 32)[:, None]
 
-    def loss(step):
+    def loss(step, part):
         if step == stop_at:
             raise KeyboardInterrupt
-        rows = batch_indices(32, params.batch_size, step, params.seed)
-        noise = 0.1 * torch.randn(len(rows), 1, generator=step_generator(params.seed, step))
+        rows = batch_indices(32, params.batch_size, step, params.seed)[part]
+        noise = 0.1 * torch.randn(params.batch_size, 1, generator=step_generator(params.seed, step))[part]
         return (model(x[rows]) - 2 * x[rows] - 1 - noise).square().mean()
 
-    history = fit("train", model, loss, lambda: (model(x) - 2 * x - 1).square().mean().item(), params, state)
+    history = fit("train", model, loss, lambda _: (model(x) - 2 * x - 1).square().mean().item(), params, state)
     return model, history
 
 
@@ -71,20 +71,21 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, stop_at):
     assert resumed_history == history
 
 
-def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path):
+@pytest.mark.parametrize(("keep_from", "kept"), [(0, 17), (25, 25)])
+def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path, keep_from, kept):
     params = Training(**{**SETTINGS, "ema_decay": 0.0, "learning_rate": 0.5, "validate_every": 1})
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1, bias=False)
     seen = {}
 
-    def judge():
+    def judge(_):
         # Lowest in the middle of training, whatever the weights are.
         step = len(seen) + 1
         seen[step] = model.weight.item()
         return abs(step - 17)
 
-    fit("train", model, lambda step: -model.weight.sum(), judge, params, tmp_path)
-    assert model.weight.item() == seen[17]
+    fit("train", model, lambda step, part: -model.weight.sum(), judge, params, tmp_path, keep_from=keep_from)
+    assert model.weight.item() == seen[kept]
 
 
 def test_the_average_not_the_last_weights_is_judged_and_kept(tmp_path):
@@ -92,11 +93,11 @@ def test_the_average_not_the_last_weights_is_judged_and_kept(tmp_path):
     model = torch.nn.Linear(1, 1, bias=False)
     path = [model.weight.item()]
 
-    def loss(step):
+    def loss(step, part):
         path.append(model.weight.item())
         return model.weight.sum()
 
-    fit("train", model, loss, lambda: 0.0, params, tmp_path)
+    fit("train", model, loss, lambda _: 0.0, params, tmp_path)
     first, second = path[2], None
     # After step n the average moves towards the weights by 1 - min(decay, (1 + n) / (10 + n)).
     average = path[0] + 0.9 * (first - path[0])
@@ -110,8 +111,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_parameter_to_change(tmp_path):
         fit(
             "train",
             model,
-            lambda step: model.weight.sum() * float("nan"),
-            lambda: 0.0,
+            lambda step, part: model.weight.sum() * float("nan"),
+            lambda _: 0.0,
             Training(**SETTINGS),
             tmp_path,
         )

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, ModelOutput, cached_file, logging
 
 from vlmdiff.errors import InputError
+from vlmdiff.model.pretrained import check_pinned
 from vlmdiff.params import VisionBackbone
 
 # Inputs in [-1, 1], as TensorFlow's checkpoints and most of those without a processor's file take them.
@@ -66,8 +67,7 @@ class Backbone:
 
         Raises InputError where there is none, it is no vision model, or it lacks weights.
         """
-        if params.revision is None and not Path(params.model).is_dir():
-            raise InputError(f"{params.model} is not a folder; for a model of the hub, pin its `revision` (a commit)")
+        check_pinned(params)
         try:
             model = _load(params)
             mean, std = _normalization(params)
@@ -75,9 +75,11 @@ class Backbone:
             raise InputError(f"cannot load the vision model {params.model}: {error}") from error
         return cls(model.to(device), params, mean, std)
 
-    @torch.no_grad()  # not inference_mode: whoever trains on the features must be able to save them for a backward pass
     def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of images of any size, resized to `image_size`, bilinear with antialiasing."""
+        """Feature maps of images of any size, resized to `image_size`, bilinear with antialiasing.
+
+        A gradient flows through to images that require one.
+        """
         # Activations of two images stay in a CPU's caches, those of a batch do not: MobileNetV2 takes half the time.
         at_once = 2 if self._mean.device.type == "cpu" else max(len(images), 1)
         parts = [self._maps(self._run(_resize(x.to(self._mean), self.size))) for x in images.split(at_once)]

@@ -10,6 +10,7 @@ from diffusers.utils import BaseOutput, logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.errors import InputError
+from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.sampling import reconstruct
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 from vlmdiff.model.text import embed
@@ -84,10 +85,11 @@ class VLMDiffPipeline(DiffusionPipeline):
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """From [0, 1] to what the networks see; (B, 3, S, S) in and out."""
-        return (images - self._channel(self.config.image_mean)) / self._channel(self.config.image_std)
+        return self._normalization(images)
 
-    def _channel(self, values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, device=self.device, dtype=self.vae.dtype).view(1, 3, 1, 1)
+    @property
+    def _normalization(self) -> Normalization:
+        return Normalization(self.config.image_mean, self.config.image_std)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Latents of photographs, the posterior's mean, scaled: (B, 3, S, S) in [0, 1] to (B, C, h, w)."""
@@ -96,7 +98,7 @@ class VLMDiffPipeline(DiffusionPipeline):
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Photographs of latents: (B, C, h, w), scaled, to (B, 3, S, S) in [0, 1]."""
         images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return (images * self._channel(self.config.image_std) + self._channel(self.config.image_mean)).clamp(0, 1)
+        return self._normalization.inverse(images).clamp(0, 1)
 
     def encode_captions(self, captions: Sequence[str]) -> torch.Tensor:
         """Text embeddings (B, L, D) of captions, padded or cut to the text encoder's L tokens."""

@@ -2,9 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel, ModelMixin  # ModelMixin: diffusers looks here how to load the SGN
+from diffusers import ControlNetModel, ModelMixin, UNet2DConditionModel  # ModelMixin: diffusers looks here to load us
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
+
+from vlmdiff.errors import InputError
 
 __all__ = ["ModelMixin", "SemanticGuidedNetwork", "SpatialFeatureFusion"]
 
@@ -21,7 +23,7 @@ class SpatialFeatureFusion(nn.Module):
         super().__init__()
         self.downsamplers = nn.ModuleList(
             nn.ModuleList(
-                nn.Sequential(nn.Conv2d(s, t, 3, stride=2, padding=1, bias=False), nn.InstanceNorm2d(t), nn.SiLU())
+                nn.Sequential(nn.Conv2d(s, t, 3, stride=2, padding=1, bias=False), _instance_norm(t), nn.SiLU())
                 for s in source_channels
             )
             for t in target_channels
@@ -77,6 +79,32 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         sources, targets = self._two_coarsest(channels)
         self.fusion = SpatialFeatureFusion(sources, targets)
 
+    @classmethod
+    def from_unet(
+        cls, unet: UNet2DConditionModel, hint_channels: tuple[int, ...], only_mid_control: bool
+    ) -> "SemanticGuidedNetwork":
+        """An SGN whose down and middle blocks start as the UNet's; its hint's encoder and its outputs are new.
+
+        Raises InputError for a UNet of another design than Stable Diffusion 1's.
+        """
+        shape = "in_channels", "down_block_types", "block_out_channels", "layers_per_block"
+        attention = "cross_attention_dim", "attention_head_dim"
+        sgn = cls(
+            **{key: unet.config[key] for key in (*shape, *attention)},
+            hint_channels=hint_channels,
+            only_mid_control=only_mid_control,
+        )
+        ours, theirs = ({k: _plain(v) for k, v in net.config.items() if k[0] != "_"} for net in (sgn.control, unet))
+        if differs := sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]):
+            raise InputError(f"an SGN cannot start from this UNet, which differs in {', '.join(differs)}")
+        for part in ("conv_in", "time_embedding", "down_blocks", "mid_block"):
+            getattr(sgn.control, part).load_state_dict(getattr(unet, part).state_dict())
+        return sgn
+
+    def unused_outputs(self) -> nn.ModuleList:
+        """The control's output convolutions that reach neither the UNet nor the fusion."""
+        return self.control.controlnet_down_blocks[: -2 * self.outputs_per_level if self.config.only_mid_control else 0]
+
     def _two_coarsest(self, outputs: list) -> tuple[list, list]:
         n = self.outputs_per_level
         return outputs[-2 * n : -n], outputs[-n:]
@@ -100,3 +128,13 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         if self.config.only_mid_control:
             fine = [sample.new_zeros(())] * len(fine)
         return [*fine, *fused], middle
+
+
+def _instance_norm(channels: int) -> nn.Module:
+    # Groups of one channel. PyTorch's own InstanceNorm2d has a wrong gradient for a batch of one in channels-last.
+    return nn.GroupNorm(channels, channels, affine=False)
+
+
+def _plain(value):
+    """A configured value as JSON would give it back."""
+    return list(value) if isinstance(value, tuple) else value

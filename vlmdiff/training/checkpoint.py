@@ -14,17 +14,18 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) 
     """Replace the checkpoint in `folder`; a crash at any moment leaves the old one or the new one."""
     with atomic_folder(folder) as temporary:
         save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            # To the CPU first: copies of weights and moments would not fit beside them on a GPU.
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             temporary / "state.safetensors",
         )
         (temporary / "facts.json").write_text(json.dumps(facts))
 
 
-def load(folder: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The checkpoint in `folder`, or None where there is none."""
+def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The checkpoint in `folder`, on the CPU, or None where there is none."""
     if not folder.is_dir():
         return None
-    return load_file(folder / "state.safetensors", device=str(device)), json.loads((folder / "facts.json").read_text())
+    return load_file(folder / "state.safetensors"), json.loads((folder / "facts.json").read_text())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -9,6 +9,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from vlmdiff.errors import InputError
+from vlmdiff.model import pretrained
+from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 from vlmdiff.params import Train
@@ -16,9 +19,43 @@ from vlmdiff.training.encoded import Encoded
 from vlmdiff.training.loop import History, batch_indices, fit, step_generator
 
 
-def build(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, params: Train) -> VLMDiffPipeline:
-    """A pipeline with an untrained denoiser of the given size around a trained first stage and text encoder."""
+def build(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    params: Train,
+    normalization: Normalization = Normalization(),
+) -> VLMDiffPipeline:
+    """A pipeline with a denoiser to be trained around a first stage and a text encoder.
+
+    Raises InputError where a pretrained UNet or the hint's encoder does not fit them.
+    """
     torch.manual_seed(params.seed)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if 2 ** (len(params.hint_channels) - 1) != factor:
+        raise InputError(
+            f"train.hint_channels has {len(params.hint_channels)} entries: with a first stage that halves the image "
+            f"{len(vae.config.block_out_channels) - 1} times it needs {len(vae.config.block_out_channels)}"
+        )
+    make = _untrained if params.pretrained is None else _pretrained
+    unet, sgn, scheduler = make(vae, text_encoder, params)
+    return VLMDiffPipeline(
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        sgn,
+        scheduler,
+        image_size=vae.config.sample_size,
+        image_mean=normalization.image_mean,
+        image_std=normalization.image_std,
+    )
+
+
+Denoiser = tuple[UNet2DConditionModel, SemanticGuidedNetwork, DDIMScheduler]
+
+
+def _untrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -> Denoiser:
     levels = len(params.block_channels)
     shape = dict(
         in_channels=vae.config.latent_channels,
@@ -46,17 +83,55 @@ def build(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokeni
         clip_sample=False,
         timestep_spacing="trailing",
     )
-    return VLMDiffPipeline(vae, text_encoder, tokenizer, unet, sgn, scheduler, image_size=vae.config.sample_size)
+    return unet, sgn, scheduler
+
+
+def _pretrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -> Denoiser:
+    source = params.pretrained
+    scheduler = pretrained.load(DDIMScheduler, source, "scheduler")
+    predicts = scheduler.config.prediction_type
+    if predicts != params.prediction:
+        raise InputError(f"{source.model} was trained to predict {predicts}: set train.prediction to it")
+    scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
+    unet = pretrained.load_network(UNet2DConditionModel, source, "unet")
+    for what, has, needs in (
+        ("latents of {} channels", unet.config.in_channels, vae.config.latent_channels),
+        ("text embeddings of {} numbers", unet.config.cross_attention_dim, text_encoder.config.hidden_size),
+    ):
+        if has != needs:
+            raise InputError(
+                f"the UNet of {source.model} takes {what.format(has)}, and gets {needs}: take first stage and text "
+                "encoder from the same model (first_stage.pretrained, encode.text_encoder)"
+            )
+    return unet, SemanticGuidedNetwork.from_unet(unet, params.hint_channels, params.only_mid_control), scheduler
+
+
+def choose_trainable(pipeline: VLMDiffPipeline, params: Train) -> nn.ModuleDict:
+    """UNet and SGN, of which exactly what `params.trainable` names requires a gradient.
+
+    "paper" is the SGN, the UNet's up blocks and its output (normalisation and convolution). Outputs of the SGN that
+    reach nothing, as all but the two coarsest resolutions' do with `only_mid_control`, are never trained.
+    """
+    unet, sgn = pipeline.unet, pipeline.sgn
+    unet.requires_grad_(params.trainable == "all")
+    for part in (unet.up_blocks, unet.conv_norm_out, unet.conv_out, sgn):
+        part.requires_grad_(True)
+    sgn.unused_outputs().requires_grad_(False)
+    return nn.ModuleDict({"unet": unet, "sgn": sgn})
 
 
 def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, state: Path) -> History:
     """Train the pipeline's UNet and SGN in place; what is frozen is not touched."""
-    device = pipeline.device
+    device = pipeline.unet.device
     scheduler = pipeline.scheduler
-    denoiser = nn.ModuleDict({"unet": pipeline.unet, "sgn": pipeline.sgn}).to(memory_format=torch.channels_last)
+    denoiser = choose_trainable(pipeline, params).to(memory_format=torch.channels_last)
+    if params.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        pipeline.sgn.enable_gradient_checkpointing()
     training = np.flatnonzero(data.index["split"] == "train")
     held_out = np.flatnonzero(data.index["split"] == "validation")
     captions = data.index["caption"].to_numpy()
+    levels_count = scheduler.config.num_train_timesteps
 
     def prediction_loss(
         rows: np.ndarray,
@@ -65,35 +140,40 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
         levels: torch.Tensor,
         text_rows: np.ndarray,
     ) -> torch.Tensor:
-        noise, levels = noise.to(device), levels.to(device)
+        latents, noise, levels = latents.to(device), noise.to(device), levels.to(device)
         noisy = scheduler.add_noise(latents, noise, levels)
-        hint = pipeline.normalize(torch.from_numpy(data.hints[rows]).to(device).permute(0, 3, 1, 2).float() / 255)
+        hint = pipeline.normalize(from_uint8(data.hints[rows], device))
         output = pipeline.denoise(noisy, levels, torch.from_numpy(data.text[text_rows]).to(device), hint)
         target = noise
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, levels)
-        return F.mse_loss(output, target)
+        return F.mse_loss(output.float(), target)
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(step: int, part: slice) -> torch.Tensor:
+        # All is drawn for the whole batch, so that its parts add up to the same whatever their number.
         rows = training[batch_indices(len(training), params.batch_size, step, params.seed)]
+        shape = (len(rows), *data.mean.shape[1:])
         generator = step_generator(params.seed, step)
-        mean, std = torch.from_numpy(data.mean[rows]), torch.from_numpy(data.std[rows])
-        latents = (mean + std * torch.randn(mean.shape, generator=generator)).to(device)
-        noise = torch.randn(mean.shape, generator=generator)
-        levels = torch.randint(0, scheduler.config.num_train_timesteps, (len(rows),), generator=generator)
-        dropped = torch.rand(len(rows), generator=generator).numpy() < params.caption_dropout
+        posterior = torch.randn(shape, generator=generator)[part]
+        noise = torch.randn(shape, generator=generator)[part]
+        levels = torch.randint(0, levels_count, (len(rows),), generator=generator)[part]
+        dropped = (torch.rand(len(rows), generator=generator) < params.caption_dropout)[part].numpy()
+        rows = rows[part]
+        latents = torch.from_numpy(data.mean[rows]) + torch.from_numpy(data.std[rows]) * posterior
         return prediction_loss(rows, latents, noise, levels, np.where(dropped, 0, captions[rows]))
 
-    def validation_loss() -> float:
+    def validation_loss(share: slice) -> float:
         # The same levels and noise each time: a curve that falls means a model that is better.
         generator = step_generator(params.seed, 2**32)
         total = 0.0
         for start in range(0, len(held_out), params.batch_size):
             rows = held_out[start : start + params.batch_size]
-            latents = torch.from_numpy(data.mean[rows])
-            noise = torch.randn(latents.shape, generator=generator)
-            levels = torch.randint(0, scheduler.config.num_train_timesteps, (len(rows),), generator=generator)
-            total += prediction_loss(rows, latents.to(device), noise, levels, captions[rows]).item() * len(rows)
+            noise = torch.randn((len(rows), *data.mean.shape[1:]), generator=generator)[share]
+            levels = torch.randint(0, levels_count, (len(rows),), generator=generator)[share]
+            rows = rows[share]
+            if len(rows):
+                latents = torch.from_numpy(data.mean[rows])
+                total += prediction_loss(rows, latents, noise, levels, captions[rows]).item() * len(rows)
         return total / len(held_out)
 
     return fit("train", denoiser, loss, validation_loss, params, state)

@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.console import track
 from vlmdiff.errors import InputError
+from vlmdiff.model import pretrained
+from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.text import embed
-from vlmdiff.params import Encode
-from vlmdiff.training.first_stage import to_tensor
+from vlmdiff.params import Encode, PretrainedTextEncoder
 from vlmdiff.training.text_encoder import THUMBNAIL, train_text_encoder, train_tokenizer
 
 
@@ -42,11 +44,12 @@ def encode(
     images: np.ndarray,
     captions: dict[str, str],
     vae: AutoencoderKL,
+    normalization: Normalization,
     params: Encode,
     out: Path,
     device: torch.device,
 ) -> None:
-    """Fit the text encoder, then write latents and text embeddings into the folder `out`, beside the hints.
+    """Get the text encoder, then write latents and text embeddings into the folder `out`, beside the hints.
 
     frame: image_id and split of each image; images: uint8 (N, S, S, 3), the hints; captions: by image_id.
     """
@@ -55,12 +58,7 @@ def encode(
     rows = {text: row for row, text in enumerate(known)}
 
     training = np.flatnonzero(frame["split"] == "train")
-    thumbnails = torch.nn.functional.adaptive_avg_pool2d(
-        torch.from_numpy(images[training]).permute(0, 3, 1, 2).float() / 255, THUMBNAIL
-    )
-    training_texts = [texts[i] for i in training]
-    tokenizer = train_tokenizer(training_texts, params.text_encoder)
-    text_encoder = train_text_encoder(tokenizer, training_texts, thumbnails, params.text_encoder, params.seed, device)
+    tokenizer, text_encoder = _text_encoder(images, training, [texts[i] for i in training], params, device)
     tokenizer.save_pretrained(out / "tokenizer")
     text_encoder.save_pretrained(out / "text_encoder")
 
@@ -74,13 +72,13 @@ def encode(
     mean, std = (_array(out / f"{name}.npy", shape, np.float32) for name in ("mean", "std"))
     text = _array(
         out / "text.npy",
-        (len(known), params.text_encoder.max_tokens, params.text_encoder.hidden_size),
+        (len(known), text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size),
         np.float32,
     )
     with torch.no_grad():
         for start in track(range(0, count, size), "encode images", total=-(-count // size)):
             part = slice(start, start + size)
-            posterior = vae.encode(to_tensor(images[part], device)).latent_dist
+            posterior = vae.encode(normalization(from_uint8(images[part], device))).latent_dist
             mean[part] = (posterior.mean * factor).cpu()
             std[part] = (posterior.std * factor).cpu()
         for start in range(0, len(known), size):
@@ -95,6 +93,19 @@ def encode(
         }
     )
     index.to_parquet(out / "index.parquet", index=False)
+
+
+def _text_encoder(
+    images: np.ndarray, training: np.ndarray, texts: list[str], params: Encode, device: torch.device
+) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The one that is named, or one fitted to the training images' captions."""
+    chosen = params.text_encoder
+    if isinstance(chosen, PretrainedTextEncoder):
+        model = pretrained.load_network(CLIPTextModel, chosen, chosen.subfolder).to(device).requires_grad_(False)
+        return pretrained.load(CLIPTokenizer, chosen, chosen.tokenizer_subfolder), model
+    thumbnails = torch.nn.functional.adaptive_avg_pool2d(from_uint8(images[training], torch.device("cpu")), THUMBNAIL)
+    tokenizer = train_tokenizer(texts, chosen)
+    return tokenizer, train_text_encoder(tokenizer, texts, thumbnails, chosen, params.seed, device)
 
 
 def _array(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:

@@ -1,20 +1,24 @@
-"""Train the image autoencoder whose latents the denoiser works in."""
+"""Train the image autoencoder whose latents the denoiser works in, or fine-tune a pretrained one."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import accelerate.utils
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from vlmdiff.console import say
+from vlmdiff.device import processes
+from vlmdiff.errors import InputError
+from vlmdiff.model import pretrained
+from vlmdiff.model.backbone import Backbone
+from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.params import FirstStage
+from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, perceptual_distance
 from vlmdiff.training.loop import History, batch_indices, fit, step_generator
-
-
-def to_tensor(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_autoencoder(
@@ -22,12 +26,95 @@ def train_autoencoder(
 ) -> tuple[AutoencoderKL, History]:
     """An `AutoencoderKL` fitted to normal images by L1, squared error and a small KL term.
 
+    To these come, where configured, a perceptual distance and a patch discriminator; validation is by L1 and the
+    perceptual distance, and once there is a discriminator only weights that have met it are kept.
+
     images, validation: uint8 (N, S, S, 3), S the configured size; may be memory-mapped. `scaling_factor` is set so that
-    the training images' latents have unit variance.
+    the training images' latents have unit variance; a pretrained autoencoder keeps its own, which pretrained UNets
+    know. With `steps: 0` the one row of the history measures the autoencoder as it is.
     """
     torch.manual_seed(params.seed)
+    vae = (_untrained(params) if params.pretrained is None else _pretrained(params)).to(
+        device, memory_format=torch.channels_last
+    )
+    normalization = Normalization(params.image_mean, params.image_std)
+    features = Backbone.load(params.perceptual, device) if params.perceptual else None
+    discriminator = None
+    if params.discriminator:
+        discriminator = PatchDiscriminator(params.discriminator.channels, params.discriminator.layers).to(device)
+    if params.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+
+    def perceptual(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor | float:
+        if features is None:
+            return 0.0
+        return params.perceptual.weight * perceptual_distance(
+            features, normalization.inverse(y), normalization.inverse(x)
+        )
+
+    def loss(step: int, part: slice) -> torch.Tensor:
+        rows = batch_indices(len(images), params.batch_size, step, params.seed)[part]
+        x = normalization(from_uint8(images[rows], device))
+        posterior = DiagonalGaussianDistribution(vae.encode(x).latent_dist.parameters.float())
+        shape = (params.batch_size, *posterior.mean.shape[1:])
+        noise = torch.randn(shape, generator=step_generator(params.seed, step))[part].to(device)
+        z = posterior.mean + posterior.std * noise
+        y = vae.decode(z).sample.float()
+        reconstruction = F.l1_loss(y, x) + F.mse_loss(y, x) + perceptual(y, x)
+        total = reconstruction + params.kl_weight * posterior.kl().mean() / z[0].numel()
+        if discriminator is not None and step >= params.discriminator.start:
+            total = total + adversarial_loss(
+                discriminator,
+                params.discriminator,
+                photographs=x,
+                reconstructions=y,
+                reconstruction_loss=reconstruction,
+                last_weight=vae.decoder.conv_out.weight,
+                mean_over_processes=lambda gradient: accelerate.utils.reduce(gradient, "mean"),
+            )
+        return total
+
+    def distance(of: np.ndarray, share: slice) -> float:
+        total = 0.0
+        for start in range(0, len(of), params.batch_size):
+            batch = of[start : start + params.batch_size][share]
+            if len(batch):
+                x = normalization(from_uint8(batch, device))
+                y = vae.decode(vae.encode(x).latent_dist.mode()).sample.float()
+                total += float(F.l1_loss(y, x) + perceptual(y, x)) * len(batch)
+        return total / len(of)
+
+    sample = images[:: max(1, len(images) // 256)]
+    if params.steps == 0:
+        return vae, _measure(distance, sample, validation)
+    history = fit(
+        "first_stage",
+        vae,
+        loss,
+        lambda share: distance(validation, share),
+        params,
+        state,
+        adversary=discriminator,
+        keep_from=params.discriminator.start + 1 if params.discriminator else 0,
+    )
+    if params.pretrained is None and processes().is_main_process:
+        with torch.no_grad():
+            latents = torch.cat(
+                [
+                    vae.encode(
+                        normalization(from_uint8(sample[start : start + params.batch_size], device))
+                    ).latent_dist.mode()
+                    for start in range(0, len(sample), params.batch_size)
+                ]
+            )
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        say(f"first_stage: latents {tuple(latents.shape[1:])}, scaling factor {vae.config.scaling_factor:.3f}")
+    return vae, history
+
+
+def _untrained(params: FirstStage) -> AutoencoderKL:
     levels = len(params.block_channels)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         sample_size=params.image_size,
         latent_channels=params.latent_channels,
         block_out_channels=params.block_channels,
@@ -37,33 +124,22 @@ def train_autoencoder(
         mid_block_add_attention=False,
         # Groups of one channel would wash out its level, and the decoder would draw specks to get it back.
         norm_num_groups=min(32, min(params.block_channels) // 4),
-    ).to(device, memory_format=torch.channels_last)
+    )
 
-    def loss(step: int) -> torch.Tensor:
-        x = to_tensor(images[batch_indices(len(images), params.batch_size, step, params.seed)], device)
-        posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(
-            posterior.mean.shape, generator=step_generator(params.seed, step)
-        ).to(device)
-        y = vae.decode(z).sample
-        return F.l1_loss(y, x) + F.mse_loss(y, x) + params.kl_weight * posterior.kl().mean() / z[0].numel()
 
-    def validation_loss() -> float:
-        total = 0.0
-        for start in range(0, len(validation), params.batch_size):
-            x = to_tensor(validation[start : start + params.batch_size], device)
-            total += F.l1_loss(vae.decode(vae.encode(x).latent_dist.mode()).sample, x).item() * len(x)
-        return total / len(validation)
-
-    history = fit("first_stage", vae, loss, validation_loss, params, state)
-    with torch.no_grad():
-        sample = images[:: max(1, len(images) // 256)]
-        latents = torch.cat(
-            [
-                vae.encode(to_tensor(sample[start : start + params.batch_size], device)).latent_dist.mode()
-                for start in range(0, len(sample), params.batch_size)
-            ]
+def _pretrained(params: FirstStage) -> AutoencoderKL:
+    vae = pretrained.load_network(AutoencoderKL, params.pretrained, params.pretrained.subfolder)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if params.image_size % factor:
+        raise InputError(
+            f"first_stage.image_size must be a multiple of {factor}, the downsampling of {params.pretrained.model}"
         )
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
-    say(f"first_stage: latents {tuple(latents.shape[1:])}, scaling factor {vae.config.scaling_factor:.3f}")
-    return vae, history
+    vae.register_to_config(sample_size=params.image_size)
+    return vae
+
+
+def _measure(distance: Callable[[np.ndarray, slice], float], sample: np.ndarray, validation: np.ndarray) -> History:
+    with torch.no_grad():
+        seen, held_out = (distance(of, slice(None)) for of in (sample, validation))
+    say(f"first_stage: as it is, loss {seen:.4f}, validation {held_out:.4f}")
+    return [{"step": 0, "loss": seen, "validation_loss": held_out, "learning_rate": 0.0}]

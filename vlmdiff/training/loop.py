@@ -1,4 +1,7 @@
-"""The training loop that both the first stage and the denoiser run: killed anywhere, it ends with the same weights."""
+"""The training loop that both the first stage and the denoiser run: killed anywhere, it ends with the same weights.
+
+The batch of a step, and its noise, are a function of (seed, step); processes and accumulated parts share it out.
+"""
 
 import contextlib
 import math
@@ -9,9 +12,12 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch import nn
 
 from vlmdiff.console import say, track
+from vlmdiff.device import processes
 from vlmdiff.errors import InputError
 from vlmdiff.params import Training
 from vlmdiff.training import checkpoint
@@ -39,41 +45,93 @@ def warmup_cosine(step: int, warmup: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+class _Objective(nn.Module):
+    """The loss as a module, so that what wraps a module (mixed precision, data parallel) wraps all that it computes."""
+
+    def __init__(self, networks: list[nn.Module], loss: Callable[[int, slice], torch.Tensor]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.loss = loss
+
+    def forward(self, step: int, part: slice) -> torch.Tensor:
+        return self.loss(step, part)
+
+
 def fit(
     name: str,
     model: nn.Module,
-    loss: Callable[[int], torch.Tensor],
-    validation_loss: Callable[[], float],
+    loss: Callable[[int, slice], torch.Tensor],
+    validation_loss: Callable[[slice], float],
     params: Training,
     state: Path,
+    adversary: nn.Module | None = None,
+    keep_from: int = 0,
 ) -> History:
     """Train `model` in place by AdamW and leave in it the averaged (EMA) weights of the lowest validation loss.
 
-    `loss(step)` must be a function of the weights and the step alone. Training resumes from the checkpoint in `state`,
-    a folder that belongs to these exact inputs and that the caller removes once the result is safe. Returns a row
-    {step, loss, validation_loss, learning_rate} for each validation, `loss` the mean since the one before.
+    `loss(step, part)` is the mean loss of the rows `part` of the step's batch, and must be a function of the weights
+    and these alone. `validation_loss(share)` is this process's share (every n-th row) of the validation loss: the sum
+    over processes is the loss. Only parameters that require a gradient are trained, averaged and saved.
+
+    `adversary` is trained by the same loss, with moments and clipping of its own; its weights are not averaged. Where
+    a step gives it no gradient, it stays as it is. Validations before step `keep_from` do not choose the weights.
+
+    Training resumes from the checkpoint in `state`, a folder that belongs to these exact inputs and that the caller
+    removes once the result is safe. The result is in the main process, which alone writes. Returns a row {step, loss,
+    validation_loss, learning_rate} for each validation, `loss` the mean since the one before.
+
+    Raises InputError where a batch cannot be shared out evenly, the precision has no hardware here, the loss is not
+    finite, or another training has the folder.
     """
+    here = processes()
+    if params.batch_size % (params.accumulate * here.num_processes):
+        raise InputError(
+            f"{name}.batch_size = {params.batch_size} cannot be shared by {here.num_processes} processes in "
+            f"{params.accumulate} parts each: make it a multiple of {params.accumulate * here.num_processes}"
+        )
+    if params.precision == "fp16" and here.device.type == "cpu":
+        raise InputError(f"{name}.precision: fp16 needs a GPU; on a CPU choose fp32 or bf16")
     state.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(state / "lock", timeout=0) if here.is_main_process else contextlib.nullcontext()
     try:
-        with filelock.FileLock(state / "lock", timeout=0):
-            return _fit(name, model, loss, validation_loss, params, state / "checkpoint")
+        with lock:
+            return _fit(name, model, loss, validation_loss, params, state / "checkpoint", adversary, keep_from)
     except filelock.Timeout:
         raise InputError(
             f"another process is training {name} with the same inputs ({state}): wait for it or end it"
         ) from None
 
 
-def _fit(name, model, loss, validation_loss, params: Training, saved: Path) -> History:
-    weights = dict(model.named_parameters())
-    device = next(iter(weights.values())).device
-    average = {key: weight.detach().clone() for key, weight in weights.items()}
-    best = {key: weight.detach().clone() for key, weight in weights.items()}
-    optimizer = torch.optim.AdamW(
-        weights.values(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
+def _fit(name, model, loss, validation_loss, params: Training, saved: Path, adversary, keep_from: int) -> History:
+    here = processes()
+    main = here.is_main_process
+    accelerator = Accelerator(
+        mixed_precision="no" if params.precision == "fp32" else params.precision,
+        device_placement=False,
+        kwargs_handlers=[
+            # A weight is used once in a pass: keeping its cast would only cost memory.
+            AutocastKwargs(cache_enabled=False),
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True, find_unused_parameters=adversary is not None, broadcast_buffers=False
+            ),
+        ],
     )
+    weights = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
+    device = next(iter(weights.values())).device
+    others = dict(adversary.named_parameters()) if adversary else {}
+    average = {key: weight.detach().clone() for key, weight in weights.items()}
+    best = {key: weight.detach().to("cpu", copy=True) for key, weight in weights.items()} if main else {}
+    groups = [list(group.values()) for group in (weights, others) if group]
+    adamw = torch.optim.AdamW(
+        [{"params": group} for group in groups],
+        lr=params.learning_rate,
+        weight_decay=params.weight_decay,
+        fused=True,
+    )
+    named = {"weights": weights, "average": average, "best": best, "adversary": others}
     history: History = []
     start, losses, best_loss = 0, [], math.inf
-    if (found := checkpoint.load(saved, device)) is not None:
+    if (found := checkpoint.load(saved)) is not None:
         tensors, facts = found
         start, losses, best_loss, history = (
             facts["step"],
@@ -81,30 +139,49 @@ def _fit(name, model, loss, validation_loss, params: Training, saved: Path) -> H
             facts["best_loss"],
             facts["history"],
         )
-        for prefix, target in (("weights.", weights), ("average.", average), ("best.", best)):
-            with torch.no_grad():
-                for key, tensor in target.items():
-                    tensor.copy_(tensors[prefix + key])
+        with torch.no_grad():
+            for kind, targets in named.items():
+                for key, target in targets.items():
+                    target.copy_(tensors[f"{kind}.{key}"])
         checkpoint.load_optimizer(
-            optimizer,
+            adamw,
             {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")},
         )
-        say(f"{name}: resumed at step {start} of {params.steps}")
+        if accelerator.scaler:
+            accelerator.scaler.load_state_dict(facts["scaler"])
+        if main:
+            say(f"{name}: resumed at step {start} of {params.steps}")
 
+    objective = accelerator.prepare(_Objective([model, *([adversary] if adversary else [])], loss))
+    optimizer = accelerator.prepare(adamw)
+    share = slice(here.process_index, None, here.num_processes)
+    size = params.batch_size // (params.accumulate * here.num_processes)
+    first = here.process_index * params.accumulate * size
+    parts = [slice(first + i * size, first + (i + 1) * size) for i in range(params.accumulate)]
+    steps = range(start, params.steps)
     began = time.monotonic()
-    for step in track(range(start, params.steps), f"{name}", total=params.steps, completed=start):
+    for step in track(steps, name, total=params.steps, completed=start) if main else steps:
         rate = params.learning_rate * warmup_cosine(step, params.warmup_steps, params.steps)
-        for group in optimizer.param_groups:
+        for group in adamw.param_groups:
             group["lr"] = rate
-        model.train()
-        value = loss(step)
-        if not torch.isfinite(value):
-            raise InputError(f"{name}: the loss is {value.item()} at step {step}: lower {name}.learning_rate")
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(weights.values(), params.max_grad_norm)
+        objective.train()
+        optimizer.zero_grad()
+        total = torch.zeros((), device=device)
+        for i, part in enumerate(parts):
+            # Gradients travel between processes once a step.
+            last = i + 1 == len(parts)
+            with contextlib.nullcontext() if last else accelerator.no_sync(objective):
+                value = objective(step, part) / len(parts)
+                accelerator.backward(value)
+            total += value.detach()
+        value = accelerator.reduce(total, "mean").item()
+        if not math.isfinite(value):
+            raise InputError(f"{name}: the loss is {value} at step {step}: lower {name}.learning_rate")
+        accelerator.unscale_gradients()
+        for group in groups:
+            nn.utils.clip_grad_norm_(group, params.max_grad_norm)
         optimizer.step()
-        losses.append(value.item())
+        losses.append(value)
         # The average forgets the start early on: at step n it spans about n / 10 steps at the most.
         decay = min(params.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -112,13 +189,14 @@ def _fit(name, model, loss, validation_loss, params: Training, saved: Path) -> H
 
         done = step + 1
         if done % params.validate_every == 0 or done == params.steps:
-            model.eval()
-            with torch.no_grad(), _weights(weights, average):
-                judged = validation_loss()
-            if judged < best_loss:
+            objective.eval()
+            with torch.no_grad(), _lend(weights, average), accelerator.autocast():
+                mine = torch.tensor(validation_loss(share), dtype=torch.float64, device=device)
+            judged = accelerator.reduce(mine, "sum").item()
+            if judged < best_loss and done >= keep_from:
                 best_loss = judged
-                for key, tensor in average.items():
-                    best[key].copy_(tensor)
+                for key, tensor in best.items():
+                    tensor.copy_(average[key])
             history.append(
                 {
                     "step": done,
@@ -129,35 +207,38 @@ def _fit(name, model, loss, validation_loss, params: Training, saved: Path) -> H
             )
             losses = []
             pace = (time.monotonic() - began) / (done - start)
-            say(
-                f"{name}: step {done}/{params.steps}, loss {history[-1]['loss']:.4f}, "
-                f"validation {judged:.4f}, {pace:.2f} s a step"
-            )
-        if done % params.checkpoint_every == 0 and done < params.steps:
-            tensors = {
-                **{f"weights.{k}": v for k, v in weights.items()},
-                **{f"average.{k}": v for k, v in average.items()},
-                **{f"best.{k}": v for k, v in best.items()},
-                **{f"optimizer.{k}": v for k, v in checkpoint.optimizer_tensors(optimizer).items()},
-            }
+            if main:
+                say(
+                    f"{name}: step {done}/{params.steps}, loss {history[-1]['loss']:.4f}, "
+                    f"validation {judged:.4f}, {pace:.2f} s a step"
+                )
+        if main and done % params.checkpoint_every == 0 and done < params.steps:
+            tensors = {f"{kind}.{key}": tensor for kind, group in named.items() for key, tensor in group.items()}
+            tensors |= {f"optimizer.{key}": tensor for key, tensor in checkpoint.optimizer_tensors(adamw).items()}
             facts = {"step": done, "losses": losses, "best_loss": best_loss, "history": history}
+            if accelerator.scaler:
+                facts["scaler"] = accelerator.scaler.state_dict()
             checkpoint.save(saved, tensors, facts)
 
     with torch.no_grad():
-        for key, weight in weights.items():
-            weight.copy_(best[key])
+        for key, tensor in best.items():
+            weights[key].copy_(tensor)
     model.eval()
     return history
 
 
 @contextlib.contextmanager
-def _weights(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]):
-    """Lend the model other weights."""
-    own = {key: weight.detach().clone() for key, weight in weights.items()}
-    for key, weight in weights.items():
-        weight.copy_(others[key])
+def _lend(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]):
+    """Lend the model other weights, which hold its own meanwhile: no third copy."""
+    _swap(weights, others)
     try:
         yield
     finally:
-        for key, weight in weights.items():
-            weight.copy_(own[key])
+        _swap(weights, others)
+
+
+def _swap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    for key in a:
+        kept = a[key].detach().clone()
+        a[key].copy_(b[key])
+        b[key].copy_(kept)
