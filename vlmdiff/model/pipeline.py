@@ -74,7 +74,7 @@ class VLMDiffPipeline(DiffusionPipeline):
         return (images * self._channel(self.config.image_std) + self._channel(self.config.image_mean)).clamp(0, 1)
 
     def encode_captions(self, captions: Sequence[str]) -> torch.Tensor:
-        """Text embeddings (B, L, D) of captions, padded or cut to the text encoder's L tokens."""
+        """Text embeddings (B, L, D) of captions; L is the text encoder's length, times the windows of the longest."""
         return embed(self.tokenizer, self.text_encoder, captions)
 
     def denoise(
