@@ -1,5 +1,6 @@
 """Captions from a vision-language model of `transformers` on this machine."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,13 +67,32 @@ class FromModel:
             self.model = AutoModelForImageTextToText.from_pretrained(
                 params.model, **settings, dtype=params.dtype, device_map=params.device_map, use_safetensors=True
             ).eval()
-        # An ImportError names the extra that the model's processor needs, such as torchvision.
-        except (OSError, ValueError, ImportError) as error:
+        except ImportError as error:
+            raise InputError(
+                f"caption.captioner: the model {params.model!r} needs a package that is not here, the extra `vlm` has "
+                f"torchvision: {error}"
+            ) from error
+        except (OSError, ValueError) as error:
             raise InputError(f"caption.captioner: cannot load the model {params.model!r}: {error}") from error
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # so that every answer begins where the prompts end
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        # Given as a whole: BLIP-2 would take that of its language model instead.
+        self.generation = copy.deepcopy(self.model.generation_config)
+        self.generation.update(
+            max_new_tokens=params.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            num_beams=1,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+        ends = self.generation.eos_token_id
+        self.ends = set(ends) if isinstance(ends, list) else {ends}
+        # Who ends before the longest of a batch is padded.
+        self.ends |= {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
     def _answer(self, batch: Sequence[tuple[str, Path]]) -> list[tuple[str, bool]]:
         """Text of each answer, and whether the model ended it."""
@@ -83,24 +103,13 @@ class FromModel:
             seeds = [f"{self.params.seed} {image_id}" for image_id, _ in batch]
             processors.append(SeededSampling(self.params.temperature, seeds))
         with torch.inference_mode():
-            tokens = self.model.generate(
-                **inputs,
-                max_new_tokens=self.params.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                logits_processor=processors,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-            )
+            tokens = self.model.generate(**inputs, generation_config=self.generation, logits_processor=processors)
         prompt = inputs["input_ids"]
         # Decoder-only models repeat the prompt before the answer, encoder-decoders do not.
         if tokens.shape[1] >= prompt.shape[1] and torch.equal(tokens[:, : prompt.shape[1]], prompt):
             tokens = tokens[:, prompt.shape[1] :]
-        tokenizer = self.processor.tokenizer
-        ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}  # who ended before the longest of the batch is padded
-        stops = self.model.generation_config.eos_token_id
-        ends |= set(stops) if isinstance(stops, list) else {stops}
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [(text, last in ends) for text, last in zip(texts, tokens[:, -1].tolist(), strict=True)]
+        return [(text, last in self.ends) for text, last in zip(texts, tokens[:, -1].tolist(), strict=True)]
 
     def _inputs(self, images: Sequence[Image.Image]) -> BatchFeature:
         """What the model reads of images and prompt."""
