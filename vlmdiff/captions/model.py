@@ -106,7 +106,7 @@ class FromModel:
             tokens = self.model.generate(**inputs, generation_config=self.generation, logits_processor=processors)
         prompt = inputs["input_ids"]
         # Decoder-only models repeat the prompt before the answer, encoder-decoders do not.
-        if tokens.shape[1] >= prompt.shape[1] and torch.equal(tokens[:, : prompt.shape[1]], prompt):
+        if tokens.shape[1] > prompt.shape[1] and torch.equal(tokens[:, : prompt.shape[1]], prompt):
             tokens = tokens[:, prompt.shape[1] :]
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [(text, last in self.ends) for text, last in zip(texts, tokens[:, -1].tolist(), strict=True)]
