@@ -126,5 +126,6 @@ def tiny_encoded(latent: int = SIZE // 4, size: int = SIZE, tokens: int = 16, wi
         mean=generator.standard_normal((count, 4, latent, latent), dtype=np.float32),
         std=np.full((count, 4, latent, latent), 0.1, np.float32),
         text=generator.standard_normal((4, tokens, width), dtype=np.float32),
+        windows=np.arange(4)[:, None],
         hints=generator.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
     )

@@ -98,17 +98,67 @@ class Validate(Section):
     max_imbalance: Annotated[float, Field(ge=1)] = 10.0
 
 
+class Describe(Section):
+    """Sentences from measurements of the image, without a model."""
+
+    kind: Literal["describe"]
+
+
+class CaptionFile(Section):
+    """Captions that the user brings; `captions/brought.py` says in which formats. Paths are relative to prepare.root.
+
+    `images` is the list of image paths that goes with a bare list of captions.
+    """
+
+    kind: Literal["file"]
+    file: Path
+    images: Path | None = None
+
+
+class Prompted(Section):
+    """What is asked of a vision-language model, by the name of a prompt in `captions/prompts.py` or in full."""
+
+    model: str
+    prompt: Annotated[str, Field(min_length=1)] = "paper"
+    max_new_tokens: Positive = 512
+    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0 is greedy, and the seed then says nothing
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class VisionLanguageModel(Prompted):
+    """An image-text-to-text model of `transformers`, by path, or by its name on the hub with a commit's hash."""
+
+    kind: Literal["transformers"]
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device_map: str = "auto"
+    batch_size: Positive = 8
+
+
+class Endpoint(Prompted):
+    """A model behind an OpenAI-compatible endpoint, such as vLLM's or LMDeploy's.
+
+    `base_url` ends where /chat/completions begins; `api_key_variable` names the environment variable with the key;
+    `timeout` is seconds of silence; `retries` come after waits that double from `backoff` seconds.
+    """
+
+    kind: Literal["openai"]
+    base_url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
+    api_key_variable: str | None = None
+    max_side: Positive = 1024
+    concurrency: Positive = 16
+    timeout: Annotated[float, Field(gt=0)] = 120.0
+    retries: Annotated[int, Field(ge=0)] = 6
+    backoff: Annotated[float, Field(gt=0)] = 1.0
+
+
+Captioner = Annotated[Describe | CaptionFile | VisionLanguageModel | Endpoint, Field(discriminator="kind")]
+
+
 class Caption(Section):
-    captioner: Literal["describe", "file"] = "describe"
-    file: Path | None = None
+    captioner: Captioner = Describe(kind="describe")
     min_words: Positive = 3
     max_words: Positive = 120
-
-    @model_validator(mode="after")
-    def _file_is_given(self):
-        if (self.captioner == "file") != (self.file is not None):
-            raise ValueError("`file` is the captions' JSONL: give it with captioner: file, and only there")
-        return self
 
 
 class Pretrained(Section):
@@ -237,7 +287,10 @@ class PretrainedTextEncoder(Part):
 
 
 class Encode(Section):
+    """`max_windows` of the text encoder's length are read of a caption; 1 cuts it after the first, as CLIP does."""
+
     batch_size: Positive = 32
+    max_windows: Annotated[int, Field(ge=1, le=8)] = 4
     text_encoder: Annotated[TextEncoder | PretrainedTextEncoder, Field(discriminator="kind")] = TextEncoder()
     seed: int = 0
 

@@ -23,16 +23,18 @@ from vlmdiff.captions.store import CaptionStore
 
 class Slow:
     identity = {"captioner": "slow"}
-    def caption(self, batch):
-        for image_id, _ in batch:
-            with open(sys.argv[2], "a") as log:
-                log.write(image_id + "\\n")
-        time.sleep(float(sys.argv[3]))
-        return [f"caption of {image_id}" for image_id, _ in batch]
+    def caption(self, items):
+        for start in range(0, len(items), 2):
+            batch = items[start : start + 2]
+            for image_id, _ in batch:
+                with open(sys.argv[2], "a") as log:
+                    log.write(image_id + "\\n")
+            time.sleep(float(sys.argv[3]))
+            yield {image_id: f"caption of {image_id}" for image_id, _ in batch}
 
 items = [(f"image {i:02}", Path(f"{i:02}.png")) for i in range(40)]
 with CaptionStore(Path(sys.argv[1])) as store:
-    captions = caption_all(items, Slow(), store, batch_size=2)
+    captions = caption_all(items, Slow(), store)
 assert captions == {image_id: f"caption of {image_id}" for image_id, _ in items}
 """
 

@@ -71,7 +71,7 @@ def test_other_captions_rerun_what_follows_and_not_the_first_stage(workspace):
     rows = [json.loads(line) for line in written]
     lines = [json.dumps({"path": row["path"], "caption": f"a thing called {row['class_name']}"}) for row in rows]
     (workspace.path / "data/raw/captions.jsonl").write_text("\n".join(lines))
-    workspace.set_params(caption={"captioner": "file", "file": "captions.jsonl"})
+    workspace.set_params(caption={"captioner": {"kind": "file", "file": "captions.jsonl"}})
     again = ran(workspace.run("dvc", "repro").stdout)
     assert {"caption", "encode", "train", "evaluate"} <= set(again) and "first_stage" not in again
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,16 @@ IDENTITY = st.dictionaries(st.text(), JSON, max_size=4)
 
 
 class Counting:
-    """A captioner that remembers what it was asked."""
+    """A captioner that remembers what it was asked, and hands over a caption at a time."""
 
     def __init__(self, prompt="describe the image"):
         self.identity = {"captioner": "counting", "prompt": prompt}
         self.asked = []
 
-    def caption(self, batch):
-        self.asked += [image_id for image_id, _ in batch]
-        return [f"caption of {file.name} by {self.identity['prompt']}" for _, file in batch]
+    def caption(self, items):
+        for image_id, file in items:
+            self.asked.append(image_id)
+            yield {image_id: f"caption of {file.name} by {self.identity['prompt']}"}
 
 
 def photographs(folder: Path, *contents: str) -> list[tuple[str, Path]]:
@@ -68,9 +70,9 @@ def test_a_rerun_asks_for_nothing(tmp_path):
     items = photographs(tmp_path, "a", "b", "c")
     captioner = Counting()
     with CaptionStore(tmp_path / "captions.sqlite") as store:
-        first = caption_all(items, captioner, store, batch_size=2)
+        first = caption_all(items, captioner, store)
     with CaptionStore(tmp_path / "captions.sqlite") as store:
-        assert caption_all(items, captioner, store, batch_size=2) == first
+        assert caption_all(items, captioner, store) == first
     assert sorted(captioner.asked) == sorted(image_id for image_id, _ in items)
 
 
@@ -106,8 +108,9 @@ def test_a_changed_prompt_is_a_miss_and_the_old_captions_stay(tmp_path):
 
 def test_an_image_without_a_caption_is_left_out_and_asked_for_again(tmp_path):
     class Silent(Counting):
-        def caption(self, batch):
-            return [text if "0.png" in text else None for text in super().caption(batch)]
+        def caption(self, items):
+            for captions in super().caption(items):
+                yield {image_id: text if "0.png" in text else None for image_id, text in captions.items()}
 
     items = photographs(tmp_path, "a", "b")
     captioner = Silent()
@@ -119,27 +122,57 @@ def test_an_image_without_a_caption_is_left_out_and_asked_for_again(tmp_path):
 
 def test_what_was_captioned_before_an_error_is_kept(tmp_path):
     class Failing(Counting):
-        def caption(self, batch):
-            if len(self.asked) >= 4:
-                raise ConnectionError("the endpoint is gone")
-            return super().caption(batch)
+        def caption(self, items):
+            yield from super().caption(items[:4])
+            raise ConnectionError("the endpoint is gone")
 
     items = photographs(tmp_path, *"abcdefgh")
     rest = Counting()
     with CaptionStore(tmp_path / "captions.sqlite") as store:
         with pytest.raises(ConnectionError):
-            caption_all(items, Failing(), store, batch_size=2)
+            caption_all(items, Failing(), store)
         caption_all(items, rest, store)
     assert rest.asked == [image_id for image_id, _ in items[4:]]
 
 
 def test_a_captioner_that_loses_an_image_is_no_success(tmp_path):
     class Losing(Counting):
-        def caption(self, batch):
-            return super().caption(batch)[:-1]
+        def caption(self, items):
+            return super().caption(items[:-1])
 
-    with CaptionStore(tmp_path / "captions.sqlite") as store, pytest.raises(ValueError):
+    with CaptionStore(tmp_path / "captions.sqlite") as store, pytest.raises(ValueError, match="silent"):
         caption_all(photographs(tmp_path, "a", "b"), Losing(), store)
+
+
+def test_captions_go_to_their_images_in_whatever_order_they_come(tmp_path):
+    class Hasty(Counting):
+        def caption(self, items):
+            return super().caption(items[::-1])
+
+    items = photographs(tmp_path, *"abcde")
+    with CaptionStore(tmp_path / "captions.sqlite") as store:
+        captions = caption_all(items, Hasty(), store)
+    assert captions == {image_id: f"caption of {file.name} by describe the image" for image_id, file in items}
+
+
+def test_a_captioner_is_closed_when_the_store_fails(tmp_path):
+    class Open(Counting):
+        closed = False
+
+        def caption(self, items):
+            try:
+                yield from super().caption(items)
+            finally:
+                self.closed = True
+
+    captioner = Open()
+    with CaptionStore(tmp_path / "captions.sqlite") as store:
+        with sqlite3.connect(tmp_path / "captions.sqlite") as db:
+            db.execute("DROP TABLE captions")
+            db.execute("CREATE TABLE captions (key TEXT, caption TEXT)")
+        with pytest.raises(InputError, match="captions"):
+            caption_all(photographs(tmp_path, "a", "b"), captioner, store)
+    assert captioner.closed and len(captioner.asked) == 1
 
 
 def test_a_file_that_is_no_store_is_named(tmp_path):

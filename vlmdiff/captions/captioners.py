@@ -1,9 +1,9 @@
 """Captioners by name, and the loop that asks one for every caption that the store does not hold yet."""
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
@@ -13,9 +13,8 @@ from vlmdiff.captions import describe
 from vlmdiff.captions.store import CaptionStore, key
 from vlmdiff.console import say, track
 from vlmdiff.data import images
-from vlmdiff.errors import InputError
 
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # descriptions a transaction
 
 
 class Captioner(Protocol):
@@ -26,8 +25,12 @@ class Captioner(Protocol):
 
     identity: Mapping[str, Any]
 
-    def caption(self, batch: Sequence[tuple[str, Path]]) -> list[str | None]:
-        """A caption for each (image_id, file), None where there is none to be had."""
+    def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[Mapping[str, str | None]]:
+        """Captions by image_id of these (image_id, file), some at a time and in any order, as soon as they are there.
+
+        None where there is none to be had. Raises InputError, after what else can be captioned, for an image that
+        should have one.
+        """
         ...
 
 
@@ -40,111 +43,54 @@ class Describe:
         revision = hashlib.sha256(Path(describe.__file__).read_bytes()).hexdigest()
         self.identity = {"captioner": "describe", "revision": revision[:12]}
 
-    def caption(self, batch: Sequence[tuple[str, Path]]) -> list[str | None]:
-        return [describe.describe(images.read_image(file, self.max_pixels)) for _, file in batch]
+    def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:
+        for start in range(0, len(items), BATCH_SIZE):
+            batch = items[start : start + BATCH_SIZE]
+            yield {image_id: describe.describe(images.read_image(file, self.max_pixels)) for image_id, file in batch}
 
 
-class FromFile:
-    """Captions that the user brings: JSONL of `caption` and either `image_id` or `path`, one object a line.
-
-    frame: the manifest; each normal train and validation image needs a caption, a test image may lack one.
-    Raises InputError with the line, or with the images that lack a caption.
-    """
-
-    def __init__(self, file: Path, frame: pd.DataFrame):
-        self.captions = _read_lines(file, frame)
-        self.identity = {"captioner": "file", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-
-    def caption(self, batch: Sequence[tuple[str, Path]]) -> list[str | None]:
-        return [self.captions.get(image_id) for image_id, _ in batch]
-
-
-def _read_lines(file: Path, frame: pd.DataFrame) -> dict[str, str]:
-    known = {"image_id": dict(zip(frame["image_id"], frame["image_id"], strict=True))}
-    known["path"] = dict(zip(frame["path"], frame["image_id"], strict=True))
-    captions: dict[str, str] = {}
-    first: dict[str, int] = {}
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                if not line.strip():
-                    continue
-                image_id, caption = _parse(line.decode("utf-8-sig"), known)
-                if image_id in first:
-                    raise ValueError(f"its image has a caption already, in line {first[image_id]}")
-            except ValueError as error:
-                raise InputError(f"{file}, line {number}: {error}") from error
-            captions[image_id], first[image_id] = caption, number
-    needed = frame[(frame["split"] != "test") & ~frame["is_anomalous"].astype(bool)]
-    missing = sorted(needed.loc[~needed["image_id"].isin(list(captions)), "path"])
-    if missing:
-        raise InputError(
-            f"{file} has no caption for {len(missing)} of {len(needed)} normal train and validation images: "
-            f"{', '.join(missing[:10])}{' …' if len(missing) > 10 else ''}; add a line for each"
-        )
-    return captions
-
-
-def _parse(line: str, known: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
-    """(image_id, caption) of one line; ValueError says what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError('not an object: write {"path": …, "caption": …}')
-    unknown = sorted(set(row) - {"image_id", "path", "caption"})
-    if unknown:
-        raise ValueError(f"unknown key {', '.join(unknown)}: a line has `caption` and either `image_id` or `path`")
-    if ("image_id" in row) == ("path" in row):
-        raise ValueError("give either `image_id` or `path`")
-    caption = row.get("caption")
-    if not isinstance(caption, str) or not caption.strip():
-        raise ValueError("`caption` is missing, empty or no text")
-    caption.encode()  # half a surrogate pair is JSON but no text (a ValueError as well)
-    name = "path" if "path" in row else "image_id"
-    value = row[name]
-    if not isinstance(value, str):
-        raise ValueError(f"`{name}` must be text")
-    image_id = known[name].get(PurePosixPath(value).as_posix() if name == "path" else value)
-    if image_id is None:
-        raise ValueError(f"{name} {value!r} is no image of the manifest (paths are relative to the dataset's root)")
-    return image_id, caption
-
-
-def caption_all(
-    batch: Sequence[tuple[str, Path]], captioner: Captioner, store: CaptionStore, batch_size: int = BATCH_SIZE
-) -> dict[str, str]:
+def caption_all(items: Sequence[tuple[str, Path]], captioner: Captioner, store: CaptionStore) -> dict[str, str]:
     """Captions by image_id of these (image_id, file), asking only for images that the store does not hold.
 
-    Every batch is stored before the next is asked for. An image without a caption is left out.
+    What the captioner hands over is stored before it is asked on. An image without a caption is left out.
     """
-    files = dict(batch)
-    keys = {key(image_id, captioner.identity): image_id for image_id in files}
-    stored = store.get(list(keys))
-    missing = [(k, image_id) for k, image_id in keys.items() if k not in stored]
-    batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-    for items in track(batches, "caption", total=len(batches)):
-        captions = captioner.caption([(image_id, files[image_id]) for _, image_id in items])
-        store.put({k: text for (k, _), text in zip(items, captions, strict=True) if text is not None})
+    files = dict(items)
+    keys = {image_id: key(image_id, captioner.identity) for image_id in files}
+    stored = store.get(list(keys.values()))
+    missing = [(image_id, file) for image_id, file in files.items() if keys[image_id] not in stored]
+
+    def answers() -> Iterator[str]:
+        with closing(captioner.caption(missing)) as finished:
+            for captions in finished:
+                store.put({keys[image_id]: text for image_id, text in captions.items() if text is not None})
+                yield from captions
+
+    answered = set(track(answers(), "caption", total=len(missing)))
+    if answered != {image_id for image_id, _ in missing}:
+        raise ValueError(f"{len(missing)} captions were asked for, the captioner was silent on some of them")
     say(f"caption: {len(files)} images, {len(stored)} from the store, {len(missing)} asked of the captioner")
     # From the store, so that two processes which caption at once end with the same captions.
-    return {keys[k]: caption for k, caption in store.get(list(keys)).items()}
+    found = store.get(list(keys.values()))
+    return {image_id: found[k] for image_id, k in keys.items() if k in found}
 
 
-def make_captioner(params: p.Caption, frame: pd.DataFrame, dataset_root: Path, max_pixels: int) -> Captioner:
+def make_captioner(params: p.Captioner, frame: pd.DataFrame, dataset_root: Path, max_pixels: int) -> Captioner:
     """The captioner that `params` name. InputError where its file is missing or outside the dataset."""
-    if params.captioner == "describe":
-        return Describe(max_pixels)
-    try:
-        file = images.resolve(dataset_root, params.file.as_posix())
-    except InputError as error:
-        raise InputError(
-            f"caption.file: {error}. DVC tracks that folder, and would not see captions elsewhere change"
-        ) from error
-    if not file.is_file():
-        raise InputError(f"caption.file: {file} does not exist (the path is relative to the dataset's root)")
-    return FromFile(file, frame)
+    match params:
+        case p.Describe():
+            return Describe(max_pixels)
+        case p.CaptionFile():
+            from vlmdiff.captions.brought import FromFile
+
+            return FromFile(params, frame, dataset_root)
+        case p.VisionLanguageModel():
+            from vlmdiff.captions.model import FromModel
+
+            return FromModel(params, max_pixels)
+        case p.Endpoint():
+            from vlmdiff.captions.endpoint import FromEndpoint
+
+            return FromEndpoint(params, max_pixels)
 
 
 def caption_images(
@@ -157,9 +103,9 @@ def caption_images(
 ) -> pd.DataFrame:
     """The manifest's rows with a column `caption`, null where the captioner has none for a test image.
 
-    image_root: the folder of the manifest's paths; dataset_root: that of `caption.file`.
+    image_root: the folder of the manifest's paths; dataset_root: that of captions which the user brings.
     """
-    captioner = make_captioner(params, frame, dataset_root, max_pixels)
+    captioner = make_captioner(params.captioner, frame, dataset_root, max_pixels)
     files = [images.resolve(image_root, path) for path in frame["path"]]
     with CaptionStore(store) as captions:
         by_image = caption_all(list(zip(frame["image_id"], files, strict=True)), captioner, captions)

@@ -14,11 +14,14 @@ MAX_TOKENS = 77
 WORDS_TO_TOKENS = 4 / 3
 # "No visible damage" says that there is none, and still teaches the model the word.
 DEFECTS = re.compile(
-    r"\b(defect\w*|anomal\w+|damaged?|broken|crack(s|ed)?|scratch\w*|dent(s|ed)?|stain(s|ed)?|missing|contaminat\w+"
-    r"|corro[ds]\w+|rust\w*|fault\w*|flaw\w*|burrs?)\b",
+    r"\b(defect\w*|anomal\w+|damag\w+|broken|crack(s|ed)?|scratch\w*|dent(s|ed)?|stain(s|ed)?|missing|contaminat\w+"
+    r"|corro[ds]\w+|rust\w*|fault\w*|flaw\w*|burrs?|blemish\w*|imperfect\w+|irregularit\w+|deform\w+|chipped"
+    r"|torn|wear and tear|signs? of wear|debris|discolou?r\w*)\b",
     re.IGNORECASE,
 )
-COLUMNS = {"path": object, "caption": object, "words": object, "tokens": object, "defect_words": object}
+SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+")
+QUOTED = 3
+COLUMNS = {"path": object, "caption": object, "words": object, "tokens": object, "defect_sentences": object}
 
 
 def validate(frame: pd.DataFrame, params: Caption, out: Path) -> Verdict:
@@ -26,21 +29,30 @@ def validate(frame: pd.DataFrame, params: Caption, out: Path) -> Verdict:
     learned = frame[(frame["split"] != "test") & ~frame["is_anomalous"].astype(bool)]
     captions = learned["caption"].astype(object).where(learned["caption"].notna(), None)
     words = captions.map(lambda text: None if text is None else len(text.split()))
-    found = captions.map(lambda text: None if text is None else DEFECTS.search(text))
     table = pd.DataFrame(
         {
             "path": learned["path"],
             "caption": captions,
             "words": words,
             "tokens": words.map(lambda count: None if pd.isna(count) else count * WORDS_TO_TOKENS),
-            "defect_words": found.map(lambda match: match.group() if match else None),
+            "defect_sentences": captions.map(lambda text: None if text is None else defect_sentences(text)),
         }
     ).astype(COLUMNS)
     table = table.where(table.notna(), None)
-    return check("captions", {"captions": (table, _rules(params))}, out)
+    return check("captions", {"captions": (table, _rules(table, params))}, out)
 
 
-def _rules(params: Caption) -> list[Rule]:
+def defect_sentences(caption: str) -> str | None:
+    """The sentences of a caption that speak of defects, None where none does."""
+    return " ".join(part for part in SENTENCE_ENDS.split(caption) if DEFECTS.search(part)) or None
+
+
+def _rules(table: pd.DataFrame, params: Caption) -> list[Rule]:
+    faulty = table.dropna(subset="defect_sentences").sort_values("path")[:QUOTED]
+    quotes = "; ".join(
+        f'{path}: "{text}"' for path, text in zip(faulty["path"], faulty["defect_sentences"], strict=True)
+    )
+    long = sum(tokens is not None and tokens > MAX_TOKENS for tokens in table["tokens"])
     return [
         Rule(
             "captioned",
@@ -59,15 +71,15 @@ def _rules(params: Caption) -> list[Rule]:
         Rule(
             "normal_language",
             "no caption of a normal image speaks of defects",
-            "look at them: the model would learn that such a thing is normal",
+            f"the model would learn that such a thing is normal: {quotes}",
             gxe.ExpectColumnValuesToBeNull,
-            {"column": "defect_words"},
+            {"column": "defect_sentences"},
             "warning",
         ),
         Rule(
             "tokens",
-            f"the text encoder reads a caption to its end ({MAX_TOKENS} tokens, about four for three words)",
-            "shorten them: the rest is cut off",
+            f"a caption fits one window of the text encoder ({MAX_TOKENS} tokens, about four for three words)",
+            f"{long / max(1, len(table)):.1%} of all captions are longer: up to encode.max_windows windows are read",
             gxe.ExpectColumnValuesToBeBetween,
             {"column": "tokens", "max_value": MAX_TOKENS},
             "warning",

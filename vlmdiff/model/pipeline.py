@@ -101,7 +101,7 @@ class VLMDiffPipeline(DiffusionPipeline):
         return self._normalization.inverse(images).clamp(0, 1)
 
     def encode_captions(self, captions: Sequence[str]) -> torch.Tensor:
-        """Text embeddings (B, L, D) of captions, padded or cut to the text encoder's L tokens."""
+        """Text embeddings (B, L, D) of captions; L is the text encoder's length, times the windows of the longest."""
         if self.text_encoder is None or self.tokenizer is None:
             raise InputError("this pipeline has no text encoder or no tokenizer: give both to `from_reference`")
         return embed(self.tokenizer, self.text_encoder, captions)

@@ -143,7 +143,7 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
         latents, noise, levels = latents.to(device), noise.to(device), levels.to(device)
         noisy = scheduler.add_noise(latents, noise, levels)
         hint = pipeline.normalize(from_uint8(data.hints[rows], device))
-        output = pipeline.denoise(noisy, levels, torch.from_numpy(data.text[text_rows]).to(device), hint)
+        output = pipeline.denoise(noisy, levels, data.prompt_embeds(text_rows).to(device), hint)
         target = noise
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, levels)

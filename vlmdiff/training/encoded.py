@@ -13,30 +13,37 @@ from vlmdiff.console import track
 from vlmdiff.errors import InputError
 from vlmdiff.model import pretrained
 from vlmdiff.model.normalization import Normalization, from_uint8
-from vlmdiff.model.text import embed
+from vlmdiff.model.text import token_windows
 from vlmdiff.params import Encode, PretrainedTextEncoder
 from vlmdiff.training.text_encoder import THUMBNAIL, train_text_encoder, train_tokenizer
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """index: a row an image: image_id, split, caption (row of `text`; row 0 is the empty caption).
+    """index: a row an image: image_id, split, caption (row of `windows`; row 0 is the empty caption).
 
-    mean, std: (N, C, h, w), the latents' posteriors, scaled; text: (M, L, D); hints: uint8 (N, S, S, 3).
+    mean, std: (N, C, h, w), the latents' posteriors, scaled; text: (W, L, D), windows of captions; windows: (M, K), the
+    rows of `text` that make a caption; hints: uint8 (N, S, S, 3).
     """
 
     index: pd.DataFrame
     mean: np.ndarray
     std: np.ndarray
     text: np.ndarray
+    windows: np.ndarray
     hints: np.ndarray
 
     @classmethod
     def open(cls, folder: Path) -> "Encoded":
         if not (folder / "index.parquet").is_file():
             raise InputError(f"{folder} holds no encoded images: run the encode stage first")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("mean", "std", "text", "hints")}
+        names = ("mean", "std", "text", "windows", "hints")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
         return cls(index=pd.read_parquet(folder / "index.parquet"), **arrays)
+
+    def prompt_embeds(self, captions: np.ndarray) -> torch.Tensor:
+        """Text embeddings (B, K L, D) of these captions, by their rows."""
+        return torch.from_numpy(self.text[self.windows[captions]]).flatten(1, 2)
 
 
 def encode(
@@ -60,6 +67,8 @@ def encode(
     training = np.flatnonzero(frame["split"] == "train")
     tokenizer, text_encoder = _text_encoder(images, training, [texts[i] for i in training], params, device)
     tokenizer.save_pretrained(out / "tokenizer")
+    # In the text encoder's own configuration it stays with the text encoder, wherever that goes.
+    text_encoder.config.max_windows = params.max_windows
     text_encoder.save_pretrained(out / "text_encoder")
 
     size = params.batch_size
@@ -70,19 +79,19 @@ def encode(
         *(2 * [images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)]),
     )
     mean, std = (_array(out / f"{name}.npy", shape, np.float32) for name in ("mean", "std"))
-    text = _array(
-        out / "text.npy",
-        (len(known), text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size),
-        np.float32,
-    )
+    length, width = text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size
+    tokens, windows = token_windows(tokenizer, known, length, params.max_windows)
+    np.save(out / "windows.npy", windows.numpy())
+    text = _array(out / "text.npy", (len(tokens), length, width), np.float32)
     with torch.no_grad():
         for start in track(range(0, count, size), "encode images", total=-(-count // size)):
             part = slice(start, start + size)
             posterior = vae.encode(normalization(from_uint8(images[part], device))).latent_dist
             mean[part] = (posterior.mean * factor).cpu()
             std[part] = (posterior.std * factor).cpu()
-        for start in range(0, len(known), size):
-            text[start : start + size] = embed(tokenizer, text_encoder, known[start : start + size]).cpu()
+        for start in range(0, len(tokens), size):
+            states = text_encoder(tokens[start : start + size].to(device)).last_hidden_state
+            text[start : start + size] = states.cpu()
     for array in (mean, std, text):
         array.flush()
     index = pd.DataFrame(

@@ -1,0 +1,255 @@
+"""Captions that the user brings, in a file inside the dataset's folder, where DVC sees them change.
+
+By the file's suffix:
+
+- `.jsonl`: an object a line with `caption` and either `path` or `image_id`, all of them images of the manifest.
+- `.tsv`, `.txt`: a line an image, its path, a tab, its caption.
+- `.json`, an object of captions by path; or captions in COCO's format (`images` with `id` and `file_name`,
+  `annotations` with `image_id` and `caption`; of several for one image the first counts).
+- `.json` (a list) or `.txt` (a line each) of captions alone, and `images`, a list of as many paths in the same order in
+  either format: the caption and label lists of the VLMDiff authors' code, whose entries may also be lists of one text.
+
+A caption goes to the image of its path, whatever the order. A path is the manifest's, or one of which either ends in
+the other, such as an absolute path or a bare file name that only one image has; a bare number is COCO's id and names
+`000000000139.jpg`. But for `.jsonl`, captions of images that the manifest lacks are counted and left out.
+"""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pandas as pd
+
+from vlmdiff.console import say
+from vlmdiff.data.images import resolve
+from vlmdiff.errors import InputError
+from vlmdiff.params import CaptionFile
+
+# Where it stands in the file, the image's name, its caption.
+Row = tuple[str, Any, Any]
+
+
+class FromFile:
+    """Captions of a file in one of the formats above.
+
+    frame: the manifest; each normal train and validation image needs a caption, a test image may lack one. Raises
+    InputError with the file and the line or entry, or with the images that lack a caption.
+    """
+
+    def __init__(self, params: CaptionFile, frame: pd.DataFrame, dataset_root: Path):
+        file = _inside(dataset_root, params.file, "file")
+        images = None if params.images is None else _inside(dataset_root, params.images, "images")
+        self.captions = _match(file, images, frame)
+        digests = [hashlib.sha256(f.read_bytes()).hexdigest() for f in (file, images) if f is not None]
+        self.identity = {"captioner": "file", "sha256": digests}
+
+    def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:
+        yield {image_id: self.captions.get(image_id) for image_id, _ in items}
+
+
+def _inside(root: Path, path: Path, name: str) -> Path:
+    try:
+        file = resolve(root, path.as_posix())
+    except InputError as error:
+        raise InputError(
+            f"caption.captioner.{name}: {error}. DVC tracks that folder, and would not see captions elsewhere change"
+        ) from error
+    if not file.is_file():
+        raise InputError(f"caption.captioner.{name}: {file} does not exist (it is relative to the dataset's root)")
+    return file
+
+
+def _match(file: Path, images: Path | None, frame: pd.DataFrame) -> dict[str, str]:
+    """Captions by image_id."""
+    known = _Images(frame)
+    captions: dict[str, str] = {}
+    first: dict[str, str] = {}
+    strangers = []
+    try:
+        for where, name, caption in _rows(file, images):
+            with _at(where):
+                image_id = known.find(_text(name, "`path` or `image_id`"))
+                caption = _text(caption, "`caption`")
+                if image_id is None and file.suffix == ".jsonl":
+                    raise ValueError(f"{name!r} is no image of the manifest (paths are relative to the dataset's root)")
+                if image_id in first:
+                    raise ValueError(f"its image has a caption already, in {first[image_id]}")
+            if image_id is None:
+                strangers.append(name)
+            else:
+                captions[image_id], first[image_id] = caption, where
+    except ValueError as error:
+        raise InputError(f"{file}, {error}") from error
+    if strangers:
+        say(f"caption: {file.name} has captions of {len(strangers)} images that the manifest lacks: {strangers[0]} …")
+    needed = frame[(frame["split"] != "test") & ~frame["is_anomalous"].astype(bool)]
+    missing = sorted(needed.loc[~needed["image_id"].isin(list(captions)), "path"])
+    if missing:
+        raise InputError(
+            f"{file} has no caption for {len(missing)} of {len(needed)} normal train and validation images: "
+            f"{', '.join(missing[:10])}{' …' if len(missing) > 10 else ''}; add one for each"
+        )
+    return captions
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """A ValueError within says where it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+class _Images:
+    """Images by the names that files call them."""
+
+    def __init__(self, frame: pd.DataFrame):
+        self.known = dict(zip(frame["path"], frame["image_id"], strict=True))
+        self.known |= dict(zip(frame["image_id"], frame["image_id"], strict=True))
+        self.by_file_name = defaultdict(list)
+        for path in frame["path"]:
+            self.by_file_name[PurePosixPath(path).name].append(path)
+
+    def find(self, name: str) -> str | None:
+        """The image_id; None where there is no such image, ValueError where there are several."""
+        if name.isascii() and name.isdigit():
+            name = f"{int(name):012}.jpg"
+        name = PurePosixPath(name).as_posix()
+        if name in self.known:
+            return self.known[name]
+        same = self.by_file_name[PurePosixPath(name).name]
+        paths = [path for path in same if f"/{path}".endswith(f"/{name}") or name.endswith(f"/{path}")]
+        if len(paths) > 1:
+            raise ValueError(f"{name!r} may be any of {len(paths)} images, such as {paths[0]} and {paths[1]}")
+        return self.known[paths[0]] if paths else None
+
+
+def _text(value: Any, name: str) -> str:
+    """`value`; ValueError where it is empty or no text."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} is missing, empty or no text")
+    value.encode()  # half a surrogate pair is JSON but no text (a ValueError as well)
+    return value
+
+
+def _rows(file: Path, images: Path | None) -> Iterator[Row]:
+    if images is not None:
+        return _lists(file, images)
+    match file.suffix:
+        case ".jsonl":
+            return _json_lines(file)
+        case ".tsv" | ".txt":
+            return _columns(file)
+        case ".json":
+            return _json_objects(file)
+    raise InputError(f"caption.captioner.file: {file} is none of .jsonl, .json, .tsv and .txt")
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Where each line is, and the line."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            with _at(f"line {number}"):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            yield f"line {number}", text
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
+    for where, line in _lines(file):
+        if line.strip():
+            with _at(where):
+                row = _parse(line)
+                if not isinstance(row, dict):
+                    raise ValueError('not an object: write {"path": …, "caption": …}')
+                unknown = sorted(set(row) - {"image_id", "path", "caption"})
+                if unknown:
+                    what = "a line has `caption` and either `image_id` or `path`"
+                    raise ValueError(f"unknown key {', '.join(unknown)}: {what}")
+                if ("image_id" in row) == ("path" in row):
+                    raise ValueError("give either `image_id` or `path`")
+            yield where, row.get("path", row.get("image_id")), row.get("caption")
+
+
+def _columns(file: Path) -> Iterator[Row]:
+    for where, line in _lines(file):
+        if line.strip():
+            path, tab, caption = line.partition("\t")
+            if not tab:
+                raise ValueError(f"{where}: no tab after the path; captions alone need caption.captioner.images")
+            yield where, path.strip(), caption
+
+
+def _json_objects(file: Path) -> Iterator[Row]:
+    content = _read_json(file)
+    if isinstance(content, dict) and "annotations" in content:
+        yield from _coco(file, content)
+    elif isinstance(content, dict):
+        for path, caption in content.items():
+            yield f"key {path!r}", path, caption
+    else:
+        raise ValueError("as a whole: captions alone need caption.captioner.images, the list of their images")
+
+
+def _coco(file: Path, content: dict) -> Iterator[Row]:
+    names, where = None, "images"
+    seen, further = set(), 0
+    try:
+        if "images" in content:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+        for number, annotation in enumerate(content["annotations"]):
+            where = f"annotations[{number}]"
+            image = annotation["image_id"]
+            # The VLMDiff authors' converter writes annotations alone: then the id is the image's name.
+            name = str(image) if names is None else names[image]
+            if name in seen:
+                further += 1
+            else:
+                seen.add(name)
+                yield where, name, annotation["caption"]
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{where}: not COCO's format: {type(error).__name__} {error}") from error
+    if further:
+        say(f"caption: {file.name} has {further} further captions of the same images: the first of each counts")
+
+
+def _lists(file: Path, images: Path) -> Iterator[Row]:
+    captions, names = _list(file), _list(images)
+    if len(captions) != len(names):
+        raise ValueError(f"as a whole: {len(captions)} captions, but {images.name} names {len(names)} images")
+    for (where, caption), (_, name) in zip(captions, names, strict=True):
+        yield where, name, caption
+
+
+def _list(file: Path) -> list[tuple[str, Any]]:
+    if file.suffix == ".txt":
+        return list(_lines(file))
+    content = _read_json(file)
+    if not isinstance(content, list):
+        raise ValueError(f"as a whole: {file.name} must be a list where caption.captioner.images is given")
+    # Models that answer in batches of one leave lists of one text.
+    texts = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in content)
+    return [(f"entry {number}", text) for number, text in enumerate(texts, start=1)]
+
+
+def _read_json(file: Path) -> Any:
+    with _at(f"in {file.name}"):
+        return _parse(file.read_text(encoding="utf-8-sig"))
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)
