@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from tests.vlms import FAMILIES
@@ -57,9 +58,8 @@ def captioned(frame: pd.DataFrame, root: Path, model: Path, store="captions.sqli
     return caption_images(frame, root, root, params, 10**8, root / store)["caption"].tolist()
 
 
-def by_hand(model: Path, file: Path) -> str:
+def by_hand(processor: tf.ProcessorMixin, network: tf.PreTrainedModel, file: Path) -> str:
     """A greedy answer one token at a time, the whole prompt read anew for each."""
-    processor, network = tf.AutoProcessor.from_pretrained(model), tf.AutoModelForImageTextToText.from_pretrained(model)
     image = Image.open(file)
     if processor.chat_template:
         content = [{"type": "image", "image": image}, {"type": "text", "text": PROMPT}]
@@ -85,9 +85,10 @@ def by_hand(model: Path, file: Path) -> str:
 
 
 def test_a_caption_is_the_models_answer_and_nothing_of_the_prompt(family, tmp_path):
-    frame = photographs(tmp_path)
+    frame = photographs(tmp_path, 3)
     captions = captioned(frame, tmp_path, family)
-    assert captions == [by_hand(family, tmp_path / path) for path in frame["path"]]
+    model = tf.AutoProcessor.from_pretrained(family), tf.AutoModelForImageTextToText.from_pretrained(family)
+    assert captions == [by_hand(*model, tmp_path / path) for path in frame["path"]]
     assert len(set(captions)) == len(captions)
 
 
@@ -206,6 +207,15 @@ def test_pickled_weights_are_refused(llava, tmp_path):
     torch.save(tf.LlavaForConditionalGeneration.from_pretrained(llava).state_dict(), llava / "pytorch_model.bin")
     weights.unlink()
     with pytest.raises(InputError, match="cannot load the model"):
+        captioned(photographs(tmp_path, 1), tmp_path, llava)
+
+
+def test_weights_that_lack_are_named(llava, tmp_path):
+    weights = load_file(llava / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    del weights[name]
+    save_file(weights, llava / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="lacks 1 of the model's tensors"):
         captioned(photographs(tmp_path, 1), tmp_path, llava)
 
 

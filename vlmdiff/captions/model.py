@@ -64,9 +64,14 @@ class FromModel:
         settings = {"revision": params.revision, "trust_remote_code": False}
         try:
             self.processor = AutoProcessor.from_pretrained(params.model, **settings)
-            self.model = AutoModelForImageTextToText.from_pretrained(
-                params.model, **settings, dtype=params.dtype, device_map=params.device_map, use_safetensors=True
-            ).eval()
+            self.model, found = AutoModelForImageTextToText.from_pretrained(
+                params.model,
+                **settings,
+                dtype=params.dtype,
+                device_map=params.device_map,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
         except ImportError as error:
             raise InputError(
                 f"caption.captioner: the model {params.model!r} needs a package that is not here, the extra `vlm` has "
@@ -74,6 +79,12 @@ class FromModel:
             ) from error
         except (OSError, ValueError) as error:
             raise InputError(f"caption.captioner: cannot load the model {params.model!r}: {error}") from error
+        if missing := sorted(found["missing_keys"]):
+            raise InputError(
+                f"caption.captioner: {params.model!r} lacks {len(missing)} of the model's tensors, random then: "
+                f"{missing[0]} …"
+            )
+        self.model.eval()
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # so that every answer begins where the prompts end
         if tokenizer.pad_token is None:
