@@ -67,7 +67,7 @@ def test_evaluate_calibrates_and_judges_with_the_captions(line, tmp_path, kind):
     if kind == "class":
         assert detector.class_captions == {"ball": CAPTIONS[0], "fabric": CAPTIONS[2]}
         captions = detector.captions_of(rows["class_name"])
-    again = Detector(tiny_pipeline(), detector.params, class_captions=detector.class_captions)
+    again = Detector(detector.pipeline, detector.params, class_captions=detector.class_captions)
     again.calibrate(normal, captions=captions)
     assert again.calibration.threshold == pytest.approx(detector.calibration.threshold, rel=1e-4)
     again.calibrate(normal, captions=["something else"] * len(normal))

@@ -62,7 +62,7 @@ def test_pooling_the_score_judges_by_a_broad_difference_alone():
     pipeline = tiny_pipeline()
     pipeline.register_to_config(image_size=64)
     normal, images = photographs(12, seed=1, size=64), photographs(8, seed=2, size=64)
-    settings = dict(image_score="pooled_max", false_alarm_rate=0.5)
+    settings = dict(image_score="pooled_max", false_alarm_rate=0.5, samples=1)
     detector = Detector(pipeline, Detection(**settings))
     detector.calibrate(normal)
     found = detector.detect(images)
@@ -81,26 +81,23 @@ def test_a_pooled_score_needs_a_model_large_enough():
 
 
 CHOICES = [
-    dict(solver="dpmsolver++", steps=5),
+    dict(solver="dpmsolver++", steps=3),
     dict(spacing="leading", noise_level=999, steps=3),
     dict(captions="image", guidance=4.0),
-    dict(captions="image", solver="dpmsolver++", spacing="leading", steps=4, guidance=0.5),
+    dict(captions="image", solver="dpmsolver++", spacing="leading", steps=3, guidance=0.5),
 ]
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(f"{k}={v}" for k, v in choice.items()))
 def test_batches_do_not_change_a_result_whatever_the_parameters(choice):
-    detector = tiny_detector(**choice)
-    images, captions = photographs(5, seed=3), None
+    detector = tiny_detector(samples=1, **choice)
+    images, captions = photographs(3, seed=3), None
     if detector.params.captions == "image":
-        captions = ["a red round thing", "", "green stripes", "a blue square thing", ""]
+        captions = ["a red round thing", "", "green stripes"]
     detector.calibrate(images, captions=captions)
-    together = detector.detect(images, batch_size=5, captions=captions)
-    for batch_size in (1, 2):
-        for one, other in zip(together, detector.detect(images, batch_size, captions), strict=True):
-            np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, atol=1e-4)
-    # And not its place among them.
-    backwards = detector.detect(images[::-1], captions=captions and captions[::-1])[::-1]
+    together = detector.detect(images, captions=captions)
+    # In other batches, and in other places.
+    backwards = detector.detect(images[::-1], 2, captions and captions[::-1])[::-1]
     for one, other in zip(together, backwards, strict=True):
         np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, atol=1e-4)
 
@@ -109,7 +106,7 @@ def test_captions_are_asked_for_where_they_guide_and_refused_where_they_do_not()
     images, captions = photographs(3), ["a red round thing"] * 3
     with pytest.raises(InputError, match="without captions"):
         tiny_detector().calibrate(images, captions=captions)
-    guided = tiny_detector(captions="image")
+    guided = tiny_detector(captions="image", samples=1)
     with pytest.raises(InputError, match="needs a caption for each image"):
         guided.calibrate(images)
     guided.calibrate(images, captions=captions)
@@ -118,7 +115,7 @@ def test_captions_are_asked_for_where_they_guide_and_refused_where_they_do_not()
 
 
 def test_a_saved_detector_knows_the_captions_of_its_classes(tmp_path):
-    detector = tiny_detector(captions="class")
+    detector = tiny_detector(captions="class", samples=1)
     detector.class_captions = {"ball": "a red round thing", "fabric": "green stripes"}
     classes = ["fabric", "ball", "fabric"]
     captions = detector.captions_of(classes)

@@ -23,8 +23,9 @@ def test_at_first_the_sgn_changes_nothing():
 
 
 @pytest.mark.parametrize("only_mid_control", [True, False])
-def test_every_tensor_that_can_reach_the_output_receives_a_gradient(only_mid_control):
-    pipeline = tiny_pipeline(only_mid_control=only_mid_control)
+@pytest.mark.parametrize("levels", [2, 3])
+def test_every_tensor_that_can_reach_the_output_receives_a_gradient(levels, only_mid_control):
+    pipeline = tiny_pipeline(block_channels=(32,) * levels, only_mid_control=only_mid_control)
     denoiser = torch.nn.ModuleDict({"unet": pipeline.unet, "sgn": pipeline.sgn}).train()
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3)
     latents, timestep, text, image = inputs(pipeline)
@@ -36,9 +37,9 @@ def test_every_tensor_that_can_reach_the_output_receives_a_gradient(only_mid_con
         seen |= {name for name, p in denoiser.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         optimizer.step()
     missing = {name for name, _ in denoiser.named_parameters()} - seen
-    # Controls of the finest resolution feed neither the UNet nor the fusion when only the coarsest is used: here
-    # they are all but the two coarsest levels, and a UNet of two levels has none.
-    assert missing == set()
+    # Control of all but the two coarsest levels feeds neither the fusion nor, with `only_mid_control`, the UNet.
+    cut = range(2 * (levels - 2)) if only_mid_control else ()
+    assert missing == {f"sgn.control.controlnet_down_blocks.{i}.{kind}" for i in cut for kind in ("weight", "bias")}
     assert any(name.startswith("sgn.fusion.") for name in seen)
 
 
