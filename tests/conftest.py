@@ -106,7 +106,7 @@ class Workspace:
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return values | {
-        key: _merge(values[key], change) if isinstance(change, dict) and key in values else change
+        key: _merge(values[key], change) if isinstance(change, dict) and isinstance(values.get(key), dict) else change
         for key, change in changes.items()
     }
 

@@ -50,11 +50,11 @@ def run_and_kill(workspace, command: list[str]) -> bool:
 @pytest.mark.parametrize(
     ("stage", "out", "settings"),
     [
-        ("first_stage", "models/first_stage", {}),
+        # Killed before and after the discriminator joins: both networks' moments are in the checkpoint.
         ("first_stage", "models/first_stage", {"discriminator": {"start": 6, "channels": 8, "layers": 2}}),
         ("train", "models/vlmdiff", {}),
     ],
-    ids=["first_stage", "first_stage_with_discriminator", "train"],
+    ids=["first_stage", "train"],
 )
 def test_training_that_was_killed_ends_with_the_same_weights(workspace, stage, out, settings):
     workspace.set_params(**{stage: {"steps": 40, "checkpoint_every": 4, "validate_every": 10, **settings}})
