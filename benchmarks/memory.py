@@ -1,7 +1,7 @@
 """What a training step at the paper's scale needs of memory: weights, moments, average, gradients, activations.
 
-It is counted, not measured, and needs no GPU: tensors have shapes and lifetimes but no values, so that this is what PyTorch
-would allocate, without the allocator's own rounding, the libraries' workspaces and the GPU's context (about 1 GiB).
+It is counted, not measured, and needs no GPU: tensors have shapes and lifetimes but no values, so that this is what
+PyTorch would allocate, without its allocator's rounding, the libraries' workspaces and the GPU's context (about 1 GiB).
 """
 
 import weakref

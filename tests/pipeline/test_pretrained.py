@@ -1,0 +1,60 @@
+"""From pretrained parts to a pipeline by parameters alone: the stages as at the paper's scale, on tiny checkpoints."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import SIZE, tiny_checkpoint
+from vlmdiff import stages
+from vlmdiff import workspace as w
+from vlmdiff.model.pipeline import VLMDiffPipeline
+from vlmdiff.params import Encode, FirstStage, Prepare, Train
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture
+def here(workspace, monkeypatch):
+    monkeypatch.chdir(workspace.path)
+    return workspace.path
+
+
+def test_stages_start_from_a_checkpoint_and_end_in_a_pipeline_that_keeps_what_is_frozen(here):
+    model = str(tiny_checkpoint(here / "checkpoint"))
+    first_stage = FirstStage(
+        pretrained={"model": model, "subfolder": "vae"}, image_size=SIZE, image_mean=MEAN, image_std=STD, steps=0
+    )
+    encode = Encode(text_encoder={"kind": "pretrained", "model": model})
+    train = Train(
+        pretrained={"model": model},
+        trainable="paper",
+        prediction="epsilon",
+        hint_channels=(8, 16, 16),
+        steps=2,
+        batch_size=8,
+        accumulate=2,
+        gradient_checkpointing=True,
+    )
+    data, state = Prepare(), here / ".cache/train"
+    stages.first_stage(first_stage, data, w.MANIFEST, state, w.FIRST_STAGE, w.FIRST_STAGE_REPORT)
+    stages.encode(encode, data, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED)
+    stages.train(train, w.ENCODED, w.FIRST_STAGE, state, w.PIPELINE, w.TRAIN_REPORT)
+
+    for part, file in (
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+        ("unet", "diffusion_pytorch_model"),
+    ):
+        before, after = (load_file(f"{root}/{part}/{file}.safetensors") for root in (model, w.PIPELINE))
+        changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert changed == ({"up_blocks", "conv_norm_out", "conv_out"} if part == "unet" else set())
+    assert json.loads((w.PIPELINE / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "epsilon"
+
+    pipeline = VLMDiffPipeline.from_pretrained(w.PIPELINE)
+    assert pipeline.config.image_size == SIZE and tuple(pipeline.config.image_mean) == MEAN
+    images = torch.rand(2, 3, SIZE, SIZE)
+    reconstruction = pipeline(images, noise_level=500, steps=2).images
+    assert reconstruction.shape == images.shape and reconstruction.isfinite().all()
+    assert not any(state.iterdir())
