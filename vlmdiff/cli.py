@@ -3,13 +3,15 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlmdiff import workspace as w
 from vlmdiff.errors import InputError
-from vlmdiff.params import Params, load
+
+if TYPE_CHECKING:
+    from vlmdiff.params import Params
 
 app = typer.Typer(
     help="Visual anomaly detection from photographs to a promoted model.",
@@ -29,6 +31,7 @@ def stage(name: str):
         @app.command(name, help=function.__doc__, rich_help_panel=STAGES)
         def command(params: ParamsFile = w.PARAMS) -> None:
             from vlmdiff import lifeline
+            from vlmdiff.params import load
 
             lifeline.watch()
             function(load(params))
@@ -39,7 +42,7 @@ def stage(name: str):
 
 
 @stage("prepare")
-def _prepare(params: Params) -> None:
+def _prepare(params: "Params") -> None:
     """Images, classes, splits and masks into one manifest."""
     from vlmdiff import stages
 
@@ -47,7 +50,7 @@ def _prepare(params: Params) -> None:
 
 
 @stage("validate")
-def _validate(params: Params) -> None:
+def _validate(params: "Params") -> None:
     """The data contract: fails with the rule and the files where it is broken."""
     from vlmdiff import stages
 
@@ -55,7 +58,7 @@ def _validate(params: Params) -> None:
 
 
 @stage("caption")
-def _caption(params: Params) -> None:
+def _caption(params: "Params") -> None:
     """A caption for every image, from the store where it holds one."""
     from vlmdiff import stages
 
@@ -63,7 +66,7 @@ def _caption(params: Params) -> None:
 
 
 @stage("first_stage")
-def _first_stage(params: Params) -> None:
+def _first_stage(params: "Params") -> None:
     """The latent space: train the image autoencoder."""
     from vlmdiff import stages
 
@@ -73,7 +76,7 @@ def _first_stage(params: Params) -> None:
 
 
 @stage("encode")
-def _encode(params: Params) -> None:
+def _encode(params: "Params") -> None:
     """Latents, text embeddings and hints, computed once."""
     from vlmdiff import stages
 
@@ -81,7 +84,7 @@ def _encode(params: Params) -> None:
 
 
 @stage("train")
-def _train(params: Params) -> None:
+def _train(params: "Params") -> None:
     """The denoiser; a training that was killed goes on where it was."""
     from vlmdiff import stages
 
@@ -89,7 +92,7 @@ def _train(params: Params) -> None:
 
 
 @stage("evaluate")
-def _evaluate(params: Params) -> None:
+def _evaluate(params: "Params") -> None:
     """Calibrate, reconstruct the test images, judge, report."""
     from vlmdiff import stages
 
@@ -99,6 +102,7 @@ def _evaluate(params: Params) -> None:
 @app.command(rich_help_panel=HANDOVER)
 def register(params: ParamsFile = w.PARAMS) -> None:
     """Log the evaluated model to MLflow and register it; once, however often it is asked."""
+    from vlmdiff.params import load
     from vlmdiff.registry.packaging import register
 
     version = register(load(params))
@@ -114,6 +118,7 @@ def promote(
     from rich.console import Console
 
     from vlmdiff.evaluation.gate import verdict_table
+    from vlmdiff.params import load
     from vlmdiff.registry.promotion import promote
 
     Console().print(verdict_table(promote(load(params), version)))
@@ -134,6 +139,7 @@ def predict(
     from rich.table import Table
 
     from vlmdiff.detection.detector import Detector
+    from vlmdiff.params import load
     from vlmdiff.predict import predict
 
     loaded = load(params)

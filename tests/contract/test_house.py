@@ -120,6 +120,7 @@ def test_help_answers_at_once_and_without_the_heavy_imports() -> None:
     code = "import sys, vlmdiff.cli; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     heavy = {
+        "pydantic",
         "torch",
         "numpy",
         "pandas",

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import CAPTIONS, SIZE, tiny_pipeline
+from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.text import token_windows
 from vlmdiff.params import Encode, TextEncoder, Train
@@ -125,7 +126,8 @@ def encoded(pipeline, folder, captions, max_windows=4) -> Encoded:
     np.save(folder / "hints.npy", images)
     small = TextEncoder(vocabulary=300, max_tokens=LENGTH, hidden_size=16, layers=1, heads=2, steps=1)
     params = Encode(text_encoder=small, max_windows=max_windows, batch_size=4)
-    encode(frame, images, dict(zip(ids, captions, strict=True)), pipeline.vae, params, folder, torch.device("cpu"))
+    by_image = dict(zip(ids, captions, strict=True))
+    encode(frame, images, by_image, pipeline.vae, Normalization(), params, folder, torch.device("cpu"))
     return Encoded.open(folder)
 
 
