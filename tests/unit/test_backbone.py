@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -349,8 +350,14 @@ def test_a_detector_compares_in_the_features_of_a_backbone(family, checkpoint, t
     detector.calibrate(normal)
     found = detector.detect(images)
     alone = detector.detect(images, batch_size=1)
-    detector.save_pretrained(tmp_path)
-    loaded = Detector.from_pretrained(tmp_path).detect(images)
+    detector.save_pretrained(tmp_path / "saved")
+    # Elsewhere, as a registered model is, and saved once more from there.
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    moved = Detector.from_pretrained(tmp_path / "moved")
+    moved.save_pretrained(tmp_path / "again")
+    shutil.rmtree(tmp_path / "moved")
+    assert str(checkpoint(family)) not in (tmp_path / "again/detector.json").read_text()
+    loaded = Detector.from_pretrained(tmp_path / "again").detect(images)
     for one, single, again in zip(found, alone, loaded, strict=True):
         assert np.isfinite(one.anomaly_map).all() and one.anomaly_map.std() > 0
         np.testing.assert_allclose(one.anomaly_map, single.anomaly_map, atol=1e-4)

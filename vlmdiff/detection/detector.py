@@ -17,7 +17,9 @@ from vlmdiff.detection.features import spaces
 from vlmdiff.device import pick_device
 from vlmdiff.errors import InputError
 from vlmdiff.files import write_json
+from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
+from vlmdiff.params import BackboneFeatures
 from vlmdiff.params import Detection as DetectionParams
 
 SETTINGS = "detector.json"
@@ -97,6 +99,9 @@ class Detector:
                 f"{folder} is not a detector's folder: it has no {SETTINGS} (the evaluate stage writes it)"
             )
         facts = json.loads(settings.read_text())
+        for entry in facts["detection"]["features"]:
+            if entry["kind"] == "transformers":
+                entry["model"] = str(folder / entry["model"])
         pipeline = load_pipeline(folder, pick_device(device))
         return cls(
             pipeline,
@@ -106,14 +111,21 @@ class Detector:
         )
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """A `DiffusionPipeline` folder in safetensors, and in it the detector's settings."""
+        """A `DiffusionPipeline` folder in safetensors, and in it the detector's settings and its backbones."""
+        folder = Path(folder)
         self.pipeline.save_pretrained(folder)
+        detection = self.params.model_dump(mode="json")
+        saved: dict[tuple[str, str | None], str] = {}
+        for entry, written in zip(self.params.features, detection["features"], strict=True):
+            if isinstance(entry, BackboneFeatures):
+                name = saved.setdefault((entry.model, entry.revision), f"backbone_{len(saved)}")
+                written |= {**Backbone.save(entry, folder / name), "model": name}
         facts = {
-            "detection": self.params.model_dump(mode="json"),
+            "detection": detection,
             "calibration": asdict(self._calibrated()),
             "class_captions": self.class_captions,
         }
-        write_json(Path(folder) / SETTINGS, facts)
+        write_json(folder / SETTINGS, facts)
 
     def calibrate(
         self, normal: Sequence[np.ndarray], batch_size: int = 32, captions: Sequence[str] | None = None

@@ -69,11 +69,18 @@ class Backbone:
         """
         check_pinned(params)
         try:
-            model = _load(params)
+            model = _load(params, torch.float32)
             mean, std = _normalization(params)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"cannot load the vision model {params.model}: {error}") from error
         return cls(model.to(device), params, mean, std)
+
+    @staticmethod
+    def save(params: VisionBackbone, folder: Path) -> dict[str, object]:
+        """Write the checkpoint that `params` name into `folder`; what of `params` is different there, besides `model`."""
+        _load(params, "auto").save_pretrained(folder)
+        mean, std = _normalization(params)
+        return {"revision": None, "image_mean": tuple(mean), "image_std": tuple(std)}
 
     def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of images of any size, resized to `image_size`, bilinear with antialiasing.
@@ -162,14 +169,14 @@ def _drop_blocks(model: nn.Module, count: int, needed: int) -> None:
         del blocks[max(needed, 1) :]  # the state before the first block is recorded when that block runs
 
 
-def _load(params: VisionBackbone) -> PreTrainedModel:
+def _load(params: VisionBackbone, dtype: torch.dtype | str) -> PreTrainedModel:
     source = {"revision": params.revision, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(params.model, **source)
     # Of a model of images and text, such as CLIP, the part that sees.
     config = getattr(config, "vision_config", config)
     with _quiet():
         model, report = AutoModel.from_pretrained(
-            params.model, config=config, dtype=torch.float32, output_loading_info=True, **source
+            params.model, config=config, dtype=dtype, output_loading_info=True, **source
         )
     if model.main_input_name != "pixel_values":
         raise InputError(f"{params.model} is a {type(model).__name__}: not a model of images")
