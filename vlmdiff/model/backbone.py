@@ -77,7 +77,7 @@ class Backbone:
 
     @staticmethod
     def save(params: VisionBackbone, folder: Path) -> dict[str, object]:
-        """Write the checkpoint that `params` name into `folder`; what of `params` is different there, besides `model`."""
+        """Write the checkpoint that `params` name into `folder`; what else of `params` differs for it."""
         _load(params, "auto").save_pretrained(folder)
         mean, std = _normalization(params)
         return {"revision": None, "image_mean": tuple(mean), "image_std": tuple(std)}
