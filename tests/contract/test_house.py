@@ -5,7 +5,6 @@ import inspect
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,7 +115,7 @@ def keys(values: dict, prefix: str = "") -> set[str]:
     return found
 
 
-def test_help_answers_at_once_and_without_the_heavy_imports() -> None:
+def test_help_answers_without_the_heavy_imports() -> None:
     code = "import sys, vlmdiff.cli; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     heavy = {
@@ -131,13 +130,6 @@ def test_help_answers_at_once_and_without_the_heavy_imports() -> None:
         "matplotlib",
     }
     assert heavy.isdisjoint(modules.split())
-
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run(["vlmdiff", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
 
 
 def test_every_import_is_declared_as_a_dependency() -> None:

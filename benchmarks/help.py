@@ -1,0 +1,19 @@
+"""How soon the command line answers: `vlmdiff --help` beside an interpreter that only imports typer, best of ten."""
+
+import subprocess
+import sys
+import time
+
+
+def seconds(*command: str) -> float:
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    typer, ours = seconds(sys.executable, "-c", "import typer"), seconds("vlmdiff", "--help")
+    print(f"import typer {typer:.2f} s, vlmdiff --help {ours:.2f} s: {ours / typer:.1f} times")
