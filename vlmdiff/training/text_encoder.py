@@ -1,10 +1,13 @@
 """A small CLIP text model of one's own: the tokenizer learns the captions, the model to tell their images apart."""
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -14,13 +17,50 @@ from vlmdiff.params import TextEncoder
 from vlmdiff.training.loop import batch_indices, warmup_cosine
 
 THUMBNAIL = 8
+END_OF_WORD = "</w>"
 
 
 def train_tokenizer(captions: Sequence[str], params: TextEncoder) -> CLIPTokenizer:
-    """CLIP's byte-level BPE with merges learned from `captions`; the empty caption is two tokens."""
-    tokenizer = CLIPTokenizer().train_new_from_iterator([list(captions)], vocab_size=params.vocabulary)
-    tokenizer.model_max_length = params.max_tokens
-    return tokenizer
+    """CLIP's byte-level BPE with merges learned from `captions`; the empty caption is two tokens.
+
+    The merge of the most frequent pair comes first, of equally frequent ones the first by its letters (Sennrich et al.,
+    2016). The library's own trainer breaks such ties by chance: each run had another vocabulary.
+    """
+    blank = CLIPTokenizer()
+    split, normalize = blank.backend_tokenizer.pre_tokenizer, blank.backend_tokenizer.normalizer
+    words = Counter(
+        (*word[:-1], word[-1] + END_OF_WORD)
+        for caption in captions
+        for word, _ in split.pre_tokenize_str(normalize.normalize_str(caption))
+    )
+    symbols = [*sorted(ByteLevel.alphabet()), *sorted({word[-1] for word in words})]
+    merges: list[tuple[str, str]] = []
+    special = [blank.bos_token, blank.eos_token]
+    while len(special) + len(symbols) < params.vocabulary:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        if "".join(best) not in symbols:
+            symbols.append("".join(best))
+        words = Counter({_merged(word, best): count for word, count in words.items()})
+    vocabulary = {symbol: index for index, symbol in enumerate([*special, *symbols])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=params.max_tokens)
+
+
+def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """The word with every occurrence of the pair as one symbol."""
+    merged: list[str] = []
+    i = 0
+    while i < len(word):
+        found = word[i : i + 2] == pair
+        merged.append("".join(pair) if found else word[i])
+        i += 2 if found else 1
+    return tuple(merged)
 
 
 def train_text_encoder(
