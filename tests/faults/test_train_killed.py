@@ -72,8 +72,16 @@ def test_training_that_was_killed_ends_with_the_same_weights(workspace, stage, o
     assert not any((workspace.path / ".cache/train").iterdir())
 
 
-TWO = ["accelerate", "launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-TWO += ["--main_process_port=0", "--num_processes=2", "-m", "vlmdiff.cli"]
+# Of one thread each: more would wait for each other on two cores.
+TWO = ["env", "OMP_NUM_THREADS=1", "accelerate", "launch", "--multi_gpu", "--num_machines=1"]
+TWO += [
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--main_process_port=0",
+    "--num_processes=2",
+    "-m",
+    "vlmdiff.cli",
+]
 
 
 def assert_same_curve(curve, other) -> None:
