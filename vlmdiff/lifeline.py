@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import psutil
 
@@ -20,7 +21,11 @@ def watch() -> None:
     Owners are the process whose id is in the environment's VLMDIFF_OWNER and, under DVC, the `dvc` process.
     A command that a person typed has neither, and goes on.
     """
-    owners = _owners()
+    end_with(*_owners())
+
+
+def end_with(*owners: psutil.Process | None) -> None:
+    """End this process, within a second, when one of `owners` is gone, as None is already."""
     _end_without(owners)
     if owners:
         threading.Thread(target=_watch, args=(owners,), name="lifeline", daemon=True).start()
@@ -40,13 +45,13 @@ def _owners() -> list[psutil.Process | None]:
     return owners
 
 
-def _watch(owners: list[psutil.Process | None]) -> None:
+def _watch(owners: Sequence[psutil.Process | None]) -> None:
     while True:
         time.sleep(INTERVAL)
         _end_without(owners)
 
 
-def _end_without(owners: list[psutil.Process | None]) -> None:
+def _end_without(owners: Sequence[psutil.Process | None]) -> None:
     if all(owner is not None and is_alive(owner) for owner in owners):
         return
     # Standard error may have gone with its reader.

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmdiff.errors import InputError
 from vlmdiff.workspace import MADE
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+NoiseLevel = Annotated[int, Field(ge=0, le=999)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
@@ -244,7 +245,7 @@ class FirstStage(Training):
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
     latent_channels: Positive = 4
-    block_channels: tuple[Positive, ...] = (16, 32, 64)
+    block_channels: tuple[Positive, ...] = (8, 16, 32)
     kl_weight: Annotated[float, Field(ge=0)] = 1e-4
     perceptual: Perceptual | None = None
     discriminator: Discriminator | None = None
@@ -301,19 +302,22 @@ class Train(Training):
     `pretrained` is a pipeline in diffusers' layout: the UNet starts from its `unet`, the SGN from the same UNet's down
     and middle blocks, the noise schedule is its `scheduler`'s. Without it `block_channels`, `layers_per_block` and
     `head_size` shape an untrained UNet.
+
+    `noise_levels` are the lowest and the highest that training draws, evenly from all between.
     """
 
     pretrained: Pretrained | None = None
     trainable: Literal["all", "paper"] = "all"
-    block_channels: tuple[Positive, ...] = (32, 64, 128)
+    block_channels: tuple[Positive, ...] = (32, 32, 64)
     layers_per_block: Positive = 1
     head_size: Positive = 32
-    hint_channels: tuple[Positive, ...] = (16, 32, 64)
+    hint_channels: tuple[Positive, ...] = (8, 16, 32)
     only_mid_control: bool = True
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
+    noise_levels: tuple[NoiseLevel, NoiseLevel] = (450, 550)
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    steps: Positive = 520
-    batch_size: Positive = 32
+    steps: Positive = 500
+    batch_size: Positive = 16
     learning_rate: PositiveFloat = 1e-3
 
     @model_validator(mode="after")
@@ -322,11 +326,33 @@ class Train(Training):
             raise ValueError("`trainable: paper` freezes the UNet's down and middle blocks: it needs `pretrained`")
         return self
 
+    @field_validator("noise_levels")
+    @classmethod
+    def _levels_rise(cls, levels: tuple[int, int]) -> tuple[int, int]:
+        if levels[0] > levels[1]:
+            raise ValueError("the lowest comes first")
+        return levels
+
 
 class Pixels(Section):
-    """The photograph itself, at the model's resolution."""
+    """The photograph itself, at the model's resolution: colours, averaged over windows of this many pixels a side."""
 
     kind: Literal["pixels"]
+    window: Positive = 3
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @field_validator("window")
+    @classmethod
+    def _has_a_middle(cls, window: int) -> int:
+        if window % 2 == 0:
+            raise ValueError("must be odd, to have a pixel in its middle")
+        return window
+
+
+class Latents(Section):
+    """What the first stage makes of it: the latents, in which the denoiser works, of photograph and reconstruction."""
+
+    kind: Literal["latents"]
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -345,7 +371,7 @@ class BackboneFeatures(VisionBackbone):
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
-Features = Annotated[Pixels | AutoencoderFeatures | BackboneFeatures, Field(discriminator="kind")]
+Features = Annotated[Pixels | Latents | AutoencoderFeatures | BackboneFeatures, Field(discriminator="kind")]
 
 
 Spacing = Literal["trailing", "leading"]
@@ -355,14 +381,17 @@ Solver = Literal["ddim", "dpmsolver++"]
 class Detection(Section):
     """How a photograph becomes an anomaly map: saved with the model, and used wherever the model is."""
 
-    noise_level: Annotated[int, Field(ge=0, le=999)] = 500
+    noise_level: NoiseLevel = 500
     steps: Positive = 1
     spacing: Spacing = "trailing"
     solver: Solver = "ddim"
     samples: Positive = 4
     captions: Literal["none", "image", "class"] = "none"
     guidance: Annotated[float, Field(ge=0)] = 1.0
-    features: Annotated[tuple[Features, ...], Field(min_length=1)] = (Pixels(kind="pixels"),)
+    features: Annotated[tuple[Features, ...], Field(min_length=1)] = (
+        Pixels(kind="pixels"),
+        Latents(kind="latents", weight=0.5),
+    )
     align_corners: bool = False
     smoothing: Annotated[float, Field(ge=0)] = 3.0
     image_score: Literal["max", "pooled_max"] = "max"
@@ -412,6 +441,18 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     registry: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _levels_of_a_test_are_trained(self):
+        detection = self.evaluate.detection
+        lowest = round(detection.noise_level / detection.steps) if detection.spacing == "trailing" else 1
+        trained = self.train.noise_levels
+        if not trained[0] <= lowest <= detection.noise_level <= trained[1]:
+            raise ValueError(
+                f"evaluate.detection asks the denoiser at noise levels from {lowest} to {detection.noise_level}, and "
+                f"train.noise_levels has it learn {trained[0]} to {trained[1]}: widen them"
+            )
+        return self
 
 
 def load(path: Path | str = "params.yaml") -> Params:

@@ -3,24 +3,63 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
+from tests.tiny import SIZE, tiny_pipeline
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, image_scores, smooth
-from vlmdiff.detection.features import absolute_difference, cosine_distance
+from vlmdiff.detection.features import cosine_distance, rms_difference, spaces
+from vlmdiff.params import Latents, Pixels
 
 
 def test_maps_of_layers_are_resized_and_averaged():
     zero = [torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 4)]
     one = [torch.full((1, 1, 2, 2), 1.0), torch.full((1, 1, 4, 4), 3.0)]
-    maps = compare(zero, one, absolute_difference, 8)
+    maps = compare(zero, one, rms_difference, 8)
     torch.testing.assert_close(maps, torch.full((1, 8, 8), 2.0))
 
 
 def test_corners_meet_corners_only_where_they_are_aligned():
     """A ramp 0, 1 on a grid of two: aligned, it rises from edge to edge; else it is flat outside the grid's centres."""
     ramp = torch.tensor([[0.0, 1.0], [0.0, 1.0]])[None, None]
-    row = lambda aligned: compare([0 * ramp], [ramp], absolute_difference, 8, aligned)[0, 0]  # noqa: E731
+    row = lambda aligned: compare([0 * ramp], [ramp], rms_difference, 8, aligned)[0, 0]  # noqa: E731
     torch.testing.assert_close(row(True), torch.linspace(0, 1, 8))
     torch.testing.assert_close(row(False), ((torch.arange(8) + 0.5) / 4 - 0.5).clamp(0, 1))
+
+
+def test_colours_are_compared_by_their_root_mean_square():
+    photograph = torch.tensor([0.3, 0.5, 0.1]).view(1, 3, 1, 1)
+    repainted = torch.tensor([0.3, 0.1, 0.4]).view(1, 3, 1, 1)
+    assert rms_difference(photograph, repainted).item() == pytest.approx((0.25 / 3) ** 0.5)
+
+
+def test_pixels_are_means_of_what_a_window_covers():
+    ((extract, distance),) = spaces([Pixels(kind="pixels", window=3)], tiny_pipeline())
+    black = torch.zeros(1, 3, SIZE, SIZE)
+    dots = black.clone()
+    dots[..., 0, 0] = dots[..., 10, 10] = 1.0
+    (found,) = (distance(a, b)[0] for a, b in zip(extract(black), extract(dots), strict=True))
+    expected = torch.zeros(SIZE, SIZE)
+    # In the corner the window covers four pixels, elsewhere nine.
+    expected[0, 0], expected[0, 1], expected[1, 0], expected[1, 1] = 1 / 4, 1 / 6, 1 / 6, 1 / 9
+    expected[9:12, 9:12] = 1 / 9
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_window_without_a_middle_is_refused():
+    with pytest.raises(ValidationError, match="odd"):
+        Pixels(kind="pixels", window=4)
+
+
+def test_latents_are_those_that_the_denoiser_works_in():
+    pipeline = tiny_pipeline()
+    ((extract, distance),) = spaces([Latents(kind="latents")], pipeline)
+    with torch.no_grad():
+        a, b = (torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        (x,), (y,) = extract(a), extract(b)
+        torch.testing.assert_close(x, pipeline.encode_images(a))
+        assert distance(x, x).abs().max() == 0
+        of_one_place = (x - y)[0, :, 3, 5]
+        torch.testing.assert_close(distance(x, y)[0, 3, 5], (of_one_place @ of_one_place / len(of_one_place)).sqrt())
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.5, np.pi / 2, np.pi])

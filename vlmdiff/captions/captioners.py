@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +15,10 @@ from vlmdiff.captions import describe
 from vlmdiff.captions.store import CaptionStore, key
 from vlmdiff.console import say, track
 from vlmdiff.data import images
+from vlmdiff.parallel import map_in_processes
 
 BATCH_SIZE = 32  # descriptions a transaction
+FEW = 64  # images that one process describes sooner than several
 
 
 class Captioner(Protocol):
@@ -44,9 +48,17 @@ class Describe:
         self.identity = {"captioner": "describe", "revision": revision[:12]}
 
     def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:
-        for start in range(0, len(items), BATCH_SIZE):
-            batch = items[start : start + BATCH_SIZE]
-            yield {image_id: describe.describe(images.read_image(file, self.max_pixels)) for image_id, file in batch}
+        describe_file = partial(_describe_file, self.max_pixels)
+        files = [file for _, file in items]
+        # A second process takes a second to start.
+        texts = map(describe_file, files) if len(files) <= FEW else map_in_processes(describe_file, files, chunk=8)
+        captions = zip((image_id for image_id, _ in items), texts, strict=True)
+        while batch := dict(islice(captions, BATCH_SIZE)):
+            yield batch
+
+
+def _describe_file(max_pixels: int, file: Path) -> str:
+    return describe.describe(images.read_image(file, max_pixels))
 
 
 def caption_all(items: Sequence[tuple[str, Path]], captioner: Captioner, store: CaptionStore) -> dict[str, str]:

@@ -8,8 +8,6 @@ the drawings with and without the defect differ.
 
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from vlmdiff.console import track
+from vlmdiff.parallel import map_in_processes
 
 Colour = tuple[float, float, float]
 # Signed distance to a shape, negative inside, of product coordinates (u, v) in [-0.5, 0.5] or so.
@@ -401,10 +400,8 @@ def make_demo(out: Path, *, seed: int, train: int, test_good: int, test_per_defe
             *(("test", d, test_per_defect) for d in defects),
         ]
         jobs += [(out, seed, class_name, split, kind, i, size) for split, kind, count in wanted for i in range(count)]
-    # Fork would copy whatever threads the caller runs.
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for _ in track(pool.map(_photograph, jobs, chunksize=16), "make the demo", total=len(jobs)):
-            pass
+    for _ in track(map_in_processes(_photograph, jobs, chunk=16), "make the demo", total=len(jobs)):
+        pass
 
 
 def _photograph(job: tuple[Path, int, str, str, str, int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Where a photograph and its reconstruction are compared: pixels, the first stage's features, any vision backbone's."""
+"""Where a photograph and its reconstruction are compared: pixels, the first stage's latents and features, a backbone's."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from vlmdiff.errors import InputError
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.pipeline import VLMDiffPipeline
-from vlmdiff.params import AutoencoderFeatures, BackboneFeatures, Features, Pixels
+from vlmdiff.params import AutoencoderFeatures, BackboneFeatures, Features, Latents, Pixels
 
 # Images (B, 3, S, S) in [0, 1] to one map (B, C, h, w) a layer.
 Extractor = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -22,9 +22,9 @@ def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1) / 2
 
 
-def absolute_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference over the channels."""
-    return (a - b).abs().mean(dim=1)
+def rms_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Root of the mean squared difference over the channels."""
+    return (a - b).square().mean(dim=1).sqrt()
 
 
 def spaces(features: Sequence[Features], pipeline: VLMDiffPipeline) -> list[tuple[Extractor, Distance]]:
@@ -44,7 +44,9 @@ def spaces(features: Sequence[Features], pipeline: VLMDiffPipeline) -> list[tupl
     def space(entry: Features) -> tuple[Extractor, Distance]:
         match entry:
             case Pixels():
-                return lambda images: [images], absolute_difference
+                return local_means(entry.window), rms_difference
+            case Latents():
+                return lambda images: [pipeline.encode_images(images)], rms_difference
             case AutoencoderFeatures():
                 return autoencoder_features(pipeline, entry.layers), cosine_distance
             case BackboneFeatures():
@@ -53,6 +55,11 @@ def spaces(features: Sequence[Features], pipeline: VLMDiffPipeline) -> list[tupl
                 return backbone_features(backbones[key], places), cosine_distance
 
     return [space(entry) for entry in features]
+
+
+def local_means(window: int) -> Extractor:
+    """Colours, averaged over `window` x `window` pixels; at the border over those of them that there are."""
+    return lambda images: [F.avg_pool2d(images, window, 1, window // 2, count_include_pad=False)]
 
 
 def _apart_from_layers(entry: BackboneFeatures) -> BackboneFeatures:

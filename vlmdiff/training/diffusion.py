@@ -60,8 +60,9 @@ def _untrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -
     shape = dict(
         in_channels=vae.config.latent_channels,
         block_out_channels=params.block_channels,
-        # Attention at the finest resolution costs the most and says the least.
-        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * (levels - 1)),
+        # Captions are attended to where the photograph comes in: at the coarsest resolution. A finer one costs more, and
+        # says where grain lies, not what the thing is.
+        down_block_types=(*("DownBlock2D",) * (levels - 1), "CrossAttnDownBlock2D"),
         layers_per_block=params.layers_per_block,
         cross_attention_dim=text_encoder.config.hidden_size,
         attention_head_dim=tuple(max(1, channels // params.head_size) for channels in params.block_channels),
@@ -69,7 +70,7 @@ def _untrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -
     unet = UNet2DConditionModel(
         sample_size=vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
         out_channels=vae.config.latent_channels,
-        up_block_types=(*("CrossAttnUpBlock2D",) * (levels - 1), "UpBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", *("UpBlock2D",) * (levels - 1)),
         **shape,
     )
     sgn = SemanticGuidedNetwork(hint_channels=params.hint_channels, only_mid_control=params.only_mid_control, **shape)
@@ -92,6 +93,8 @@ def _pretrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) 
     predicts = scheduler.config.prediction_type
     if predicts != params.prediction:
         raise InputError(f"{source.model} was trained to predict {predicts}: set train.prediction to it")
+    if params.noise_levels[1] >= (count := scheduler.config.num_train_timesteps):
+        raise InputError(f"{source.model} knows noise levels 0 to {count - 1}: set train.noise_levels within them")
     scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
     unet = pretrained.load_network(UNet2DConditionModel, source, "unet")
     for what, has, needs in (
@@ -131,7 +134,7 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
     training = np.flatnonzero(data.index["split"] == "train")
     held_out = np.flatnonzero(data.index["split"] == "validation")
     captions = data.index["caption"].to_numpy()
-    levels_count = scheduler.config.num_train_timesteps
+    lowest, highest = params.noise_levels
 
     def prediction_loss(
         rows: np.ndarray,
@@ -156,7 +159,7 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
         generator = step_generator(params.seed, step)
         posterior = torch.randn(shape, generator=generator)[part]
         noise = torch.randn(shape, generator=generator)[part]
-        levels = torch.randint(0, levels_count, (len(rows),), generator=generator)[part]
+        levels = torch.randint(lowest, highest + 1, (len(rows),), generator=generator)[part]
         dropped = (torch.rand(len(rows), generator=generator) < params.caption_dropout)[part].numpy()
         rows = rows[part]
         latents = torch.from_numpy(data.mean[rows]) + torch.from_numpy(data.std[rows]) * posterior
@@ -169,7 +172,7 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
         for start in range(0, len(held_out), params.batch_size):
             rows = held_out[start : start + params.batch_size]
             noise = torch.randn((len(rows), *data.mean.shape[1:]), generator=generator)[share]
-            levels = torch.randint(0, levels_count, (len(rows),), generator=generator)[share]
+            levels = torch.randint(lowest, highest + 1, (len(rows),), generator=generator)[share]
             rows = rows[share]
             if len(rows):
                 latents = torch.from_numpy(data.mean[rows])
