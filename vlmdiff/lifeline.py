@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
 
 import psutil
 
@@ -21,14 +20,18 @@ def watch() -> None:
     Owners are the process whose id is in the environment's VLMDIFF_OWNER and, under DVC, the `dvc` process.
     A command that a person typed has neither, and goes on.
     """
-    end_with(*_owners())
+    if owners := _owners():
+        _end_with(owners)
 
 
-def end_with(*owners: psutil.Process | None) -> None:
-    """End this process, within a second, when one of `owners` is gone, as None is already."""
+def end_with(pid: int) -> None:
+    """End this process, within a second, when the process of that id is gone."""
+    _end_with([_process(pid)])
+
+
+def _end_with(owners: list[psutil.Process | None]) -> None:
     _end_without(owners)
-    if owners:
-        threading.Thread(target=_watch, args=(owners,), name="lifeline", daemon=True).start()
+    threading.Thread(target=_watch, args=(owners,), name="lifeline", daemon=True).start()
 
 
 def _owners() -> list[psutil.Process | None]:
@@ -38,20 +41,24 @@ def _owners() -> list[psutil.Process | None]:
     """
     owners = []
     if pid := os.environ.get(OWNER):
-        owners.append(psutil.Process(int(pid)) if psutil.pid_exists(int(pid)) else None)
+        owners.append(_process(int(pid)))
     if "DVC_STAGE" in os.environ:
         above = (process for process in psutil.Process().parents() if process.name() not in SHELLS)
         owners.append(next(above, None))
     return owners
 
 
-def _watch(owners: Sequence[psutil.Process | None]) -> None:
+def _process(pid: int) -> psutil.Process | None:
+    return psutil.Process(pid) if psutil.pid_exists(pid) else None
+
+
+def _watch(owners: list[psutil.Process | None]) -> None:
     while True:
         time.sleep(INTERVAL)
         _end_without(owners)
 
 
-def _end_without(owners: Sequence[psutil.Process | None]) -> None:
+def _end_without(owners: list[psutil.Process | None]) -> None:
     if all(owner is not None and is_alive(owner) for owner in owners):
         return
     # Standard error may have gone with its reader.

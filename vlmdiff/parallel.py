@@ -6,8 +6,6 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TypeVar
 
-import psutil
-
 from vlmdiff import lifeline
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -20,8 +18,7 @@ def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], 
     """
     # Fork would copy whatever threads the caller runs.
     context = get_context("spawn")
-    owner = psutil.Process()
-    with ProcessPoolExecutor(mp_context=context, initializer=lifeline.end_with, initargs=(owner,)) as pool:
+    with ProcessPoolExecutor(mp_context=context, initializer=lifeline.end_with, initargs=(os.getpid(),)) as pool:
         try:
             yield from pool.map(function, items, chunksize=chunk)
         finally:
