@@ -316,7 +316,7 @@ class Train(Training):
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     noise_levels: tuple[NoiseLevel, NoiseLevel] = (450, 550)
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    steps: Positive = 500
+    steps: Positive = 420
     batch_size: Positive = 16
     learning_rate: PositiveFloat = 1e-3
 

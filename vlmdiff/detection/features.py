@@ -1,4 +1,4 @@
-"""Where a photograph and its reconstruction are compared: pixels, the first stage's latents and features, a backbone's."""
+"""In what photograph and reconstruction are compared: pixels, the first stage's latents and features, a backbone's."""
 
 from collections.abc import Callable, Sequence
 

@@ -60,8 +60,8 @@ def _untrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -
     shape = dict(
         in_channels=vae.config.latent_channels,
         block_out_channels=params.block_channels,
-        # Captions are attended to where the photograph comes in: at the coarsest resolution. A finer one costs more, and
-        # says where grain lies, not what the thing is.
+        # Captions are attended to where the photograph comes in: at the coarsest resolution. A finer one costs more,
+        # and says where grain lies, not what the thing is.
         down_block_types=(*("DownBlock2D",) * (levels - 1), "CrossAttnDownBlock2D"),
         layers_per_block=params.layers_per_block,
         cross_attention_dim=text_encoder.config.hidden_size,
