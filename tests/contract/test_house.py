@@ -99,8 +99,11 @@ def test_the_default_parameters_are_those_of_the_code() -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda file: file.stem)
-def test_a_preset_is_a_valid_parameters_file(file) -> None:
+def test_a_preset_is_a_valid_parameters_file_with_every_section_that_dvc_asks_for(file) -> None:
     load(file)
+    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    asked = {section for stage in graph["stages"].values() for section in stage["params"]}
+    assert asked <= yaml.safe_load(file.read_text()).keys()
 
 
 def test_every_key_of_the_default_parameters_is_written_out() -> None:

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,20 @@ print(json.dumps({
     "runs": len(runs),
 }))
 """
+
+
+@pytest.fixture(scope="session")
+def made_store(tmp_path_factory) -> Path:
+    """An MLflow store with its schema and nothing in it: MLflow takes many seconds to make one."""
+    folder = tmp_path_factory.mktemp("store")
+    make = "from mlflow.tracking import MlflowClient as C; C('sqlite:///mlflow.db').search_registered_models()"
+    subprocess.run([sys.executable, "-c", make], cwd=folder, check=True, capture_output=True)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def empty_store(workspace, made_store) -> None:
+    shutil.copy(made_store, workspace.path)
 
 
 def registry(workspace) -> dict:
@@ -120,6 +135,7 @@ def test_a_model_that_dvc_did_not_make_is_not_registered(workspace):
     assert not (workspace.path / "mlruns").exists()
 
 
+@pytest.mark.usefixtures("empty_store")
 def test_the_gate_promotes_the_better_and_no_other(workspace):
     set_metrics(workspace, au_pro=0.8)
     workspace.set_params(gate={"min_mean": 0.85, "min_class": 0.5, "min_improvement": 0.01})
@@ -153,6 +169,7 @@ def test_the_gate_promotes_the_better_and_no_other(workspace):
     assert json.loads((workspace.path / "reports/gate.json").read_text())["is_champion"]
 
 
+@pytest.mark.usefixtures("empty_store")
 def test_of_two_promotions_at_once_the_better_model_wins(workspace):
     versions = []
     for value in (0.90, 0.95):
@@ -175,6 +192,7 @@ def test_three_that_open_a_fresh_store_at_once_leave_one_version(workspace):
     assert list(found["tags"]) == ["1"] and found["runs"] == 1
 
 
+@pytest.mark.usefixtures("empty_store")
 def test_who_was_killed_between_run_and_version_registers_the_same_run(workspace):
     kill = (
         "import os, signal; from mlflow.tracking import MlflowClient as C\n"
@@ -187,6 +205,7 @@ def test_who_was_killed_between_run_and_version_registers_the_same_run(workspace
     assert registry(workspace)["runs"] == 1
 
 
+@pytest.mark.usefixtures("empty_store")
 def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens: refused
@@ -198,6 +217,7 @@ def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
     assert version_of(workspace.run("vlmdiff", "register").stdout) == "1"
 
 
+@pytest.mark.usefixtures("empty_store")
 def test_predict_writes_score_verdict_and_heatmap_with_the_champion(workspace, tmp_path):
     photograph = next((workspace.path / "data/made/cable/test/missing").glob("*.png"))
     done = workspace.run("vlmdiff", "predict", str(photograph), "--out", str(tmp_path / "out"), check=False)
@@ -230,6 +250,7 @@ def test_predict_refuses_what_is_no_photograph_and_writes_nothing(workspace, tmp
     assert done.returncode == 1 and "text.png" in done.stdout and not (tmp_path / "o").exists()
 
 
+@pytest.mark.usefixtures("empty_store")
 def test_the_champion_loads_and_serves_without_this_repository(workspace, tmp_path):
     workspace.run("vlmdiff", "promote", version_of(workspace.run("vlmdiff", "register").stdout))
     photograph = next((workspace.path / "data/made/cable/test/missing").glob("*.png"))

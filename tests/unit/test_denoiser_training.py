@@ -1,6 +1,7 @@
 """Training the denoiser: pretrained starts, frozen parts, randomness, precision, parts of a batch."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,6 +66,28 @@ def trained(checkpoint, folder, data=None, **changes):
 def assert_same(a, b, **tolerance):
     for name in a:
         torch.testing.assert_close(a[name], b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def test_training_and_validation_draw_their_noise_levels_from_the_range_that_is_set(checkpoint, tmp_path, monkeypatch):
+    params = settings(checkpoint, noise_levels=(300, 302), steps=8)
+    pipeline = start(checkpoint, params)
+    add_noise, drawn = pipeline.scheduler.add_noise, []
+
+    def recorded(clean, noise, levels):
+        drawn.append(levels)
+        return add_noise(clean, noise, levels)
+
+    monkeypatch.setattr(pipeline.scheduler, "add_noise", recorded)
+    train_denoiser(pipeline, tiny_encoded(), params, tmp_path)
+    assert set(torch.cat(drawn).tolist()) == {300, 301, 302}
+
+
+def test_levels_that_the_checkpoints_schedule_has_not_are_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "short")
+    file = tmp_path / "short/scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": 500}))
+    with pytest.raises(InputError, match=r"0 to 499: set train\.noise_levels"):
+        start(tmp_path / "short", settings(tmp_path / "short"))
 
 
 def test_a_pretrained_start_has_the_weights_and_the_schedule_of_the_checkpoint(checkpoint):

@@ -1,0 +1,64 @@
+"""A pool's processes end with whoever started them, and hand on what went wrong."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vlmdiff.errors import InputError
+from vlmdiff.parallel import map_in_processes
+
+# Eight items of a minute each: whoever works on them would go on for minutes.
+POOL = """\
+import time
+from vlmdiff.parallel import map_in_processes
+
+if __name__ == "__main__":
+    list(map_in_processes(time.sleep, [60] * 8, chunk=1))
+"""
+
+
+def refuse_odd(number: int) -> int:
+    if number % 2:
+        raise InputError(f"{number} is odd")
+    return number // 2
+
+
+def test_results_come_in_the_order_of_the_items():
+    assert list(map_in_processes(abs, range(-50, 50), chunk=7)) == [abs(number) for number in range(-50, 50)]
+
+
+def test_an_error_is_raised_as_it_was():
+    with pytest.raises(InputError, match="7 is odd"):
+        list(map_in_processes(refuse_odd, [2, 4, 7, 8], chunk=1))
+
+
+def test_killed_it_leaves_no_process_behind(tmp_path: Path):
+    (tmp_path / "pool.py").write_text(POOL)
+    pool = psutil.Popen([sys.executable, "pool.py"], cwd=tmp_path, stdin=subprocess.DEVNULL)
+    workers: list[psutil.Process] = []
+    try:
+        wait_until(lambda: len(workers) > 0 or workers.extend(at_work(pool)))
+        pool.kill()
+        pool.wait()
+        wait_until(lambda: not any(worker.is_running() for worker in workers))
+    finally:
+        for process in [pool, *workers]:
+            if process.is_running():
+                process.kill()
+
+
+def at_work(pool: psutil.Process) -> list[psutil.Process]:
+    """The children that sleep, with all that they import behind them; multiprocessing's tracker is none of them."""
+    children = [child for child in pool.children() if "spawn_main" in " ".join(child.cmdline())]
+    return children if children and all(len(child.threads()) > 1 for child in children) else []
+
+
+def wait_until(true, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
