@@ -96,7 +96,9 @@ def examine(params: p.Params) -> list[Check]:
         checks.append(Check("networks", "do not fit", "a pipeline", False, str(error)))
     checks += _memory(params, device, models, shapes, frame)
     checks.append(_disk(params, models, shapes, frame))
-    checks += _time(params, device, shapes, frame, enough=all(check.ok is not False for check in checks))
+    decisive = {"device", "memory, first_stage", "memory, train"}
+    runs = all(check.ok for check in checks if check.name in decisive)
+    checks += _time(params, device, shapes, frame, runs)
     return checks
 
 
@@ -474,11 +476,11 @@ def _disk(params: p.Params, models: dict[str, Model], shapes: Shapes, frame: pd.
 
 
 def _time(
-    params: p.Params, device: torch.device, shapes: Shapes, frame: pd.DataFrame | None, enough: bool
+    params: p.Params, device: torch.device, shapes: Shapes, frame: pd.DataFrame | None, runs: bool
 ) -> list[Check]:
     """How far and how long the trainings go; the time only of networks that are made from nothing."""
     untrained = not any((params.first_stage.pretrained, params.first_stage.perceptual, params.train.pretrained))
-    seconds = _seconds(params, device, shapes) if untrained and enough and shapes.train else {}
+    seconds = _seconds(params, device, shapes) if untrained and runs and shapes.train else {}
     checks = []
     for name in ("first_stage", "train"):
         stage: p.Training = getattr(params, name)
@@ -490,7 +492,7 @@ def _time(
             needed += f", {epochs:.3g} epochs"
         found = "unknown until measured: the stage says its pace"
         if name in seconds:
-            found = f"about {_duration(seconds[name] * stage.steps)}, by a step measured here"
+            found = f"{_duration(seconds[name] * stage.steps)} or more, by a step measured here"
         checks.append(Check(f"time, {name}", found, needed, True if name in seconds else None))
     return checks
 
