@@ -21,7 +21,21 @@ app = typer.Typer(
 )
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The experiment's parameters.", show_default=True)]
-STAGES, HANDOVER, USE = "Stages, in order (dvc.yaml runs them)", "Hand-over", "Use"
+BEFORE, STAGES, HANDOVER, USE = "Before a run", "Stages, in order (dvc.yaml runs them)", "Hand-over", "Use"
+
+
+@app.command(rich_help_panel=BEFORE)
+def doctor(params: Annotated[Path, typer.Argument(help="The experiment, such as a preset.")] = w.PARAMS) -> None:
+    """What the experiment needs and whether it is there: dataset, models, memory, disk, time. Exit status 1 if not."""
+    from rich.console import Console
+
+    from vlmdiff.doctor import examine, report
+    from vlmdiff.params import load
+
+    checks = examine(load(params))
+    Console().print(report(checks))
+    if any(check.ok is False for check in checks):
+        raise typer.Exit(1)
 
 
 def stage(name: str):

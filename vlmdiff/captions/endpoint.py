@@ -40,7 +40,7 @@ class FromEndpoint:
     def __init__(self, params: Endpoint, max_pixels: int):
         self.params = params
         self.max_pixels = max_pixels
-        self.key = _read_key(params.api_key_variable)
+        self.key = read_key(params.api_key_variable)
         self.url = f"{params.base_url.rstrip('/')}/chat/completions"
         self.identity = {
             "captioner": "openai",
@@ -167,7 +167,8 @@ class _Stopped(Exception):
     """Another image's failure has ended the work."""
 
 
-def _read_key(variable: str | None) -> str | None:
+def read_key(variable: str | None) -> str | None:
+    """The key in that environment variable. InputError, which does not show it, where there is none to send."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()

@@ -31,7 +31,15 @@ VERSIONS = (
 
 
 def unpack(root: Path, out: Path, normal: Sequence[str]) -> None:
-    """Write CIFAR's images into the folder `out` in the layout of MVTec-AD, as a task of anomaly detection.
+    """Write the images of `listed` into the folder `out`; raises InputError as it does."""
+    images = list(listed(root, normal))
+    for name, pixels in track(images, "unpack", total=len(images)):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(out / name)
+
+
+def listed(root: Path, normal: Sequence[str]) -> Iterator[tuple[Path, np.ndarray]]:
+    """CIFAR's images, uint8 (32, 32, 3), by names in the layout of MVTec-AD, as a task of anomaly detection.
 
     What is of a class in `normal` (or, of CIFAR-100, of a superclass) is good, in train/good and test/good; the test
     images of each other class are in test/CLASS, without masks, and its training images are not used. One name gives
@@ -55,13 +63,11 @@ def unpack(root: Path, out: Path, normal: Sequence[str]) -> None:
         )
     product = normal[0] if len(normal) == 1 else "unified"
     for split, files in (("train", version.train), ("test", version.test)):
-        images = [image for file in files for image in _images(root / file, names)]
-        for number, (labels, pixels) in enumerate(track(images, f"unpack {split}", total=len(images))):
+        images = (image for file in files for image in _images(root / file, names))
+        for number, (labels, pixels) in enumerate(images):
             is_normal = not set(normal).isdisjoint(labels)
             if is_normal or split == "test":
-                file = out / product / split / (GOOD if is_normal else labels[-1]) / f"{number:05}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(file)
+                yield Path(product, split, GOOD if is_normal else labels[-1], f"{number:05}.png"), pixels
 
 
 def _images(file: Path, names: list[list[str]]) -> Iterator[tuple[list[str], np.ndarray]]:

@@ -387,19 +387,25 @@ def render(class_name: str, defect: str | None, key: tuple, size: int) -> tuple[
     return np.rint(255 * np.clip(photograph + noise, 0, 1)).astype(np.uint8), mask
 
 
-def make_demo(out: Path, *, seed: int, train: int, test_good: int, test_per_defect: int, size: int) -> None:
-    """Write the demo into the folder `out` in the layout of MVTec-AD; a seed gives the same bytes.
-
-    train, test_good: normal images a class; test_per_defect: images of each kind of defect a class; size: their side.
-    """
-    jobs = []
+def listed(train: int, test_good: int, test_per_defect: int) -> list[tuple[str, str, str, int]]:
+    """Class, split, kind (good or a defect) and number of each photograph that `make_demo` makes."""
+    photographs = []
     for class_name, (_, defects) in PRODUCTS.items():
         wanted = [
             ("train", "good", train),
             ("test", "good", test_good),
             *(("test", d, test_per_defect) for d in defects),
         ]
-        jobs += [(out, seed, class_name, split, kind, i, size) for split, kind, count in wanted for i in range(count)]
+        photographs += [(class_name, split, kind, i) for split, kind, count in wanted for i in range(count)]
+    return photographs
+
+
+def make_demo(out: Path, *, seed: int, train: int, test_good: int, test_per_defect: int, size: int) -> None:
+    """Write the demo into the folder `out` in the layout of MVTec-AD; a seed gives the same bytes.
+
+    train, test_good: normal images a class; test_per_defect: images of each kind of defect a class; size: their side.
+    """
+    jobs = [(out, seed, *photograph, size) for photograph in listed(train, test_good, test_per_defect)]
     for _ in track(map_in_processes(_photograph, jobs, chunk=16), "make the demo", total=len(jobs)):
         pass
 

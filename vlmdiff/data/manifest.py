@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmdiff.console import track
+from vlmdiff.data import cifar, demo
 from vlmdiff.data.images import decode, resolve
-from vlmdiff.data.layouts import LAYOUTS
+from vlmdiff.data.layouts import GOOD, LAYOUTS, Record
 from vlmdiff.errors import InputError
 from vlmdiff.files import atomic_path
 from vlmdiff.params import Prepare
@@ -44,15 +45,7 @@ def build(params: Prepare, root: Path) -> pd.DataFrame:
 
     Raises InputError where the root is missing or empty, is not of the layout, or a path leaves it.
     """
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder: set prepare.root to the dataset's")
-    records = sorted(LAYOUTS[params.layout](root, params), key=lambda record: record.path)
-    if not records:
-        raise InputError(f"{root} holds no images as layout {params.layout} expects them: see vlmdiff/data/layouts.py")
-    for record in records:
-        for path in (record.path, record.mask_path):
-            if path is not None:
-                resolve(root, path)
+    records = _records(params, root)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         facts = pool.map(lambda record: _look(root / record.path, params.max_pixels), records)
         looked = list(track(facts, "read images", total=len(records)))
@@ -62,6 +55,45 @@ def build(params: Prepare, root: Path) -> pd.DataFrame:
     )
     _split(frame, params)
     return _with_none(frame)
+
+
+def outline(params: Prepare) -> pd.DataFrame:
+    """The manifest by what the layout says alone: columns of a Record and image_id, a path; no image is opened.
+
+    Images that the stage would make (`demo`, `cifar`) are listed, not made. Without hashes other images are held out
+    than by `build`, as many of each class. Raises InputError as `build` does.
+    """
+    match params.layout:
+        case "demo":
+            sizes = params.demo.model_dump(include={"train", "test_good", "test_per_defect"})
+            records = [_to_be_made(*name, has_masks=True) for name in demo.listed(**sizes)]
+        case "cifar":
+            names = (path.parts for path, _ in cifar.listed(params.root, params.cifar.normal))
+            records = [_to_be_made(*name, has_masks=False) for name in names]
+        case _:
+            records = _records(params, params.root)
+    frame = pd.DataFrame(records, columns=Record._fields)
+    frame.insert(0, "image_id", frame["path"])
+    _split(frame, params)
+    return frame
+
+
+def _to_be_made(class_name: str, split: str, kind: str, file: str | int, has_masks: bool) -> Record:
+    path, is_anomalous = f"{class_name}/{split}/{kind}/{file}", kind != GOOD
+    return Record(path, class_name, split, is_anomalous, *((kind, path if has_masks else None) if is_anomalous else ()))
+
+
+def _records(params: Prepare, root: Path) -> list[Record]:
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: set prepare.root to the dataset's")
+    records = sorted(LAYOUTS[params.layout](root, params), key=lambda record: record.path)
+    if not records:
+        raise InputError(f"{root} holds no images as layout {params.layout} expects them: see vlmdiff/data/layouts.py")
+    for record in records:
+        for path in (record.path, record.mask_path):
+            if path is not None:
+                resolve(root, path)
+    return records
 
 
 def _split(frame: pd.DataFrame, params: Prepare) -> None:

@@ -1,5 +1,6 @@
 """Train the denoiser: UNet and SGN together, on latents, hints and text embeddings computed once."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,15 @@ from vlmdiff.model import pretrained
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.sgn import SemanticGuidedNetwork
-from vlmdiff.params import Train
+from vlmdiff.params import Pretrained, Train
 from vlmdiff.training.encoded import Encoded
 from vlmdiff.training.loop import History, batch_indices, fit, step_generator
+
+
+def read_pretrained(source: Pretrained) -> tuple[UNet2DConditionModel, DDIMScheduler]:
+    """UNet and schedule of a pipeline in diffusers' layout. Raises InputError where it is none."""
+    scheduler = pretrained.load(DDIMScheduler, source, "scheduler")
+    return pretrained.load_network(UNet2DConditionModel, source, "unet"), scheduler
 
 
 def build(
@@ -25,8 +32,11 @@ def build(
     tokenizer: CLIPTokenizer,
     params: Train,
     normalization: Normalization = Normalization(),
+    read: Callable[[Pretrained], tuple[UNet2DConditionModel, DDIMScheduler]] = read_pretrained,
 ) -> VLMDiffPipeline:
     """A pipeline with a denoiser to be trained around a first stage and a text encoder.
+
+    read: gives the UNet and the schedule that `params.pretrained` names.
 
     Raises InputError where a pretrained UNet or the hint's encoder does not fit them.
     """
@@ -37,8 +47,10 @@ def build(
             f"train.hint_channels has {len(params.hint_channels)} entries: with a first stage that halves the image "
             f"{len(vae.config.block_out_channels) - 1} times it needs {len(vae.config.block_out_channels)}"
         )
-    make = _untrained if params.pretrained is None else _pretrained
-    unet, sgn, scheduler = make(vae, text_encoder, params)
+    if params.pretrained is None:
+        unet, sgn, scheduler = _untrained(vae, text_encoder, params)
+    else:
+        unet, sgn, scheduler = _pretrained(*read(params.pretrained), vae, text_encoder, params)
     return VLMDiffPipeline(
         vae,
         text_encoder,
@@ -87,25 +99,29 @@ def _untrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -
     return unet, sgn, scheduler
 
 
-def _pretrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -> Denoiser:
-    source = params.pretrained
-    scheduler = pretrained.load(DDIMScheduler, source, "scheduler")
+def _pretrained(
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    params: Train,
+) -> Denoiser:
+    name = params.pretrained.model
     predicts = scheduler.config.prediction_type
     if predicts != params.prediction:
-        raise InputError(f"{source.model} was trained to predict {predicts}: set train.prediction to it")
+        raise InputError(f"{name} was trained to predict {predicts}: set train.prediction to it")
     if params.noise_levels[1] >= (count := scheduler.config.num_train_timesteps):
-        raise InputError(f"{source.model} knows noise levels 0 to {count - 1}: set train.noise_levels within them")
-    scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
-    unet = pretrained.load_network(UNet2DConditionModel, source, "unet")
+        raise InputError(f"{name} knows noise levels 0 to {count - 1}: set train.noise_levels within them")
     for what, has, needs in (
         ("latents of {} channels", unet.config.in_channels, vae.config.latent_channels),
         ("text embeddings of {} numbers", unet.config.cross_attention_dim, text_encoder.config.hidden_size),
     ):
         if has != needs:
             raise InputError(
-                f"the UNet of {source.model} takes {what.format(has)}, and gets {needs}: take first stage and text "
+                f"the UNet of {name} takes {what.format(has)}, and gets {needs}: take first stage and text "
                 "encoder from the same model (first_stage.pretrained, encode.text_encoder)"
             )
+    scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
     return unet, SemanticGuidedNetwork.from_unet(unet, params.hint_channels, params.only_mid_control), scheduler
 
 

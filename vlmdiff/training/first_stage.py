@@ -16,7 +16,7 @@ from vlmdiff.errors import InputError
 from vlmdiff.model import pretrained
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.normalization import Normalization, from_uint8
-from vlmdiff.params import FirstStage
+from vlmdiff.params import FirstStage, Part
 from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, perceptual_distance
 from vlmdiff.training.loop import History, batch_indices, fit, step_generator
 
@@ -34,9 +34,7 @@ def train_autoencoder(
     know. With `steps: 0` the one row of the history measures the autoencoder as it is.
     """
     torch.manual_seed(params.seed)
-    vae = (_untrained(params) if params.pretrained is None else _pretrained(params)).to(
-        device, memory_format=torch.channels_last
-    )
+    vae = start(params).to(device, memory_format=torch.channels_last)
     normalization = Normalization(params.image_mean, params.image_std)
     features = Backbone.load(params.perceptual, device) if params.perceptual else None
     discriminator = None
@@ -112,6 +110,28 @@ def train_autoencoder(
     return vae, history
 
 
+def read_pretrained(source: Part) -> AutoencoderKL:
+    """A pretrained autoencoder. Raises InputError where there is none."""
+    return pretrained.load_network(AutoencoderKL, source, source.subfolder)
+
+
+def start(params: FirstStage, read: Callable[[Part], AutoencoderKL] = read_pretrained) -> AutoencoderKL:
+    """The autoencoder that training starts from; `read` gives the one that `params.pretrained` names.
+
+    Raises InputError where it cannot take images of `params.image_size`.
+    """
+    if params.pretrained is None:
+        return _untrained(params)
+    vae = read(params.pretrained)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if params.image_size % factor:
+        raise InputError(
+            f"first_stage.image_size must be a multiple of {factor}, the downsampling of {params.pretrained.model}"
+        )
+    vae.register_to_config(sample_size=params.image_size)
+    return vae
+
+
 def _untrained(params: FirstStage) -> AutoencoderKL:
     levels = len(params.block_channels)
     return AutoencoderKL(
@@ -125,17 +145,6 @@ def _untrained(params: FirstStage) -> AutoencoderKL:
         # Groups of one channel would wash out its level, and the decoder would draw specks to get it back.
         norm_num_groups=min(32, min(params.block_channels) // 4),
     )
-
-
-def _pretrained(params: FirstStage) -> AutoencoderKL:
-    vae = pretrained.load_network(AutoencoderKL, params.pretrained, params.pretrained.subfolder)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if params.image_size % factor:
-        raise InputError(
-            f"first_stage.image_size must be a multiple of {factor}, the downsampling of {params.pretrained.model}"
-        )
-    vae.register_to_config(sample_size=params.image_size)
-    return vae
 
 
 def _measure(distance: Callable[[np.ndarray, slice], float], sample: np.ndarray, validation: np.ndarray) -> History:

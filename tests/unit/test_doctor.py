@@ -1,0 +1,269 @@
+"""`vlmdiff doctor`: what is there and what is missing, in words and in the exit status, and nothing written."""
+
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from torch._subclasses import FakeTensorMode
+from typer.testing import CliRunner
+
+from tests.conftest import TINY
+from tests.tiny import SIZE, tiny_backbone, tiny_checkpoint, tiny_pipeline
+from vlmdiff import cost
+from vlmdiff.cli import app
+from vlmdiff.data import manifest
+from vlmdiff.doctor import Check, examine
+from vlmdiff.params import Params, Prepare, Train
+from vlmdiff.training.diffusion import choose_trainable
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def made(**sections) -> dict:
+    """TINY with other keys in its sections."""
+    return {**TINY, **{name: {**TINY.get(name, {}), **values} for name, values in sections.items()}}
+
+
+def checks(**sections) -> dict[str, Check]:
+    return {check.name: check for check in examine(Params.model_validate(made(**sections)))}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to run in."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return tiny_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def photographs(root: Path, **counts: int) -> Path:
+    """Photographs in CLASS/KIND, as `class__kind=count` says, for layout folder."""
+    for name, count in counts.items():
+        folder = root.joinpath(*name.split("__"))
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def run(here: Path, values: dict):
+    """The command on a params file beside `here`."""
+    file = here.parent / "params.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return CliRunner().invoke(app, ["doctor", str(file)])
+
+
+# The command
+
+
+def test_an_experiment_that_has_everything_ends_with_status_zero_and_writes_nothing(here):
+    result = run(here, TINY)
+
+    assert result.exit_code == 0, result.output
+    assert "6 classes: " in result.output and "nothing that is needed is missing" in result.output
+    assert "no such folder" not in result.output
+    assert not list(here.iterdir())
+
+
+def test_one_that_lacks_something_ends_with_status_one_and_says_how_to_get_it(here):
+    result = run(here, made(prepare={"layout": "folder", "root": "photographs"}))
+
+    assert result.exit_code == 1
+    assert "set prepare.root" in result.output and "1 check(s) failed" in result.output
+    assert not list(here.iterdir())
+
+
+def test_a_params_file_that_is_wrong_is_said_as_everywhere(here):
+    result = run(here, {"prepare": {"rot": "."}})
+    assert result.exit_code == 1 and "prepare.rot: unknown key" in str(result.exception)
+
+
+# The dataset
+
+
+def test_a_dataset_is_counted_without_opening_an_image(here):
+    root = photographs(here / "raw", nut__good=20, bolt__good=20, bolt__rust=3, bolt__masks__rust=2)
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"no image")
+    found = checks(prepare={"layout": "folder", "root": str(root)}, validate={"masks": "optional"})
+
+    assert found["dataset"].ok
+    assert found["dataset"].found == "2 classes: 28 train, 4 validation, 11 test images (3 anomalous)"
+    assert "2 of 3 anomalous" in found["masks"].found and found["masks"].ok
+
+
+def test_the_outline_counts_as_the_manifest_does(here):
+    params = Prepare(layout="folder", root=photographs(here / "raw", nut__good=11, nut__rust=2, bolt__good=3))
+    columns = ["class_name", "split", "is_anomalous"]
+    assert (
+        manifest.outline(params)[columns].value_counts().to_dict()
+        == manifest.build(params, params.root)[columns].value_counts().to_dict()
+    )
+
+
+def test_masks_that_are_required_and_images_that_are_too_few_are_missing(here):
+    root = photographs(here / "raw", bolt__good=20, bolt__rust=3, nut__good=4)
+    found = checks(
+        prepare={"layout": "folder", "root": str(root)},
+        validate={"masks": "required", "min_images": {"train": 8, "validation": 1, "test": 1}},
+    )
+    assert found["masks"].ok is False and "validate.masks: optional" in found["masks"].advice
+    assert found["images a class"].ok is False
+    assert "nut" in found["images a class"].advice and "bolt" not in found["images a class"].advice
+
+
+def test_a_broken_dataset_is_told_by_its_message(here):
+    (here / "raw/bolt/test").mkdir(parents=True)
+    result = run(here, made(prepare={"layout": "mvtec_ad", "root": "raw"}))
+    assert result.exit_code == 1
+    assert "broken" in result.output and "raw/bolt has no train/good" in result.output
+
+
+# Models
+
+
+def pretrained(checkpoint: Path, perceptual: Path, **train) -> dict:
+    model = str(checkpoint)
+    return made(
+        first_stage={
+            "pretrained": {"model": model, "subfolder": "vae"},
+            "perceptual": {"model": str(perceptual), "image_size": 32, "layers": [1, 2]},
+            "discriminator": {"start": 1, "channels": 8, "layers": 2},
+        },
+        encode={"text_encoder": {"kind": "pretrained", "model": model}},
+        train={
+            "pretrained": {"model": model},
+            "trainable": "paper",
+            "prediction": "epsilon",
+            "hint_channels": [8, 16, 16],
+            **train,
+        },
+        evaluate={
+            "detection": {
+                "steps": 1,
+                "features": [{"kind": "transformers", "model": str(perceptual), "image_size": 32}],
+            }
+        },
+    )
+
+
+def test_models_that_are_here_are_counted_and_their_memory_and_disk_are_known(here, checkpoint, backbone):
+    found = {check.name: check for check in examine(Params.model_validate(pretrained(checkpoint, backbone)))}
+
+    models = ("first_stage.pretrained", "first_stage.perceptual", "encode.text_encoder", "train.pretrained")
+    assert all(found[name].ok and "million parameters" in found[name].found for name in models)
+    assert found["detection.features.0"].ok and found["tokenizer"].ok and found["noise schedule"].ok
+    assert all(found[f"memory, {stage}"].ok for stage in ("first_stage", "train", "evaluate")) and found["disk"].ok
+    assert found["time, train"].ok is None and "unknown until measured" in found["time, train"].found
+
+
+def test_a_model_that_is_missing_is_named_once_with_the_keys_that_want_it(here, backbone):
+    result = run(here, pretrained(Path("models/sd"), backbone))
+
+    assert result.exit_code == 1
+    text = " ".join(result.output.split())
+    wanted = "first_stage.pretrained, encode.text_encoder, train.pretrained, tokenizer, noise schedule: models/sd is no"
+    assert wanted in text
+    assert not list(here.iterdir())
+
+
+def test_a_download_that_was_cut_off_is_missing(here, checkpoint, backbone, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    found = {check.name: check for check in examine(Params.model_validate(pretrained(broken, backbone)))}
+    assert found["train.pretrained"].ok is False and "is not whole" in found["train.pretrained"].advice
+
+
+def test_networks_that_do_not_fit_are_said_before_anything_is_trained(here, checkpoint, backbone):
+    values = pretrained(checkpoint, backbone, prediction="v_prediction")
+    found = {check.name: check for check in examine(Params.model_validate(values))}
+    assert found["networks"].ok is False and "set train.prediction" in found["networks"].advice
+
+
+def hub(**source) -> dict:
+    return {"detection": {"steps": 1, "features": [{"kind": "transformers", "image_size": 32, **source}]}}
+
+
+def test_a_name_on_the_hub_needs_a_revision_and_a_place_in_the_cache(here, tmp_path, backbone, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    loose = checks(evaluate=hub(model="someone/eyes"))["detection.features.0"]
+    assert loose.ok is False and "revision" in loose.advice
+
+    away = checks(evaluate=hub(model="someone/eyes", revision=REVISION))["detection.features.0"]
+    assert away.ok is False and f"hf download someone/eyes --revision {REVISION}" in away.advice
+    assert not (tmp_path / "cache").exists()
+
+    shutil.copytree(backbone, tmp_path / "cache/models--someone--eyes/snapshots" / REVISION)
+    cached = checks(evaluate=hub(model="someone/eyes", revision=REVISION))["detection.features.0"]
+    assert cached.ok and "hub's cache" in cached.found
+
+
+def test_a_key_is_looked_for_and_never_shown(here, monkeypatch):
+    endpoint = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_variable": "THE_KEY"}
+    monkeypatch.delenv("THE_KEY", raising=False)
+    result = run(here, made(caption={"captioner": endpoint}))
+    assert result.exit_code == 1 and "THE_KEY" in result.output and "not set" in " ".join(result.output.split())
+
+    monkeypatch.setenv("THE_KEY", "secret-of-mine")
+    result = run(here, made(caption={"captioner": endpoint}))
+    assert result.exit_code == 0 and "a key is set" in result.output and "secret-of-mine" not in result.output
+
+
+def test_captions_in_a_file_are_looked_for_in_the_dataset(here):
+    root = photographs(here / "raw", nut__good=20)
+    values = dict(
+        prepare={"layout": "folder", "root": str(root)}, caption={"captioner": {"kind": "file", "file": "captions.tsv"}}
+    )
+    assert checks(**values)["caption.captioner"].ok is False
+    (root / "captions.tsv").touch()
+    assert checks(**values)["caption.captioner"].ok
+
+
+# The machine
+
+
+def test_a_disk_that_is_too_small_is_missing(here, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**20, 2**20 - 1000, 1000))
+    result = run(here, TINY)
+    assert result.exit_code == 1 and re.search(r"disk: make room", result.output)
+
+
+def test_half_precision_needs_a_gpu(here, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert checks(train={"precision": "fp16"})["device"].ok is False
+    assert checks(train={"precision": "bf16"})["device"].ok
+
+
+def test_memory_is_counted_without_values_and_a_step_needs_a_gradient_for_each_weight_that_is_trained():
+    real, params = tiny_pipeline(), Train()
+    trained = sum(w.numel() for w in choose_trainable(real, params).parameters() if w.requires_grad)
+    with FakeTensorMode():
+        parts = {name: type(part).from_config(part.config) for name, part in (("unet", real.unet), ("sgn", real.sgn))}
+        networks = choose_trainable(SimpleNamespace(**parts), params)
+        step = cost.denoiser_step(networks, params, 2, latents=(4, 8, 8), text=(16, 16), size=SIZE)
+        needed = cost.count(networks, step, parts=1)
+    assert needed.trained == trained and needed.moments == 8 * trained
+    assert needed.step > 4 * trained
