@@ -106,6 +106,12 @@ def test_a_preset_is_a_valid_parameters_file_with_every_section_that_dvc_asks_fo
     assert asked <= yaml.safe_load(file.read_text()).keys()
 
 
+def test_the_tests_that_the_documents_name_exist() -> None:
+    code = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    named = {name for file in (ROOT / "docs").glob("*.md") for name in re.findall(r"`(test_\w+)`", file.read_text())}
+    assert named and not {name for name in named if f"def {name}(" not in code}
+
+
 def test_every_key_of_the_default_parameters_is_written_out() -> None:
     written = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert keys(written) == keys(Params().model_dump(mode="json", by_alias=True))
