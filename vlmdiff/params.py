@@ -392,6 +392,7 @@ class Detection(Section):
         Pixels(kind="pixels"),
         Latents(kind="latents", weight=0.5),
     )
+    spread_floor: PositiveFloat | None = 1.0
     align_corners: bool = False
     smoothing: Annotated[float, Field(ge=0)] = 3.0
     image_score: Literal["max", "pooled_max"] = "max"

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.tiny import SIZE, tiny_detector, tiny_pipeline
 from vlmdiff.detection.calibration import conformal_threshold
 from vlmdiff.detection.detector import Detector, find_regions
 from vlmdiff.detection.features import spaces
 from vlmdiff.errors import InputError
-from vlmdiff.params import AutoencoderFeatures, Detection
+from vlmdiff.params import AutoencoderFeatures, Detection, Pixels
 
 
 def photographs(count, seed=0, size=SIZE):
@@ -55,6 +56,36 @@ def test_a_saved_detector_judges_alike(detector, tmp_path):
     for one, other in zip(detector.detect(photographs(3)), loaded.detect(photographs(3)), strict=True):
         np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
         assert one.regions == other.regions
+
+
+class Wavering(Detector):
+    """Reconstructs grey, in the right half now a tenth lighter and now a tenth darker."""
+
+    def reconstruct(self, images, seed, captions=None):
+        grey = torch.full_like(images, 0.5)
+        grey[..., SIZE // 2 :] += 0.1 if seed % 2 else -0.1
+        return grey
+
+
+@pytest.mark.parametrize(
+    ("settings", "ratio"),
+    [
+        # The usual spread is the mean of 0 on the left and 0.1 on the right: there it is 0 and 2 of it.
+        ({"spread_floor": 1.0}, (2 + 1) / (0 + 1)),
+        ({"spread_floor": 0.5}, (2 + 0.5) / (0 + 0.5)),
+        ({"spread_floor": None}, 1.0),
+        # One sample says nothing of a spread; it is a tenth darker, and the photograph a fifth lighter, than grey.
+        ({"spread_floor": 1.0, "samples": 1}, 0.2 / 0.3),
+    ],
+)
+def test_a_difference_counts_less_where_samples_lie_apart(settings, ratio):
+    features = (Pixels(kind="pixels", window=1),)
+    detector = Wavering(tiny_pipeline(), Detection(features=features, smoothing=0, **settings))
+    lighter = np.full((SIZE, SIZE, 3), round(0.7 * 255), np.uint8)
+    detector.calibrate([lighter])
+    (found,) = detector.detect([lighter])
+    odds = found.anomaly_map / (1 - found.anomaly_map)
+    assert odds[:, : SIZE // 2].mean() / odds[:, SIZE // 2 :].mean() == pytest.approx(ratio, rel=1e-2)
 
 
 def test_pooling_the_score_judges_by_a_broad_difference_alone():

@@ -35,8 +35,8 @@ def compare(
 
 
 def smooth(maps: np.ndarray, sigma: float) -> np.ndarray:
-    """(B, S, S) after a Gaussian of `sigma` pixels, mirrored at the border and cut at four sigma; as it is for 0."""
-    return ndimage.gaussian_filter(maps, sigma=(0, sigma, sigma)) if sigma > 0 else maps
+    """(..., S, S) after a Gaussian of `sigma` pixels, mirrored at the border and cut at four sigma; as it is for 0."""
+    return ndimage.gaussian_filter(maps, sigma, axes=(-2, -1)) if sigma > 0 else maps
 
 
 def image_scores(maps: np.ndarray, kind: Literal["max", "pooled_max"] = "max") -> np.ndarray:

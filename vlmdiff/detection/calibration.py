@@ -8,11 +8,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Calibration:
-    """scales: a normal image's mean difference in each kind of features; threshold: on the combined, smoothed map.
+    """What is usual in a normal image, in each kind of features, and the threshold on the combined, smoothed map.
 
+    spreads: how far the samples of its reconstruction lie from their mean; scales: how far it lies from that.
     images: how many normal images it rests on; false_alarm_rate: the share of normal images it may call anomalous.
     """
 
+    spreads: list[float]
     scales: list[float]
     threshold: float
     images: int

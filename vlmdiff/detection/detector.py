@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -134,11 +135,15 @@ class Detector:
 
         captions: as for `detect`.
         """
-        differences = np.concatenate([maps for maps, _ in self._differences(normal, batch_size, captions)])
+        found = [(maps, spreads) for maps, spreads, _ in self._differences(normal, batch_size, captions)]
+        differences, spreads = (np.concatenate(maps) for maps in zip(*found, strict=True))
+        typical = spreads.mean(axis=(0, 2, 3))
+        differences = self._relative(differences, spreads, typical)
         scales = differences.mean(axis=(0, 2, 3))
         scores = image_scores(self._combine(differences, scales), self.params.image_score)
         threshold = conformal_threshold(scores, self.params.false_alarm_rate)
         self.calibration = Calibration(
+            spreads=typical.tolist(),
             scales=scales.tolist(),
             threshold=threshold,
             images=len(scores),
@@ -176,8 +181,8 @@ class Detector:
     ) -> Iterator[Detection]:
         """As `detect`, a batch at a time: as many images as one likes in the memory of one batch."""
         calibration = self._calibrated()
-        for differences, rebuilt in self._differences(images, batch_size, captions):
-            raw = self._combine(differences, calibration.scales)
+        for differences, spreads, rebuilt in self._differences(images, batch_size, captions):
+            raw = self._combine(self._relative(differences, spreads, calibration.spreads), calibration.scales)
             maps, scores = (
                 (values / (values + calibration.threshold)).astype(np.float32)
                 for values in (raw, image_scores(raw, self.params.image_score))
@@ -210,8 +215,10 @@ class Detector:
     @torch.no_grad()
     def _differences(
         self, images: Iterable[np.ndarray], batch_size: int, captions: Iterable[str] | None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """A batch at a time: a map a kind of features (B, F, S, S), and one reconstruction, uint8 (B, S, S, 3)."""
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """A batch at a time, for each kind of features: how far the photograph lies from the mean of its samples and
+        how far these do, (B, F, S, S) both; and one sample, uint8 (B, S, S, 3).
+        """
         params, size = self.params, self.pipeline.config.image_size
         if (captions is None) != (params.captions == "none"):
             raise InputError(
@@ -224,15 +231,28 @@ class Detector:
             x = torch.stack([to_tensor(image, size) for image, _ in batch]).to(self.pipeline.device)
             texts = None if captions is None else [caption for _, caption in batch]
             before = [extract(x) for extract, _ in self.spaces]
-            total = torch.zeros(len(x), len(self.spaces), size, size, device=x.device)
+            samples = []
             for sample in range(params.samples):
                 rebuilt = self.reconstruct(x, params.seed + sample, texts)
                 if sample == 0:
                     shown = (rebuilt * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-                for i, (extract, distance) in enumerate(self.spaces):
-                    maps = compare(before[i], extract(rebuilt), distance, size, params.align_corners)
-                    total[:, i] += maps / params.samples
-            yield total.cpu().numpy(), shown
+                samples.append([extract(rebuilt) for extract, _ in self.spaces])
+            maps, spreads = [], []
+            for i, (_, distance) in enumerate(self.spaces):
+                after = [sample[i] for sample in samples]
+                mean = [torch.stack(layer).mean(dim=0) for layer in zip(*after, strict=True)]
+                far = partial(compare, after=mean, distance=distance, size=size, align_corners=params.align_corners)
+                maps.append(far(before[i]))
+                spreads.append(torch.stack([far(sample) for sample in after]).mean(dim=0))
+            yield *(torch.stack(found, dim=1).cpu().numpy() for found in (maps, spreads)), shown
+
+    def _relative(self, differences: np.ndarray, spreads: np.ndarray, typical: Sequence[float]) -> np.ndarray:
+        """Differences (B, F, S, S) divided by the spread of the samples around each place, where that is wanted."""
+        floor = self.params.spread_floor
+        if floor is None or self.params.samples == 1:
+            return differences
+        unit = np.maximum(typical, 1e-12)[:, None, None]
+        return differences / (smooth(spreads, self.params.smoothing) / unit + floor)
 
     def _combine(self, differences: np.ndarray, scales: Sequence[float]) -> np.ndarray:
         """(B, F, S, S) to (B, S, S): each kind of features on its normal scale, weighted, summed and smoothed."""
