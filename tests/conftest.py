@@ -54,8 +54,8 @@ os.environ.update(
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     PREFECT_HOME=str(_private / "prefect"),
     DVC_SITE_CACHE_DIR=str(_private / "dvc"),
-    # Two cores are enough for what is tiny, and leave a large machine to the others on it.
-    OMP_NUM_THREADS="2",
+    # `make test` runs several at once: threads of theirs would wait for each other.
+    OMP_NUM_THREADS="1",
     # Commits of scratch workspaces: the user's configuration plays no part.
     GIT_CONFIG_GLOBAL=os.devnull,
     GIT_AUTHOR_NAME="Tests",
