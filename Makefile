@@ -25,7 +25,7 @@ demo: $(INSTALLED) ## From photographs to a promoted model: the flow `retrain` o
 	@python -m flows.retrain
 
 test: $(INSTALLED) ## Run the tests
-	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(INSTALLED) ## Check style and unused code
 	@ruff check .
