@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def seconds(*command: str) -> float:
@@ -15,5 +16,5 @@ def seconds(*command: str) -> float:
 
 
 if __name__ == "__main__":
-    typer, ours = seconds(sys.executable, "-c", "import typer"), seconds("vlmdiff", "--help")
+    typer, ours = seconds(sys.executable, "-c", "import typer"), seconds(str(Path(sys.executable).with_name("vlmdiff")), "--help")
     print(f"import typer {typer:.2f} s, vlmdiff --help {ours:.2f} s: {ours / typer:.1f} times")
