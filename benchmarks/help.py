@@ -16,5 +16,6 @@ def seconds(*command: str) -> float:
 
 
 if __name__ == "__main__":
-    typer, ours = seconds(sys.executable, "-c", "import typer"), seconds(str(Path(sys.executable).with_name("vlmdiff")), "--help")
+    command = str(Path(sys.executable).with_name("vlmdiff"))
+    typer, ours = seconds(sys.executable, "-c", "import typer"), seconds(command, "--help")
     print(f"import typer {typer:.2f} s, vlmdiff --help {ours:.2f} s: {ours / typer:.1f} times")
