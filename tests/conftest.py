@@ -72,6 +72,15 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_private)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests have measured, by `record_property`: a bound that holds does not say how well."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    measured = [f"{name}: {value}" for report in reports for name, value in report.user_properties]
+    if measured:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(measured))
+
+
 @dataclass(frozen=True)
 class Workspace:
     """A folder in which the line runs: a git repository with DVC."""

@@ -63,17 +63,23 @@ def pipeline():
     return VLMDiffPipeline.from_reference(state)
 
 
-def agree(name: str, ours: torch.Tensor | np.ndarray, golden: np.ndarray) -> None:
-    ours = np.asarray(ours, np.float64)
-    assert ours.shape == golden.shape
-    error = np.linalg.norm(ours - golden) / np.linalg.norm(golden)
-    print(f"{name}: relative error {error:.1e}")
-    assert error <= 1e-4, name
+@pytest.fixture
+def agree(record_property):
+    """Assert that numbers are the reference's up to a relative error of 1e-4, which the run's summary shows."""
+
+    def check(name: str, ours: torch.Tensor | np.ndarray, golden: np.ndarray) -> None:
+        ours = np.asarray(ours, np.float64)
+        assert ours.shape == golden.shape
+        error = np.linalg.norm(ours - golden) / np.linalg.norm(golden)
+        record_property(f"relative error, {name}", f"{error:.1e}")
+        assert error <= 1e-4, name
+
+    return check
 
 
 @pytest.mark.parametrize(("case", "timestep"), [("a", 501), ("b", 901)])
 @torch.no_grad()
-def test_noise_and_control_are_the_references(pipeline, golden, case, timestep):
+def test_noise_and_control_are_the_references(pipeline, golden, case, timestep, agree):
     latents, timestep = given(f"case_{case}/x", 1, 4, 32, 32), torch.tensor([timestep])
     context, hint = given(f"case_{case}/context", 1, 77, 768), given(f"case_{case}/hint", 1, 3, 256, 256)
     agree("noise", pipeline.predict_noise(latents, timestep, context, hint), golden[f"case_{case}_eps"])
@@ -88,13 +94,13 @@ def test_noise_and_control_are_the_references(pipeline, golden, case, timestep):
 
 
 @torch.no_grad()
-def test_the_autoencoder_is_the_references(pipeline, golden):
+def test_the_autoencoder_is_the_references(pipeline, golden, agree):
     moments = pipeline.vae.encode(given("vae/x", 1, 3, 128, 128)).latent_dist.parameters
     agree("moments", moments, golden["vae_moments"])
     agree("decoded", pipeline.vae.decode(given("vae/z", 1, 4, 16, 16)).sample, golden["vae_decoded"])
 
 
-def test_ten_steps_with_leading_spacing_are_the_references(pipeline, golden):
+def test_ten_steps_with_leading_spacing_are_the_references(pipeline, golden, agree):
     seen = []
 
     def denoise(latents, timestep):
@@ -113,7 +119,7 @@ def feature_pairs():
     return before, [f + 0.5 * given(f"amap/noise{i}", *f.shape) for i, f in enumerate(before)]
 
 
-def test_the_anomaly_map_and_its_score_are_the_references(golden):
+def test_the_anomaly_map_and_its_score_are_the_references(golden, agree):
     before, after = feature_pairs()
     total = 2 * compare(before, after, cosine_distance, 256, align_corners=True).double().numpy()
     agree("sum over layers", total[0], golden["amap_sum"])
@@ -122,7 +128,7 @@ def test_the_anomaly_map_and_its_score_are_the_references(golden):
     agree("image score", image_scores(smoothed, "pooled_max")[0], golden["amap_image_score"])
 
 
-def test_a_detector_with_the_references_parameters_gives_the_references_map(golden):
+def test_a_detector_with_the_references_parameters_gives_the_references_map(golden, agree):
     """Up to what calibration makes of it: score = raw / (raw + threshold), and raw in units of a normal difference."""
     pipeline = tiny_pipeline()
     pipeline.register_to_config(image_size=256)
