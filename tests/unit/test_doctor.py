@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from typer.testing import CliRunner
 
 from tests.conftest import TINY
-from tests.tiny import SIZE, tiny_backbone, tiny_checkpoint, tiny_pipeline
+from tests.tiny import SIZE, tiny_pipeline
 from vlmdiff import cost
 from vlmdiff.cli import app
 from vlmdiff.data import manifest
@@ -42,16 +42,6 @@ def here(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return tiny_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 def photographs(root: Path, **counts: int) -> Path:

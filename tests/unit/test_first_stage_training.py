@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTokenizer
 
-from tests.tiny import CAPTIONS, SIZE, tiny_backbone, tiny_checkpoint
+from tests.tiny import CAPTIONS, SIZE
 from vlmdiff.errors import InputError
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.normalization import Normalization, from_uint8
@@ -27,16 +27,6 @@ from vlmdiff.training.encoded import Encoded, encode
 from vlmdiff.training.first_stage import train_autoencoder
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return tiny_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(autouse=True)
