@@ -22,8 +22,8 @@ from vlmdiff.params import load
 class AutoencoderAlone(Detector):
     """Reconstructs by the first stage, without noise and without the denoiser."""
 
-    def reconstruct(self, images: torch.Tensor, seed: int, captions: None = None) -> torch.Tensor:
-        return self.pipeline.decode_latents(self.pipeline.encode_images(images))
+    def reconstruct(self, latents, images, seed, captions=None) -> torch.Tensor:
+        return latents
 
 
 class MeanImage(Detector):
@@ -31,8 +31,8 @@ class MeanImage(Detector):
 
     mean: torch.Tensor
 
-    def reconstruct(self, images: torch.Tensor, seed: int, captions: None = None) -> torch.Tensor:
-        return self.mean.expand_as(images)
+    def reconstruct(self, latents, images, seed, captions=None) -> torch.Tensor:
+        return self.pipeline.encode_images(self.mean).expand_as(latents)
 
 
 def main() -> None:

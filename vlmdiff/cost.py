@@ -134,7 +134,7 @@ def denoiser_step(
                 down_block_additional_residuals=down,
                 mid_block_additional_residual=middle,
             ).sample
-            loss = F.mse_loss(output.float(), noisy)
+            loss = F.mse_loss(output.float()[:, : noisy.shape[1]], noisy)
         loss.backward()
 
     return step

@@ -196,6 +196,10 @@ class Training(Section):
     seed: int = 0
 
 
+# A hidden state by its number, or the model's last.
+Layer = int | Literal["last"]
+
+
 class VisionBackbone(Pretrained):
     """A vision model of `transformers`, by folder or by hub name and `revision`, and the layers that are looked at.
 
@@ -207,7 +211,7 @@ class VisionBackbone(Pretrained):
     """
 
     image_size: Positive = 224
-    layers: Annotated[tuple[int | Literal["last"], ...], Field(min_length=1)] = (-1,)
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)] = (-1,)
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
 
@@ -233,13 +237,29 @@ class Discriminator(Section):
     layers: Positive = 3
 
 
-class FirstStage(Training):
-    """An AutoencoderKL: trained from scratch, or `pretrained` and fine-tuned (`steps: 0` leaves it as it is).
+class BackboneSpace(VisionBackbone):
+    """Features of a frozen vision model as latents: its layers on one grid, projected to `latent_channels`.
 
-    `block_channels` has an entry a resolution, each halving the last; a pretrained one brings its own shape and scale.
+    `whitening` is the power with which the principal components' deviations are evened out: 0 leaves them, 1 makes
+    them one.
     """
 
-    kind: Literal["autoencoder_kl"] = "autoencoder_kl"
+    model: str = "models/backbone"
+    image_size: Positive = 256
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)] = (1, 4, 7, 11)
+    whitening: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class FirstStage(Training):
+    """The latent space, `image_size` halved as often as `block_channels` has entries beyond the first.
+
+    "autoencoder_kl" is an AutoencoderKL: trained from scratch, or `pretrained` and fine-tuned (`steps: 0` leaves it as
+    it is); a pretrained one brings its own shape and scale. "backbone" are the features of `backbone`; what is trained
+    is the decoder that shows them.
+    """
+
+    kind: Literal["autoencoder_kl", "backbone"] = "autoencoder_kl"
+    backbone: BackboneSpace = BackboneSpace()
     pretrained: Part | None = None
     image_size: Positive = 64
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -260,6 +280,8 @@ class FirstStage(Training):
             raise ValueError(f"`image_size` must be a multiple of {factor}, the downsampling of `block_channels`")
         if self.pretrained is None and self.steps == 0:
             raise ValueError("`steps: 0` leaves a `pretrained` autoencoder as it is: name one, or train for some steps")
+        if self.kind == "backbone" and self.pretrained is not None:
+            raise ValueError("`pretrained` is an autoencoder, and `kind: backbone` has none: leave it null")
         if self.discriminator is not None and self.discriminator.start >= self.steps:
             raise ValueError("`discriminator.start` must be less than `steps`, or the discriminator never joins")
         return self
@@ -314,6 +336,7 @@ class Train(Training):
     hint_channels: tuple[Positive, ...] = (8, 16, 32)
     only_mid_control: bool = True
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
+    learn_variance: bool = True
     noise_levels: tuple[NoiseLevel, NoiseLevel] = (450, 550)
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     steps: Positive = 420
@@ -390,9 +413,9 @@ class Detection(Section):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     features: Annotated[tuple[Features, ...], Field(min_length=1)] = (
         Pixels(kind="pixels"),
-        Latents(kind="latents", weight=0.5),
+        Latents(kind="latents"),
     )
-    spread_floor: PositiveFloat | None = 1.0
+    deviation_floor: PositiveFloat | None = 0.5
     align_corners: bool = False
     smoothing: Annotated[float, Field(ge=0)] = 3.0
     image_score: Literal["max", "pooled_max"] = "max"
@@ -442,6 +465,14 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     registry: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _what_a_test_reads_is_trained(self):
+        if self.evaluate.detection.deviation_floor is not None and not self.train.learn_variance:
+            raise ValueError(
+                "evaluate.detection.deviation_floor is a floor of what only train.learn_variance learns: set it to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _levels_of_a_test_are_trained(self):

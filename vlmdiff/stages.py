@@ -59,7 +59,7 @@ def first_stage(
     from vlmdiff.data import manifest
     from vlmdiff.device import processes
     from vlmdiff.model.normalization import Normalization
-    from vlmdiff.training.first_stage import train_autoencoder
+    from vlmdiff.training.first_stage import train_first_stage
 
     here = processes()
     folder = training_state(state, params, manifest_file)
@@ -70,7 +70,7 @@ def first_stage(
             image_array(frame[frame["split"] == split], data, params.image_size, file)
     here.wait_for_everyone()
     images = {split: np.load(file, mmap_mode="c") for split, file in files.items()}
-    vae, history = train_autoencoder(images["train"], images["validation"], params, folder, here.device)
+    vae, history = train_first_stage(images["train"], images["validation"], params, folder, here.device)
     if here.is_main_process:
         with atomic_folder(out) as temporary:
             vae.save_pretrained(temporary)
@@ -84,18 +84,17 @@ def encode(
     params: p.Encode, data: p.Prepare, manifest_file: Path, captions: Path, latent_space: Path, out: Path
 ) -> None:
     """What is frozen while the denoiser trains, computed once: latents, text embeddings, hints."""
-    from diffusers import AutoencoderKL
-
     from vlmdiff.captions.files import read_captions
     from vlmdiff.data import manifest
     from vlmdiff.device import pick_device
+    from vlmdiff.model.first_stage import load_first_stage
     from vlmdiff.model.normalization import Normalization
     from vlmdiff.training import encoded
 
     device = pick_device()
     frame = manifest.read(manifest_file)
     frame = frame[frame["split"] != "test"].reset_index(drop=True)
-    vae = AutoencoderKL.from_pretrained(latent_space).to(device)
+    vae = load_first_stage(latent_space).to(device)
     with atomic_folder(out) as temporary:
         hints = image_array(frame, data, vae.config.sample_size, temporary / "hints.npy")
         encoded.encode(
@@ -105,10 +104,10 @@ def encode(
 
 def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Path, report: Path) -> None:
     """Train the denoiser on what `encode` wrote; the whole pipeline into `out`."""
-    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from vlmdiff.device import processes
+    from vlmdiff.model.first_stage import load_first_stage
     from vlmdiff.model.normalization import Normalization
     from vlmdiff.training.diffusion import build, train_denoiser
     from vlmdiff.training.encoded import Encoded
@@ -116,7 +115,7 @@ def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Pat
     here = processes()
     folder = training_state(state, params, data, latent_space)
     pipeline = build(
-        AutoencoderKL.from_pretrained(latent_space),
+        load_first_stage(latent_space),
         CLIPTextModel.from_pretrained(data / "text_encoder"),
         CLIPTokenizer.from_pretrained(data / "tokenizer"),
         params,

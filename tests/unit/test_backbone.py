@@ -367,19 +367,19 @@ def test_a_detector_compares_in_the_features_of_a_backbone(family, checkpoint, t
 def test_a_backbone_named_twice_is_loaded_once(checkpoint):
     folder, images = checkpoint("vit"), torch.rand(2, 3, SIZE, SIZE)
     pipeline, entries = tiny_pipeline(), [entry(folder, layers=(2, 1)), entry(folder, layers=(-1, 2), weight=0.5)]
-    apart = [spaces([e], pipeline)[0][0](images) for e in entries]
+    apart = [spaces([e], pipeline)[0][0](images, None) for e in entries]
 
     gc.collect()
     before = sum(type(x) is tf.ViTModel for x in gc.get_objects())
     together = spaces(entries, pipeline)
     assert sum(type(x) is tf.ViTModel for x in gc.get_objects()) == before + 1
     for (extract, _), expected in zip(together, apart, strict=True):
-        torch.testing.assert_close(extract(images), expected)
+        torch.testing.assert_close(extract(images, None), expected)
 
 
 def test_alike_features_are_no_distance_apart_and_others_are(checkpoint):
     ((extract, distance),) = spaces([entry(checkpoint("resnet"), layers=(2,))], tiny_pipeline())
-    (maps,) = extract(torch.rand(2, 3, SIZE, SIZE))
+    (maps,) = extract(torch.rand(2, 3, SIZE, SIZE), None)
     assert distance(maps, maps).abs().max() < 1e-6 < distance(maps, maps.flip(0)).min()
 
 

@@ -9,7 +9,7 @@ from vlmdiff.detection.calibration import conformal_threshold
 from vlmdiff.detection.detector import Detector, find_regions
 from vlmdiff.detection.features import spaces
 from vlmdiff.errors import InputError
-from vlmdiff.params import AutoencoderFeatures, Detection, Pixels
+from vlmdiff.params import AutoencoderFeatures, Detection, Latents, Pixels
 
 
 def photographs(count, seed=0, size=SIZE):
@@ -58,34 +58,26 @@ def test_a_saved_detector_judges_alike(detector, tmp_path):
         assert one.regions == other.regions
 
 
-class Wavering(Detector):
-    """Reconstructs grey, in the right half now a tenth lighter and now a tenth darker."""
+class Unsure(Detector):
+    """Reconstructs latents a fifth lower than they are, and is three times as unsure of the right half."""
 
-    def reconstruct(self, images, seed, captions=None):
-        grey = torch.full_like(images, 0.5)
-        grey[..., SIZE // 2 :] += 0.1 if seed % 2 else -0.1
-        return grey
+    def reconstruct(self, latents, images, seed, captions=None):
+        deviation = torch.full_like(latents[:, 0], 0.1)
+        deviation[..., latents.shape[-1] // 2 :] = 0.3
+        return latents - 0.2, deviation
 
 
-@pytest.mark.parametrize(
-    ("settings", "ratio"),
-    [
-        # The usual spread is the mean of 0 on the left and 0.1 on the right: there it is 0 and 2 of it.
-        ({"spread_floor": 1.0}, (2 + 1) / (0 + 1)),
-        ({"spread_floor": 0.5}, (2 + 0.5) / (0 + 0.5)),
-        ({"spread_floor": None}, 1.0),
-        # One sample says nothing of a spread; it is a tenth darker, and the photograph a fifth lighter, than grey.
-        ({"spread_floor": 1.0, "samples": 1}, 0.2 / 0.3),
-    ],
-)
-def test_a_difference_counts_less_where_samples_lie_apart(settings, ratio):
-    features = (Pixels(kind="pixels", window=1),)
-    detector = Wavering(tiny_pipeline(), Detection(features=features, smoothing=0, **settings))
-    lighter = np.full((SIZE, SIZE, 3), round(0.7 * 255), np.uint8)
-    detector.calibrate([lighter])
-    (found,) = detector.detect([lighter])
+@pytest.mark.parametrize("floor", [1.0, 0.5, None])
+def test_a_difference_counts_less_where_the_model_expects_to_be_off(floor):
+    features = (Latents(kind="latents"),)
+    detector = Unsure(tiny_pipeline(), Detection(features=features, smoothing=0, deviation_floor=floor))
+    images = photographs(1)
+    detector.calibrate(images)
+    (found,) = detector.detect(images)
     odds = found.anomaly_map / (1 - found.anomaly_map)
-    assert odds[:, : SIZE // 2].mean() / odds[:, SIZE // 2 :].mean() == pytest.approx(ratio, rel=1e-2)
+    usual = ((0.1**2 + 0.3**2) / 2) ** 0.5
+    ratio = 1 if floor is None else (0.3 / usual + floor) / (0.1 / usual + floor)
+    assert odds[:, 0].mean() / odds[:, -1].mean() == pytest.approx(ratio, rel=1e-2)
 
 
 def test_pooling_the_score_judges_by_a_broad_difference_alone():

@@ -24,7 +24,7 @@ from vlmdiff.training.adversarial import (
     perceptual_distance,
 )
 from vlmdiff.training.encoded import Encoded, encode
-from vlmdiff.training.first_stage import train_autoencoder
+from vlmdiff.training.first_stage import train_first_stage
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def trained(checkpoint, folder, **changes):
         }
     )
     data = images(14)
-    return train_autoencoder(data[:10], data[10:], params, folder, CPU)
+    return train_first_stage(data[:10], data[10:], params, folder, CPU)
 
 
 def adversary(start):

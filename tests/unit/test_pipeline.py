@@ -1,6 +1,7 @@
 """VLMDiffPipeline: what it saves it loads, and a reconstruction is what the formulas say."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_ddim_with_a_perfect_prediction_returns_the_clean_latents(pipeline, monk
     def oracle(latents, timestep, *_):
         alpha = alphas[timestep]
         noise = (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean, None
 
     monkeypatch.setattr(pipeline, "denoise", oracle)
     for level, steps in ((300, 1), (700, 4), (999, 10)):
@@ -88,7 +89,7 @@ def test_predict_noise_agrees_with_the_schedulers_own_conversion(pipeline):
     latents, timestep = torch.randn(1, 4, SIZE // 4, SIZE // 4), torch.tensor(400)
     text, hint = pipeline.encode_captions(["a red thing"]), pipeline.normalize(images(1))
     with torch.no_grad():
-        velocity = pipeline.denoise(latents, timestep, text, hint)
+        velocity, _ = pipeline.denoise(latents, timestep, text, hint)
         noise = pipeline.predict_noise(latents, timestep, text, hint)
     pipeline.scheduler.set_timesteps(1000)
     clean = pipeline.scheduler.step(velocity, timestep, latents).pred_original_sample
@@ -113,6 +114,29 @@ def test_the_global_random_state_plays_no_part(pipeline):
     first = pipeline(images(), seed=0).images
     torch.manual_seed(2)
     torch.testing.assert_close(pipeline(images(), seed=0).images, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+def test_the_expected_deviation_is_that_of_the_predicted_latents(prediction):
+    """Of an output that is off by e, in every channel, the clean latents are off by e times a factor of the level."""
+    pipeline = tiny_pipeline(prediction=prediction)
+    x, level, error = images(2), 600, 0.25
+    with torch.no_grad():
+        clean = pipeline.encode_images(x)
+    alpha = pipeline.scheduler.alphas_cumprod[level]
+
+    def off_by_error(latents, timestep, *_):
+        noise = (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        right = noise if prediction == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        return right + error, torch.full_like(latents[:, 0], 2 * math.log(error))
+
+    pipeline.denoise = off_by_error
+    found = pipeline(x, noise_level=level, steps=1)
+    torch.testing.assert_close((found.latents - clean).square().mean(1).sqrt(), found.deviation, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_that_has_not_learned_its_variance_expects_nothing():
+    assert tiny_pipeline(learn_variance=False)(images(1)).deviation is None
 
 
 def test_the_noise_level_decides_what_is_forgotten(pipeline):

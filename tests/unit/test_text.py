@@ -79,7 +79,7 @@ def test_a_caption_means_the_same_beside_longer_ones(pipeline):
             block.weight.normal_(0, 0.1, generator=generator)
 
         def denoise(prompt_embeds):
-            return pipeline.denoise(latents, torch.tensor(400), prompt_embeds, hint)
+            return pipeline.denoise(latents, torch.tensor(400), prompt_embeds, hint)[0]
 
         alone = [pipeline.encode_captions([caption]) for caption in captions]
         assert len({embeds.shape[1] for embeds in alone}) == 3

@@ -27,11 +27,18 @@ def compare(
     """Maps (B, size, size): the distances of two images' features, made as large as the image, averaged over layers.
 
     before, after: (B, C, h, w) a layer, C, h and w its own; distance: two of those to (B, h, w). The maps are resized
-    bilinearly; with align_corners the centres of the corner pixels meet, as in the reference, else their outer edges.
+    as `enlarge` does.
     """
-    maps = [distance(a, b)[:, None] for a, b in zip(before, after, strict=True)]
-    large = [F.interpolate(m, size=(size, size), mode="bilinear", align_corners=align_corners) for m in maps]
-    return torch.cat(large, dim=1).mean(dim=1)
+    maps = [enlarge(distance(a, b), size, align_corners) for a, b in zip(before, after, strict=True)]
+    return torch.stack(maps).mean(dim=0)
+
+
+def enlarge(maps: torch.Tensor, size: int, align_corners: bool = False) -> torch.Tensor:
+    """Maps (B, h, w) as (B, size, size), bilinear.
+
+    With align_corners the centres of the corner pixels meet, as in the reference, else their outer edges.
+    """
+    return F.interpolate(maps[:, None], size=(size, size), mode="bilinear", align_corners=align_corners)[:, 0]
 
 
 def smooth(maps: np.ndarray, sigma: float) -> np.ndarray:

@@ -8,13 +8,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is usual in a normal image, in each kind of features, and the threshold on the combined, smoothed map.
+    """What is usual in a normal image, and the threshold on the combined, smoothed map.
 
-    spreads: how far the samples of its reconstruction lie from their mean; scales: how far it lies from that.
+    deviation: the root mean square of what the network expects; scales: in each kind of features, the mean difference.
     images: how many normal images it rests on; false_alarm_rate: the share of normal images it may call anomalous.
     """
 
-    spreads: list[float]
+    deviation: float
     scales: list[float]
     threshold: float
     images: int

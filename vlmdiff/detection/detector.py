@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, image_scores, smooth
+from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, image_scores, smooth
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
 from vlmdiff.detection.features import spaces
 from vlmdiff.device import pick_device
@@ -20,7 +19,7 @@ from vlmdiff.errors import InputError
 from vlmdiff.files import write_json
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
-from vlmdiff.params import BackboneFeatures
+from vlmdiff.params import BackboneFeatures, Latents
 from vlmdiff.params import Detection as DetectionParams
 
 SETTINGS = "detector.json"
@@ -89,6 +88,7 @@ class Detector:
         self.calibration = calibration
         self.class_captions = class_captions
         self.spaces = spaces(params.features, pipeline)
+        self._decodes = any(not isinstance(features, Latents) for features in params.features)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str = "auto") -> "Detector":
@@ -135,15 +135,15 @@ class Detector:
 
         captions: as for `detect`.
         """
-        found = [(maps, spreads) for maps, spreads, _ in self._differences(normal, batch_size, captions)]
-        differences, spreads = (np.concatenate(maps) for maps in zip(*found, strict=True))
-        typical = spreads.mean(axis=(0, 2, 3))
-        differences = self._relative(differences, spreads, typical)
+        found = [(maps, expected) for maps, expected, _ in self._differences(normal, batch_size, captions)]
+        differences, deviations = (np.concatenate(maps) for maps in zip(*found, strict=True))
+        typical = float(np.sqrt(np.square(deviations).mean()))
+        differences = self._relative(differences, deviations, typical)
         scales = differences.mean(axis=(0, 2, 3))
         scores = image_scores(self._combine(differences, scales), self.params.image_score)
         threshold = conformal_threshold(scores, self.params.false_alarm_rate)
         self.calibration = Calibration(
-            spreads=typical.tolist(),
+            deviation=typical,
             scales=scales.tolist(),
             threshold=threshold,
             images=len(scores),
@@ -181,8 +181,8 @@ class Detector:
     ) -> Iterator[Detection]:
         """As `detect`, a batch at a time: as many images as one likes in the memory of one batch."""
         calibration = self._calibrated()
-        for differences, spreads, rebuilt in self._differences(images, batch_size, captions):
-            raw = self._combine(self._relative(differences, spreads, calibration.spreads), calibration.scales)
+        for differences, deviations, rebuilt in self._differences(images, batch_size, captions):
+            raw = self._combine(self._relative(differences, deviations, calibration.deviation), calibration.scales)
             maps, scores = (
                 (values / (values + calibration.threshold)).astype(np.float32)
                 for values in (raw, image_scores(raw, self.params.image_score))
@@ -193,10 +193,16 @@ class Detector:
                 regions = find_regions(anomaly_map) if is_anomalous else []
                 yield Detection(score, is_anomalous, anomaly_map, regions, reconstruction)
 
-    def reconstruct(self, images: torch.Tensor, seed: int, captions: Sequence[str] | None = None) -> torch.Tensor:
-        """Photographs (B, 3, S, S) in [0, 1] as if they were normal, one draw of them."""
+    def reconstruct(
+        self, latents: torch.Tensor, images: torch.Tensor, seed: int, captions: Sequence[str] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents (B, C, h, w) of photographs (B, 3, S, S) in [0, 1] as if they were normal, one draw of them.
+
+        With them come the deviations (B, h, w) that the network expects of them, None where it has not learned that.
+        """
         params = self.params
-        return self.pipeline(
+        return self.pipeline.reconstruct(
+            latents,
             images,
             captions,
             noise_level=params.noise_level,
@@ -205,7 +211,7 @@ class Detector:
             guidance=params.guidance,
             spacing=params.spacing,
             solver=params.solver,
-        ).images
+        )
 
     def _calibrated(self) -> Calibration:
         if self.calibration is None:
@@ -216,8 +222,8 @@ class Detector:
     def _differences(
         self, images: Iterable[np.ndarray], batch_size: int, captions: Iterable[str] | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """A batch at a time, for each kind of features: how far the photograph lies from the mean of its samples and
-        how far these do, (B, F, S, S) both; and one sample, uint8 (B, S, S, 3).
+        """A batch at a time: how far photographs lie from the mean of their samples, for each kind of features
+        (B, F, S, S); the deviation that is expected there, (B, S, S); and one sample, uint8 (B, S, S, 3).
         """
         params, size = self.params, self.pipeline.config.image_size
         if (captions is None) != (params.captions == "none"):
@@ -230,29 +236,29 @@ class Detector:
         for batch in batches(pairs, batch_size):
             x = torch.stack([to_tensor(image, size) for image, _ in batch]).to(self.pipeline.device)
             texts = None if captions is None else [caption for _, caption in batch]
-            before = [extract(x) for extract, _ in self.spaces]
-            samples = []
+            clean = self.pipeline.encode_images(x)
+            before = [extract(x, clean) for extract, _ in self.spaces]
+            samples, expected = [], []
             for sample in range(params.samples):
-                rebuilt = self.reconstruct(x, params.seed + sample, texts)
+                latents, deviation = self.reconstruct(clean, x, params.seed + sample, texts)
+                # What is compared in latents alone is decoded once, to be looked at.
+                rebuilt = self.pipeline.decode_latents(latents) if sample == 0 or self._decodes else None
                 if sample == 0:
                     shown = (rebuilt * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-                samples.append([extract(rebuilt) for extract, _ in self.spaces])
-            maps, spreads = [], []
+                samples.append([extract(rebuilt, latents) for extract, _ in self.spaces])
+                # A network that does not say is as uncertain everywhere.
+                expected.append(torch.ones_like(latents[:, 0]) if deviation is None else deviation)
+            maps = []
             for i, (_, distance) in enumerate(self.spaces):
-                after = [sample[i] for sample in samples]
-                mean = [torch.stack(layer).mean(dim=0) for layer in zip(*after, strict=True)]
-                far = partial(compare, after=mean, distance=distance, size=size, align_corners=params.align_corners)
-                maps.append(far(before[i]))
-                spreads.append(torch.stack([far(sample) for sample in after]).mean(dim=0))
-            yield *(torch.stack(found, dim=1).cpu().numpy() for found in (maps, spreads)), shown
+                mean = [torch.stack(layer).mean(dim=0) for layer in zip(*(sample[i] for sample in samples), strict=True)]
+                maps.append(compare(before[i], mean, distance, size, params.align_corners))
+            deviations = enlarge(torch.stack(expected).mean(dim=0), size, params.align_corners)
+            yield torch.stack(maps, dim=1).cpu().numpy(), deviations.cpu().numpy(), shown
 
-    def _relative(self, differences: np.ndarray, spreads: np.ndarray, typical: Sequence[float]) -> np.ndarray:
-        """Differences (B, F, S, S) divided by the spread of the samples around each place, where that is wanted."""
-        floor = self.params.spread_floor
-        if floor is None or self.params.samples == 1:
-            return differences
-        unit = np.maximum(typical, 1e-12)[:, None, None]
-        return differences / (smooth(spreads, self.params.smoothing) / unit + floor)
+    def _relative(self, differences: np.ndarray, deviations: np.ndarray, typical: float) -> np.ndarray:
+        """Differences (B, F, S, S) divided by the deviations (B, S, S) that are expected, where that is wanted."""
+        floor = self.params.deviation_floor
+        return differences if floor is None else differences / (deviations / typical + floor)[:, None]
 
     def _combine(self, differences: np.ndarray, scales: Sequence[float]) -> np.ndarray:
         """(B, F, S, S) to (B, S, S): each kind of features on its normal scale, weighted, summed and smoothed."""

@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 
 from vlmdiff.errors import InputError
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.params import AutoencoderFeatures, BackboneFeatures, Features, Latents, Pixels
 
-# Images (B, 3, S, S) in [0, 1] to one map (B, C, h, w) a layer.
-Extractor = Callable[[torch.Tensor], list[torch.Tensor]]
+# Images (B, 3, S, S) in [0, 1] and their latents (B, C, h, w), scaled, to one map (B, C, h, w) a layer.
+Extractor = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 # Two maps (B, C, h, w) to (B, h, w): 0 where they agree.
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -46,7 +47,7 @@ def spaces(features: Sequence[Features], pipeline: VLMDiffPipeline) -> list[tupl
             case Pixels():
                 return local_means(entry.window), rms_difference
             case Latents():
-                return lambda images: [pipeline.encode_images(images)], rms_difference
+                return lambda images, latents: [latents], rms_difference
             case AutoencoderFeatures():
                 return autoencoder_features(pipeline, entry.layers), cosine_distance
             case BackboneFeatures():
@@ -59,7 +60,7 @@ def spaces(features: Sequence[Features], pipeline: VLMDiffPipeline) -> list[tupl
 
 def local_means(window: int) -> Extractor:
     """Colours, averaged over `window` x `window` pixels; at the border over those of them that there are."""
-    return lambda images: [F.avg_pool2d(images, window, 1, window // 2, count_include_pad=False)]
+    return lambda images, latents: [F.avg_pool2d(images, window, 1, window // 2, count_include_pad=False)]
 
 
 def _apart_from_layers(entry: BackboneFeatures) -> BackboneFeatures:
@@ -69,7 +70,7 @@ def _apart_from_layers(entry: BackboneFeatures) -> BackboneFeatures:
 def backbone_features(backbone: Backbone, places: Sequence[int]) -> Extractor:
     """Those of the backbone's layers that stand at `places`."""
 
-    def extract(images: torch.Tensor) -> list[torch.Tensor]:
+    def extract(images: torch.Tensor, latents: torch.Tensor) -> list[torch.Tensor]:
         maps = backbone(images)
         return [maps[place] for place in places]
 
@@ -77,13 +78,15 @@ def backbone_features(backbone: Backbone, places: Sequence[int]) -> Extractor:
 
 
 def autoencoder_features(pipeline: VLMDiffPipeline, layers: tuple[int, ...]) -> Extractor:
-    """Activations of the first stage's encoder at its resolutions, 0 the finest."""
+    """Activations of an autoencoder's encoder at its resolutions, 0 the finest."""
+    if not isinstance(pipeline.vae, AutoencoderKL):
+        raise InputError("features of kind: autoencoder need a first stage of kind: autoencoder_kl")
     encoder = pipeline.vae.encoder
     blocks = encoder.down_blocks
     if bad := [layer for layer in layers if layer >= len(blocks)]:
         raise InputError(f"the first stage's encoder has layers 0 to {len(blocks) - 1}, not {bad}: mend `layers`")
 
-    def extract(images: torch.Tensor) -> list[torch.Tensor]:
+    def extract(images: torch.Tensor, latents: torch.Tensor) -> list[torch.Tensor]:
         maps, x = [], encoder.conv_in(pipeline.normalize(images))
         for index in range(max(layers) + 1):
             # Before its downsampler a block's output has the block's own resolution.

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, ModelOutput, cached_file, logging
 
 from vlmdiff.errors import InputError
+from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.pretrained import check_pinned
 from vlmdiff.params import VisionBackbone
 
@@ -38,9 +39,8 @@ class Backbone:
         """Raises InputError where the model has no such layer, or cannot take images of `params.image_size`."""
         self.name = params.model
         self.size = (params.image_size, params.image_size)
-        self._model = model.eval().requires_grad_(False)
-        self._mean = torch.tensor(mean, dtype=torch.float32, device=model.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(std, dtype=torch.float32, device=model.device).view(1, 3, 1, 1)
+        self.network = model.eval().requires_grad_(False)
+        self.normalization = Normalization(tuple(mean), tuple(std))
         # Those that interpolate their positions only when told to; the others do it themselves or have none.
         told = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if told else {}
@@ -88,13 +88,14 @@ class Backbone:
         A gradient flows through to images that require one.
         """
         # Activations of two images stay in a CPU's caches, those of a batch do not: MobileNetV2 takes half the time.
-        at_once = 2 if self._mean.device.type == "cpu" else max(len(images), 1)
-        parts = [self._maps(self._run(_resize(x.to(self._mean), self.size))) for x in images.split(at_once)]
+        device = self.network.device
+        at_once = 2 if device.type == "cpu" else max(len(images), 1)
+        parts = [self._maps(self._run(_resize(x.to(device, torch.float32), self.size))) for x in images.split(at_once)]
         return [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
     def _run(self, images: torch.Tensor) -> ModelOutput:
-        pixels = (images - self._mean) / self._std
-        return self._model(pixel_values=pixels, output_hidden_states=True, **self._options)
+        pixels = self.normalization(images)
+        return self.network(pixel_values=pixels, output_hidden_states=True, **self._options)
 
     def _maps(self, output: ModelOutput) -> list[torch.Tensor]:
         states = _states(output)
@@ -108,8 +109,8 @@ class Backbone:
     @torch.no_grad()
     def _probe(self) -> tuple[ModelOutput, tuple[tuple[int, int], int]]:
         """The model's output for black images; the grid (h, w) that tokens lie on, and the first of them."""
-        images = torch.zeros(3, 3, *self.size, device=self._model.device)
-        patch = _patch_size(self._model)
+        images = torch.zeros(3, 3, *self.size, device=self.network.device)
+        patch = _patch_size(self.network)
         images[1, :, : patch[0], : patch[1]] = 1
         images[2, :, -patch[0] :, -patch[1] :] = 1
         try:
@@ -162,11 +163,12 @@ def _patch_size(model: PreTrainedModel) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _drop_blocks(model: nn.Module, count: int, needed: int) -> None:
+def _drop_blocks(model: PreTrainedModel, count: int, needed: int) -> None:
     """Drop those of a transformer's `count` blocks that nobody reads; its norm goes without: all are as wide."""
     blocks = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), ())
     if needed < len(blocks):
         del blocks[max(needed, 1) :]  # the state before the first block is recorded when that block runs
+        model.config.num_hidden_layers = len(blocks)
 
 
 def _load(params: VisionBackbone, dtype: torch.dtype | str) -> PreTrainedModel:

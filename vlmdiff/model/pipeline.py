@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput, logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.errors import InputError
+from vlmdiff.model.first_stage import FirstStageModel
 from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.sampling import reconstruct
 from vlmdiff.model.sgn import SemanticGuidedNetwork
@@ -27,10 +28,15 @@ def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline"
 
 @dataclass
 class Reconstruction(BaseOutput):
-    """images: (B, 3, S, S) in [0, 1]; latents: (B, C, h, w), scaled as the denoiser sees them."""
+    """images: (B, 3, S, S) in [0, 1]; latents: (B, C, h, w), scaled as the denoiser sees them.
+
+    deviation: (B, h, w), how far off the network expects its first prediction of the latents to be, the root of the
+    mean square over channels; None where it has not learned to say.
+    """
 
     images: torch.Tensor
     latents: torch.Tensor
+    deviation: torch.Tensor | None
 
 
 class VLMDiffPipeline(DiffusionPipeline):
@@ -45,7 +51,7 @@ class VLMDiffPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: FirstStageModel,
         text_encoder: CLIPTextModel | None,
         tokenizer: CLIPTokenizer | None,
         unet: UNet2DConditionModel,
@@ -108,26 +114,29 @@ class VLMDiffPipeline(DiffusionPipeline):
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, image: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The network's own output (B, C, h, w), of the kind `scheduler.config.prediction_type` names.
 
-        latents: (B, C, h, w), noised to `timestep` (a scalar or (B,)); prompt_embeds: (B, L, D); image: (B, 3, S, S),
-        normalised.
+        With it comes the logarithm of the squared error that the network expects of it, a mean over the channels,
+        (B, h, w); None where it has not learned that. latents: (B, C, h, w), noised to `timestep` (a scalar or (B,));
+        prompt_embeds: (B, L, D); image: (B, 3, S, S), normalised.
         """
         down, middle = self.sgn(latents, timestep, prompt_embeds, image)
-        return self.unet(
+        output = self.unet(
             latents,
             timestep,
             encoder_hidden_states=prompt_embeds,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
         ).sample
+        channels = latents.shape[1]
+        return output[:, :channels], output[:, channels] if output.shape[1] > channels else None
 
     def predict_noise(
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, image: torch.Tensor
     ) -> torch.Tensor:
         """The noise (B, C, h, w) in `latents`; arguments as for `denoise`."""
-        output = self.denoise(latents, timestep, prompt_embeds, image)
+        output, _ = self.denoise(latents, timestep, prompt_embeds, image)
         if self.scheduler.config.prediction_type == "epsilon":
             return output
         # v = sqrt(alpha) noise - sqrt(1 - alpha) clean (Salimans and Ho, 2022).
@@ -146,35 +155,65 @@ class VLMDiffPipeline(DiffusionPipeline):
         spacing: Spacing = "trailing",
         solver: Solver = "ddim",
     ) -> Reconstruction:
-        """Noise the photographs' latents to `noise_level` and take them back in `steps` steps.
-
-        images: (B, 3, S, S) in [0, 1]; captions: one an image, or None for the empty prompt; noise_level: 0..999.
-        guidance: how far to go from what the empty prompt predicts towards what the caption does, 1 for the caption
-        alone (classifier-free guidance, Ho and Salimans, 2022). spacing, solver: see `vlmdiff.model.sampling`.
-        One draw of noise serves the whole batch, so that a result does not depend on which images share a batch.
-        Raises InputError where an argument does not fit.
-        """
+        """Photographs (B, 3, S, S) in [0, 1] as if they were normal; the other arguments are those of `reconstruct`."""
         size = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise InputError(f"images must be (B, 3, {size}, {size}), not {tuple(images.shape)}")
-        if captions is not None and len(captions) != len(images):
-            raise InputError(f"{len(captions)} captions for {len(images)} images: give one an image, or none")
         images = images.to(self.device, self.vae.dtype)
-        clean = self.encode_images(images)
+        latents, deviation = self.reconstruct(
+            self.encode_images(images), images, captions, noise_level, steps, seed, guidance, spacing, solver
+        )
+        return Reconstruction(images=self.decode_latents(latents), latents=latents, deviation=deviation)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        latents: torch.Tensor,
+        images: torch.Tensor,
+        captions: Sequence[str] | None = None,
+        noise_level: int = 500,
+        steps: int = 5,
+        seed: int = 0,
+        guidance: float = 1.0,
+        spacing: Spacing = "trailing",
+        solver: Solver = "ddim",
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Noise the latents (B, C, h, w) of photographs to `noise_level` and take them back in `steps` steps.
+
+        Returns the latents and their deviation, as `Reconstruction` has them.
+
+        images: the photographs, (B, 3, S, S) in [0, 1]; captions: one an image, or None for the empty prompt;
+        noise_level: 0..999. guidance: how far to go from what the empty prompt predicts towards what the caption does,
+        1 for the caption alone (classifier-free guidance, Ho and Salimans, 2022). spacing, solver: see
+        `vlmdiff.model.sampling`. One draw of noise serves the whole batch, so that a result does not depend on which
+        images share a batch. Raises InputError where an argument does not fit.
+        """
+        if captions is not None and len(captions) != len(latents):
+            raise InputError(f"{len(captions)} captions for {len(latents)} images: give one an image, or none")
         empty = self.encode_captions([""])
-        prompt_embeds = empty.expand(len(images), -1, -1) if captions is None else self.encode_captions(captions)
+        prompt_embeds = empty.expand(len(latents), -1, -1) if captions is None else self.encode_captions(captions)
         # Where the caption is the empty prompt there is nothing to be guided away from.
         guided = [i for i, caption in enumerate(captions or ()) if caption and guidance != 1]
         hint = self.normalize(images)
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(clean[:1].shape, generator=generator).to(clean)
+        noise = torch.randn(latents[:1].shape, generator=generator).to(latents)
 
-        def denoise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            output = self.denoise(latents, timestep, prompt_embeds, hint)
+        expected: list[torch.Tensor | None] = []
+
+        def denoise(noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            output, log_variance = self.denoise(noisy, timestep, prompt_embeds, hint)
+            if not expected:
+                expected.append(None if log_variance is None else self._deviation(log_variance, timestep))
             if guided:
-                without = self.denoise(latents[guided], timestep, empty.expand(len(guided), -1, -1), hint[guided])
+                without, _ = self.denoise(noisy[guided], timestep, empty.expand(len(guided), -1, -1), hint[guided])
                 output[guided] = torch.lerp(without, output[guided], guidance)
             return output
 
-        latents = reconstruct(denoise, clean, noise, self.scheduler, noise_level, steps, spacing, solver)
-        return Reconstruction(images=self.decode_latents(latents), latents=latents)
+        found = reconstruct(denoise, latents, noise, self.scheduler, noise_level, steps, spacing, solver)
+        return found, expected[0]
+
+    def _deviation(self, log_variance: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """From the error of the network's output to that of the clean latents which it says."""
+        alpha = self.scheduler.alphas_cumprod.to(log_variance.device)[timestep]
+        share = 1 - alpha if self.scheduler.config.prediction_type == "v_prediction" else (1 - alpha) / alpha
+        return (share * log_variance.exp()).sqrt()

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.errors import InputError
 from vlmdiff.model import pretrained
+from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.sgn import SemanticGuidedNetwork
@@ -27,7 +28,7 @@ def read_pretrained(source: Pretrained) -> tuple[UNet2DConditionModel, DDIMSched
 
 
 def build(
-    vae: AutoencoderKL,
+    vae: FirstStageModel,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     params: Train,
@@ -41,8 +42,7 @@ def build(
     Raises InputError where a pretrained UNet or the hint's encoder does not fit them.
     """
     torch.manual_seed(params.seed)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if 2 ** (len(params.hint_channels) - 1) != factor:
+    if len(params.hint_channels) != len(vae.config.block_out_channels):
         raise InputError(
             f"train.hint_channels has {len(params.hint_channels)} entries: with a first stage that halves the image "
             f"{len(vae.config.block_out_channels) - 1} times it needs {len(vae.config.block_out_channels)}"
@@ -64,10 +64,13 @@ def build(
     )
 
 
+# What is said of the error must not change what is said of the image (cf. Nichol and Dhariwal, 2021).
+VARIANCE_WEIGHT = 0.1
+
 Denoiser = tuple[UNet2DConditionModel, SemanticGuidedNetwork, DDIMScheduler]
 
 
-def _untrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -> Denoiser:
+def _untrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train) -> Denoiser:
     levels = len(params.block_channels)
     shape = dict(
         in_channels=vae.config.latent_channels,
@@ -80,8 +83,8 @@ def _untrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -
         attention_head_dim=tuple(max(1, channels // params.head_size) for channels in params.block_channels),
     )
     unet = UNet2DConditionModel(
-        sample_size=vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
-        out_channels=vae.config.latent_channels,
+        sample_size=vae.config.sample_size // downsampling(vae),
+        out_channels=vae.config.latent_channels + params.learn_variance,
         up_block_types=("CrossAttnUpBlock2D", *("UpBlock2D",) * (levels - 1)),
         **shape,
     )
@@ -102,7 +105,7 @@ def _untrained(vae: AutoencoderKL, text_encoder: CLIPTextModel, params: Train) -
 def _pretrained(
     unet: UNet2DConditionModel,
     scheduler: DDIMScheduler,
-    vae: AutoencoderKL,
+    vae: FirstStageModel,
     text_encoder: CLIPTextModel,
     params: Train,
 ) -> Denoiser:
@@ -121,8 +124,26 @@ def _pretrained(
                 f"the UNet of {name} takes {what.format(has)}, and gets {needs}: take first stage and text "
                 "encoder from the same model (first_stage.pretrained, encode.text_encoder)"
             )
+    if params.learn_variance:
+        _add_output(unet)
     scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
     return unet, SemanticGuidedNetwork.from_unet(unet, params.hint_channels, params.only_mid_control), scheduler
+
+
+def _add_output(unet: UNet2DConditionModel) -> None:
+    """One more output channel, zero at first; the others stay as they are."""
+    old = unet.conv_out
+    new = nn.Conv2d(old.in_channels, old.out_channels + 1, old.kernel_size, padding=old.padding)
+    with torch.no_grad():
+        for ours, theirs in ((new.weight, old.weight), (new.bias, old.bias)):
+            ours.zero_()[: len(theirs)] = theirs
+    unet.conv_out = new
+    unet.register_to_config(out_channels=new.out_channels)
+
+
+def gaussian_loss(squared: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """Negative logarithm of the likelihood of errors of these squares, twice it and but for a constant."""
+    return log_variance + squared * torch.exp(-log_variance)
 
 
 def choose_trainable(pipeline: VLMDiffPipeline, params: Train) -> nn.ModuleDict:
@@ -162,11 +183,14 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
         latents, noise, levels = latents.to(device), noise.to(device), levels.to(device)
         noisy = scheduler.add_noise(latents, noise, levels)
         hint = pipeline.normalize(from_uint8(data.hints[rows], device))
-        output = pipeline.denoise(noisy, levels, data.prompt_embeds(text_rows).to(device), hint)
+        output, log_variance = pipeline.denoise(noisy, levels, data.prompt_embeds(text_rows).to(device), hint)
         target = noise
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, levels)
-        return F.mse_loss(output.float(), target)
+        squared = (output.float() - target).square().mean(dim=1)
+        if log_variance is None:
+            return squared.mean()
+        return squared.mean() + VARIANCE_WEIGHT * gaussian_loss(squared.detach(), log_variance.float()).mean()
 
     def loss(step: int, part: slice) -> torch.Tensor:
         # All is drawn for the whole batch, so that its parts add up to the same whatever their number.

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.console import track
 from vlmdiff.errors import InputError
 from vlmdiff.model import pretrained
+from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.text import token_windows
 from vlmdiff.params import Encode, PretrainedTextEncoder
@@ -50,7 +50,7 @@ def encode(
     frame: pd.DataFrame,
     images: np.ndarray,
     captions: dict[str, str],
-    vae: AutoencoderKL,
+    vae: FirstStageModel,
     normalization: Normalization,
     params: Encode,
     out: Path,
@@ -73,11 +73,8 @@ def encode(
 
     size = params.batch_size
     count, factor = len(images), vae.config.scaling_factor
-    shape = (
-        count,
-        vae.config.latent_channels,
-        *(2 * [images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)]),
-    )
+    side = images.shape[1] // downsampling(vae)
+    shape = (count, vae.config.latent_channels, side, side)
     mean, std = (_array(out / f"{name}.npy", shape, np.float32) for name in ("mean", "std"))
     length, width = text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size
     tokens, windows = token_windows(tokenizer, known, length, params.max_windows)

@@ -1,4 +1,4 @@
-"""Train the image autoencoder whose latents the denoiser works in, or fine-tune a pretrained one."""
+"""Make the latent space: train an image autoencoder, fine-tune a pretrained one, or project a backbone's features."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +10,25 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from vlmdiff.console import say
+from vlmdiff.console import say, track
 from vlmdiff.device import processes
 from vlmdiff.errors import InputError
 from vlmdiff.model import pretrained
 from vlmdiff.model.backbone import Backbone
+from vlmdiff.model.feature_space import FeatureSpace
+from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
-from vlmdiff.params import FirstStage, Part
+from vlmdiff.params import FirstStage, Part, VisionBackbone
 from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, perceptual_distance
 from vlmdiff.training.loop import History, batch_indices, fit, step_generator
 
 
-def train_autoencoder(
+def train_first_stage(
     images: np.ndarray, validation: np.ndarray, params: FirstStage, state: Path, device: torch.device
-) -> tuple[AutoencoderKL, History]:
-    """An `AutoencoderKL` fitted to normal images by L1, squared error and a small KL term.
+) -> tuple[FirstStageModel, History]:
+    """The latent space of normal images: its decoder, and an autoencoder's encoder, fitted by L1 and squared error.
+
+    An autoencoder has a small KL term beside these; a backbone's features are projected first, by all training images.
 
     To these come, where configured, a perceptual distance and a patch discriminator; validation is by L1 and the
     perceptual distance, and once there is a discriminator only weights that have met it are kept.
@@ -33,9 +37,16 @@ def train_autoencoder(
     the training images' latents have unit variance; a pretrained autoencoder keeps its own, which pretrained UNets
     know. With `steps: 0` the one row of the history measures the autoencoder as it is.
     """
+    here = processes()
     torch.manual_seed(params.seed)
     vae = start(params).to(device, memory_format=torch.channels_last)
     normalization = Normalization(params.image_mean, params.image_std)
+    if isinstance(vae, FeatureSpace):
+        parts = range(0, len(images), params.batch_size)
+        batches = (normalization(from_uint8(images[i : i + params.batch_size], device)) for i in parts)
+        kept = vae.fit(track(batches, "project features", total=len(parts)), params.backbone.whitening)
+        if here.is_main_process:
+            say(f"first_stage: {vae.config.latent_channels} components keep {kept:.1%} of the features' variance")
     features = Backbone.load(params.perceptual, device) if params.perceptual else None
     discriminator = None
     if params.discriminator:
@@ -95,7 +106,7 @@ def train_autoencoder(
         adversary=discriminator,
         keep_from=params.discriminator.start + 1 if params.discriminator else 0,
     )
-    if params.pretrained is None and processes().is_main_process:
+    if params.kind == "autoencoder_kl" and params.pretrained is None and here.is_main_process:
         with torch.no_grad():
             latents = torch.cat(
                 [
@@ -115,16 +126,27 @@ def read_pretrained(source: Part) -> AutoencoderKL:
     return pretrained.load_network(AutoencoderKL, source, source.subfolder)
 
 
-def start(params: FirstStage, read: Callable[[Part], AutoencoderKL] = read_pretrained) -> AutoencoderKL:
-    """The autoencoder that training starts from; `read` gives the one that `params.pretrained` names.
+def start(
+    params: FirstStage,
+    read: Callable[[Part], AutoencoderKL] = read_pretrained,
+    load_backbone: Callable[[VisionBackbone], Backbone] = Backbone.load,
+) -> FirstStageModel:
+    """What training starts from; `read` gives the autoencoder that `params.pretrained` names, `load_backbone` a backbone.
 
     Raises InputError where it cannot take images of `params.image_size`.
     """
+    if params.kind == "backbone":
+        return FeatureSpace.around(
+            load_backbone(params.backbone),
+            Normalization(params.image_mean, params.image_std),
+            sample_size=params.image_size,
+            latent_channels=params.latent_channels,
+            block_out_channels=params.block_channels,
+        )
     if params.pretrained is None:
         return _untrained(params)
     vae = read(params.pretrained)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if params.image_size % factor:
+    if params.image_size % (factor := downsampling(vae)):
         raise InputError(
             f"first_stage.image_size must be a multiple of {factor}, the downsampling of {params.pretrained.model}"
         )

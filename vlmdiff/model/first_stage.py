@@ -1,0 +1,22 @@
+"""The latent space that a pipeline works in: of an image autoencoder, or of a vision backbone's features."""
+
+import json
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+
+from vlmdiff.model.feature_space import FeatureSpace
+
+FirstStageModel = AutoencoderKL | FeatureSpace
+
+
+def load_first_stage(folder: Path) -> FirstStageModel:
+    """What the first stage has saved, by the class that its configuration names."""
+    name = json.loads((folder / "config.json").read_text())["_class_name"]
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, FeatureSpace)}
+    return kinds[name].from_pretrained(folder)
+
+
+def downsampling(first_stage: FirstStageModel) -> int:
+    """Pixels of a photograph along a side of its latents' one."""
+    return 2 ** (len(first_stage.config.block_out_channels) - 1)
