@@ -44,7 +44,7 @@ def tiny_pipeline(**train) -> VLMDiffPipeline:
     }
     pipeline = build(vae, text_encoder, tokenizer, Train(**settings))
     pipeline.set_progress_bar_config(disable=True)
-    for module in (pipeline.unet, pipeline.sgn):
+    for module in filter(None, (pipeline.unet, pipeline.sgn)):
         module.eval()
     return pipeline
 

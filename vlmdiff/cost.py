@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.params import FirstStage, Train, Training
 from vlmdiff.training.adversarial import Features, PatchDiscriminator, adversarial_loss, perceptual_distance
 
@@ -114,11 +115,11 @@ def _seconds(step: Step) -> float:
 def denoiser_step(
     networks: nn.ModuleDict, params: Train, rows: int, latents: tuple[int, int, int], text: tuple[int, int], size: int
 ) -> Step:
-    """A step of the denoiser's training, on `networks` (`unet` and `sgn`).
+    """A step of the denoiser's training, on `networks` (`unet` and, where there is one, `sgn`).
 
     latents: (C, h, w) of an image's; text: (L, D) of a caption's embeddings; size: pixels of the hint.
     """
-    unet, sgn = networks["unet"], networks["sgn"]
+    unet = networks["unet"]
     device = next(unet.parameters()).device
     noisy = torch.rand(rows, *latents, device=device)
     embeds, hint = torch.rand(rows, *text, device=device), torch.rand(rows, 3, size, size, device=device)
@@ -126,7 +127,7 @@ def denoiser_step(
 
     def step() -> None:
         with _autocast(params, device):
-            down, middle = sgn(noisy, levels, embeds, hint)
+            down, middle = networks["sgn"](noisy, levels, embeds, hint) if params.sgn else (None, None)
             output = unet(
                 noisy,
                 levels,
@@ -145,15 +146,21 @@ def first_stage_step(networks: nn.ModuleDict, params: FirstStage, rows: int, fea
     vae = networks["vae"]
     device = next(vae.parameters()).device
     x = torch.rand(rows, 3, params.image_size, params.image_size, device=device)
+    codes = torch.rand(rows, params.latent_channels, params.backbone.grid, params.backbone.grid, device=device)
 
     def step() -> None:
         with _autocast(params, device):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.mean + posterior.std).sample.float()
+            if isinstance(vae, FeatureSpace):
+                # Of its training the decoder's part: the backbone's is without gradients, and little beside it.
+                posterior = None
+                y = vae.decode(codes).sample.float()
+            else:
+                posterior = vae.encode(x).latent_dist
+                y = vae.decode(posterior.mean + posterior.std).sample.float()
             loss = F.l1_loss(y, x) + F.mse_loss(y, x)
             if features is not None:
                 loss = loss + perceptual_distance(features, y, x)
-            total = loss + posterior.kl().mean()
+            total = loss if posterior is None else loss + posterior.kl().mean()
             if params.discriminator:
                 judge: PatchDiscriminator = networks["discriminator"]
                 last = vae.decoder.conv_out.weight

@@ -35,6 +35,8 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import resolve
 from vlmdiff.device import pick_device
 from vlmdiff.errors import InputError
+from vlmdiff.model.feature_space import FeatureSpace
+from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.pretrained import check_pinned
 from vlmdiff.training import diffusion, first_stage
 from vlmdiff.training.adversarial import PatchDiscriminator
@@ -98,7 +100,7 @@ def examine(params: p.Params) -> list[Check]:
     checks.append(_disk(params, models, shapes, frame))
     decisive = {"device", "memory, first_stage", "memory, train"}
     runs = all(check.ok for check in checks if check.name in decisive)
-    checks += _time(params, device, shapes, frame, runs)
+    checks += _time(params, device, models, shapes, frame, runs)
     return checks
 
 
@@ -192,6 +194,8 @@ def _sources(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, bool]]:
     captioner, text = params.caption.captioner, params.encode.text_encoder
     if isinstance(captioner, p.VisionLanguageModel):
         yield "caption.captioner", captioner, "", False
+    if params.first_stage.kind == "backbone":
+        yield "first_stage.backbone", params.first_stage.backbone, "", True
     if params.first_stage.pretrained:
         yield "first_stage.pretrained", params.first_stage.pretrained, params.first_stage.pretrained.subfolder, False
     if params.first_stage.perceptual:
@@ -320,10 +324,11 @@ def _shape(params: p.Params, models: dict[str, Model]) -> Shapes:
     """Build the networks by their configurations, without values. InputError where they do not fit each other."""
     ours, theirs = params.first_stage, params.encode.text_encoder
     with FakeTensorMode():
-        if ours.pretrained and "first_stage.pretrained" not in models:
+        named = {"first_stage.pretrained": ours.pretrained, "first_stage.backbone": ours.kind == "backbone"}
+        if any(needed and key not in models for key, needed in named.items()):
             return Shapes()
-        vae = first_stage.start(ours, lambda _: _configured(AutoencoderKL, models["first_stage.pretrained"].folder))
-        side = ours.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+        vae = _first_stage(ours, models)
+        side = ours.image_size // downsampling(vae)
         known = {"latents": (vae.config.latent_channels, side, side), "autoencoder": _numbers(vae)}
         if not ours.perceptual or "first_stage.perceptual" in models:
             known["first_stage"] = _first_stage_count(vae, ours, models)
@@ -335,20 +340,41 @@ def _shape(params: p.Params, models: dict[str, Model]) -> Shapes:
         if params.train.pretrained and "train.pretrained" not in models:
             return Shapes(**known)
         pipeline = diffusion.build(vae, text_encoder, None, params.train, read=lambda _: _denoiser(models))
-        known["pipeline"] = sum(map(_numbers, (vae, text_encoder, pipeline.unet, pipeline.sgn)))
         denoiser = diffusion.choose_trainable(pipeline, params.train).train()
+        known["pipeline"] = sum(map(_numbers, (vae, text_encoder, denoiser)))
         if params.train.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-            pipeline.sgn.enable_gradient_checkpointing()
+            for network in denoiser.values():
+                network.enable_gradient_checkpointing()
         rows = _rows(params.train)
         step = cost.denoiser_step(denoiser, params.train, rows, known["latents"], known["text"], ours.image_size)
         return Shapes(**known, train=cost.count(denoiser, step, params.train.accumulate))
 
 
-def _first_stage_count(vae: AutoencoderKL, params: p.FirstStage, models: dict[str, Model]) -> cost.Count | None:
+def _first_stage(params: p.FirstStage, models: dict[str, Model]) -> FirstStageModel:
+    """As its training starts; where it is a pretrained one's or a backbone's, by its configuration alone."""
+    if params.kind == "autoencoder_kl":
+        return first_stage.start(params, lambda _: _configured(AutoencoderKL, models["first_stage.pretrained"].folder))
+    config = AutoConfig.from_pretrained(models["first_stage.backbone"].folder)
+    with no_init_weights():  # which looks at values
+        return FeatureSpace(
+            backbone=getattr(config, "vision_config", config).to_dict(),
+            backbone_size=params.backbone.image_size,
+            layers=params.backbone.layers,
+            # How wide the layers are is seen when they are computed; as buffers they are next to nothing.
+            feature_channels=(params.latent_channels,),
+            image_mean=params.image_mean,
+            image_std=params.image_std,
+            sample_size=params.image_size,
+            grid=params.backbone.grid,
+            latent_channels=params.latent_channels,
+            decoder_channels=params.backbone.decoder_channels,
+        )
+
+
+def _first_stage_count(vae: FirstStageModel, params: p.FirstStage, models: dict[str, Model]) -> cost.Count | None:
     """None where what the perceptual backbone does depends on values, and so on what there are none of here."""
     networks, features = nn.ModuleDict({"vae": vae.train()}), None
-    if params.gradient_checkpointing:
+    if params.gradient_checkpointing and params.kind == "autoencoder_kl":
         vae.enable_gradient_checkpointing()
     if params.discriminator:
         networks["discriminator"] = PatchDiscriminator(params.discriminator.channels, params.discriminator.layers)
@@ -476,11 +502,16 @@ def _disk(params: p.Params, models: dict[str, Model], shapes: Shapes, frame: pd.
 
 
 def _time(
-    params: p.Params, device: torch.device, shapes: Shapes, frame: pd.DataFrame | None, runs: bool
+    params: p.Params,
+    device: torch.device,
+    models: dict[str, Model],
+    shapes: Shapes,
+    frame: pd.DataFrame | None,
+    runs: bool,
 ) -> list[Check]:
     """How far and how long the trainings go; the time only of networks that are made from nothing."""
     untrained = not any((params.first_stage.pretrained, params.first_stage.perceptual, params.train.pretrained))
-    seconds = _seconds(params, device, shapes) if untrained and runs and shapes.train else {}
+    seconds = _seconds(params, device, models, shapes) if untrained and runs and shapes.train else {}
     checks = []
     for name in ("first_stage", "train"):
         stage: p.Training = getattr(params, name)
@@ -497,9 +528,9 @@ def _time(
     return checks
 
 
-def _seconds(params: p.Params, device: torch.device, shapes: Shapes) -> dict[str, float]:
+def _seconds(params: p.Params, device: torch.device, models: dict[str, Model], shapes: Shapes) -> dict[str, float]:
     """Seconds of a training step of each of the two trainings, measured on random weights and images."""
-    vae = first_stage.start(params.first_stage).to(device, memory_format=torch.channels_last).train()
+    vae = _first_stage(params.first_stage, models).to(device, memory_format=torch.channels_last).train()
     networks = nn.ModuleDict({"vae": vae})
     if discriminator := params.first_stage.discriminator:
         networks["discriminator"] = PatchDiscriminator(discriminator.channels, discriminator.layers).to(device)

@@ -240,22 +240,24 @@ class Discriminator(Section):
 class BackboneSpace(VisionBackbone):
     """Features of a frozen vision model as latents: its layers on one grid, projected to `latent_channels`.
 
-    `whitening` is the power with which the principal components' deviations are evened out: 0 leaves them, 1 makes
+    `grid` is the latents' side, `decoder_channels` the width of the decoder that shows them, and `whitening` is the power with which the principal components' deviations are evened out: 0 leaves them, 1 makes
     them one.
     """
 
     model: str = "models/backbone"
     image_size: Positive = 256
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)] = (1, 4, 7, 11)
+    grid: Positive = 32
     whitening: Annotated[float, Field(ge=0, le=1)] = 0.5
+    decoder_channels: Positive = 128
 
 
 class FirstStage(Training):
-    """The latent space, `image_size` halved as often as `block_channels` has entries beyond the first.
+    """The latent space.
 
     "autoencoder_kl" is an AutoencoderKL: trained from scratch, or `pretrained` and fine-tuned (`steps: 0` leaves it as
-    it is); a pretrained one brings its own shape and scale. "backbone" are the features of `backbone`; what is trained
-    is the decoder that shows them.
+    it is). `block_channels` has an entry a resolution, each halving the last; a pretrained one brings its own shape and
+    scale. "backbone" are the features of `backbone`; what is trained is the decoder that shows them.
     """
 
     kind: Literal["autoencoder_kl", "backbone"] = "autoencoder_kl"
@@ -275,8 +277,10 @@ class FirstStage(Training):
 
     @model_validator(mode="after")
     def _fits(self):
-        factor = 2 ** (len(self.block_channels) - 1)
-        if self.pretrained is None and self.image_size % factor:
+        if self.kind == "backbone":
+            if self.image_size % self.backbone.grid:
+                raise ValueError("`image_size` must be a multiple of `backbone.grid`")
+        elif self.pretrained is None and self.image_size % (factor := 2 ** (len(self.block_channels) - 1)):
             raise ValueError(f"`image_size` must be a multiple of {factor}, the downsampling of `block_channels`")
         if self.pretrained is None and self.steps == 0:
             raise ValueError("`steps: 0` leaves a `pretrained` autoencoder as it is: name one, or train for some steps")
@@ -334,7 +338,9 @@ class Train(Training):
     layers_per_block: Positive = 1
     head_size: Positive = 32
     hint_channels: tuple[Positive, ...] = (8, 16, 32)
+    sgn: bool = True
     only_mid_control: bool = True
+    fuse: bool = True
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     learn_variance: bool = True
     noise_levels: tuple[NoiseLevel, NoiseLevel] = (450, 550)

@@ -122,7 +122,7 @@ def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Pat
         Normalization.load(latent_space),
     )
     # Autoencoder and text encoder have done their work, and their memory is better used.
-    for network in (pipeline.unet, pipeline.sgn):
+    for network in filter(None, (pipeline.unet, pipeline.sgn)):
         network.to(here.device)
     history = train_denoiser(pipeline, Encoded.open(data), params, folder)
     if here.is_main_process:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.backbones import FAMILIES, GIVEN, MEAN, PATCH, STD, TRAINED, photograph, tensor
 from tests.tiny import SIZE, tiny_detector, tiny_pipeline
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.features import spaces
@@ -21,79 +22,13 @@ from vlmdiff.model.backbone import Backbone, concatenate
 from vlmdiff.params import BackboneFeatures, VisionBackbone
 
 SHARED = Path(__file__).parents[2].parent / "shared"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Trained at 48 pixels and given 64 here, so that positions are interpolated.
-TRAINED, GIVEN, PATCH = 48, 64, 8
-WIDTHS = [8, 16, 24, 32]
-
-
-def transformer(**changes) -> dict:
-    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-    return {**shape, "image_size": TRAINED, "patch_size": PATCH, **changes}
-
-
-def text() -> dict:
-    return transformer(vocab_size=100, projection_dim=32, bos_token_id=0, eos_token_id=1)
-
-
-def stages() -> dict:
-    return {"hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]}
-
-
-def swin() -> dict:
-    return {"image_size": TRAINED, "patch_size": 4, "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 4]}
-
-
-FAMILIES = {
-    "vit": lambda: tf.ViTModel(tf.ViTConfig(**transformer()), add_pooling_layer=False),
-    "deit": lambda: tf.DeiTModel(tf.DeiTConfig(**transformer())),
-    "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(**transformer())),
-    "dinov2_with_registers": lambda: tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(**transformer())),
-    "dinov3_vit": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**transformer(), num_register_tokens=3)),
-    "clip": lambda: tf.CLIPModel(tf.CLIPConfig(text_config=text(), vision_config=transformer())),
-    "siglip": lambda: tf.SiglipModel(tf.SiglipConfig(text_config=text(), vision_config=transformer())),
-    "yolos": lambda: tf.YolosModel(tf.YolosConfig(**transformer(image_size=[TRAINED, TRAINED]))),
-    "swin": lambda: tf.SwinModel(tf.SwinConfig(**swin(), window_size=3)),
-    "resnet": lambda: tf.ResNetModel(tf.ResNetConfig(embedding_size=8, layer_type="basic", **stages())),
-    "convnext": lambda: tf.ConvNextModel(tf.ConvNextConfig(**stages())),
-    "dinov3_convnext": lambda: tf.DINOv3ConvNextModel(tf.DINOv3ConvNextConfig(**stages())),
-    "mobilenet_v2": lambda: tf.MobileNetV2Model(tf.MobileNetV2Config(depth_multiplier=0.25)),
-}
 # Tokens before the patches, by the papers: class, distillation and register tokens. YOLOS has more behind them.
 TOKENS_BEFORE = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 5, "dinov3_vit": 4}
 TOKENS_BEFORE |= {"clip": 1, "siglip": 0, "yolos": 1}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A family's name to the folder of a tiny random checkpoint, with a processor's file."""
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    def build(family: str) -> Path:
-        folder = root / family
-        if not folder.exists():
-            torch.manual_seed(0)
-            FAMILIES[family]().save_pretrained(folder)
-            facts = {"image_processor_type": "ViTImageProcessor", "image_mean": MEAN, "image_std": STD}
-            facts |= {"size": {"height": GIVEN, "width": GIVEN}, "resample": int(Image.Resampling.BILINEAR)}
-            (folder / "preprocessor_config.json").write_text(json.dumps(facts))
-        return folder
-
-    return build
-
-
 def backbone(folder: Path, **params) -> Backbone:
     return Backbone.load(VisionBackbone(**{"model": str(folder), "image_size": GIVEN, **params}))
-
-
-def photograph(height: int = GIVEN, width: int = GIVEN, seed: int = 0) -> Image.Image:
-    """Not noise: a resized photograph should look like itself."""
-    values = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
 def by_hand(folder: Path, image: Image.Image):
@@ -107,8 +42,8 @@ def by_hand(folder: Path, image: Image.Image):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_features_are_those_of_the_library_called_by_hand(family, checkpoint):
-    folder, image = checkpoint(family), photograph()
+def test_the_features_are_those_of_the_library_called_by_hand(family, saved):
+    folder, image = saved(family), photograph()
     maps = backbone(folder, layers=(1, -1, "last"))(tensor(image))
     output = by_hand(folder, image)
     states = getattr(output, "reshaped_hidden_states", None) or output.hidden_states
@@ -124,16 +59,16 @@ def test_the_features_are_those_of_the_library_called_by_hand(family, checkpoint
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_channels_and_grids_are_those_of_the_maps(family, checkpoint):
-    extract = backbone(checkpoint(family), layers=(0, 1, -1, "last"))
+def test_channels_and_grids_are_those_of_the_maps(family, saved):
+    extract = backbone(saved(family), layers=(0, 1, -1, "last"))
     maps = extract(torch.rand(2, 3, 40, 56))
     assert [(2, c, *grid) for c, grid in zip(extract.channels, extract.grids, strict=True)] == [m.shape for m in maps]
     assert all(m.dtype == torch.float32 and not m.requires_grad for m in maps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_does_not_change_the_features_of_an_image(family, checkpoint):
-    extract, images = backbone(checkpoint(family), layers=(1, "last")), torch.rand(3, 3, GIVEN, GIVEN)
+def test_a_batch_does_not_change_the_features_of_an_image(family, saved):
+    extract, images = backbone(saved(family), layers=(1, "last")), torch.rand(3, 3, GIVEN, GIVEN)
     together = extract(images)
     for i in range(3):
         for one, many in zip(extract(images[i : i + 1]), together, strict=True):
@@ -141,8 +76,8 @@ def test_a_batch_does_not_change_the_features_of_an_image(family, checkpoint):
 
 
 @pytest.mark.parametrize("family", [*TOKENS_BEFORE, "swin"])
-def test_a_patch_of_the_image_changes_its_own_cell_of_the_embedding(family, checkpoint):
-    extract = backbone(checkpoint(family), layers=(0,))
+def test_a_patch_of_the_image_changes_its_own_cell_of_the_embedding(family, saved):
+    extract = backbone(saved(family), layers=(0,))
     patch = GIVEN // extract.grids[0][0]
     images = torch.rand(1, 3, GIVEN, GIVEN).repeat(2, 1, 1, 1)
     images[1, :, 2 * patch : 3 * patch, 5 * patch : 6 * patch] = 0
@@ -163,10 +98,10 @@ def test_a_grid_need_not_be_square(tmp_path):
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 @pytest.mark.parametrize("size", [(224, 224), (150, 90), (32, 32)])
-def test_an_image_of_another_size_is_resized_not_sheared(family, size, checkpoint):
+def test_an_image_of_another_size_is_resized_not_sheared(family, size, saved):
     """As Pillow would resize it, up to its rounding to 8 bits. To resize the storage instead, as the reference does,
     shears the image."""
-    folder, image = checkpoint(family), photograph(*size)
+    folder, image = saved(family), photograph(*size)
     extract = backbone(folder, layers=(1,))
     (expected,) = extract(tensor(image.resize((GIVEN, GIVEN), Image.Resampling.BILINEAR)))
     (found,) = extract(tensor(image))
@@ -177,8 +112,8 @@ def test_an_image_of_another_size_is_resized_not_sheared(family, size, checkpoin
     assert (sheared - expected).norm() > 0.1 * expected.norm()
 
 
-def test_the_last_state_is_the_last_layer_after_the_final_norm(checkpoint):
-    folder = checkpoint("vit")
+def test_the_last_state_is_the_last_layer_after_the_final_norm(saved):
+    folder = saved("vit")
     before, after = backbone(folder, layers=(-1, "last"))(torch.rand(1, 3, GIVEN, GIVEN))
     weights = load_file(folder / "model.safetensors")
     norm = weights["layernorm.weight"], weights["layernorm.bias"], 1e-12
@@ -187,10 +122,10 @@ def test_the_last_state_is_the_last_layer_after_the_final_norm(checkpoint):
 
 
 @pytest.mark.parametrize("family", TOKENS_BEFORE)
-def test_blocks_after_the_deepest_layer_are_not_computed(family, checkpoint):
+def test_blocks_after_the_deepest_layer_are_not_computed(family, saved):
     images, features, work = torch.rand(1, 3, GIVEN, GIVEN), {}, {}
     for layers in ((0,), (1,), (2,), (0, 1, 2, "last")):
-        extract = backbone(checkpoint(family), layers=layers)
+        extract = backbone(saved(family), layers=layers)
         with FlopCounterMode(display=False) as counter:
             features[layers] = extract(images)
         work[layers] = counter.get_total_flops()
@@ -202,31 +137,31 @@ def test_blocks_after_the_deepest_layer_are_not_computed(family, checkpoint):
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(TOKENS_BEFORE)))
-def test_a_layer_alone_is_what_it_is_among_others(family, checkpoint):
+def test_a_layer_alone_is_what_it_is_among_others(family, saved):
     images = torch.rand(1, 3, GIVEN, GIVEN)
-    alone, *_ = backbone(checkpoint(family), layers=(1,))(images)
-    assert torch.equal(alone, backbone(checkpoint(family), layers=("last", -1, 1))(images)[2])
+    alone, *_ = backbone(saved(family), layers=(1,))(images)
+    assert torch.equal(alone, backbone(saved(family), layers=("last", -1, 1))(images)[2])
 
 
 @pytest.mark.parametrize(("family", "count"), [("vit", 4), ("resnet", 5), ("mobilenet_v2", 16)])
-def test_a_layer_counts_from_either_end_and_must_exist(family, count, checkpoint):
+def test_a_layer_counts_from_either_end_and_must_exist(family, count, saved):
     images = torch.rand(1, 3, GIVEN, GIVEN)
-    first, last = backbone(checkpoint(family), layers=(-count, -1))(images)
-    torch.testing.assert_close([first, last], backbone(checkpoint(family), layers=(0, count - 1))(images))
+    first, last = backbone(saved(family), layers=(-count, -1))(images)
+    torch.testing.assert_close([first, last], backbone(saved(family), layers=(0, count - 1))(images))
     for layer in (count, -count - 1):
         with pytest.raises(InputError, match=rf"layers 0 to {count - 1}.*not \[{layer}\]"):
-            backbone(checkpoint(family), layers=(0, layer))
+            backbone(saved(family), layers=(0, layer))
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2", "dinov3_vit", "clip"])
-def test_a_size_that_patches_do_not_fill_is_an_error_that_names_the_nearest(family, checkpoint):
+def test_a_size_that_patches_do_not_fill_is_an_error_that_names_the_nearest(family, saved):
     with pytest.raises(InputError, match=r"image_size = 100 .* 96 and 104"):
-        backbone(checkpoint(family), image_size=100)
+        backbone(saved(family), image_size=100)
 
 
 @pytest.mark.parametrize("family", ["resnet", "convnext", "mobilenet_v2", "swin"])
-def test_others_take_any_size(family, checkpoint):
-    extract = backbone(checkpoint(family), image_size=101, layers=(-1,))
+def test_others_take_any_size(family, saved):
+    extract = backbone(saved(family), image_size=101, layers=(-1,))
     assert tuple(extract(torch.rand(1, 3, 50, 50))[0].shape) == (1, extract.channels[0], *extract.grids[0])
 
 
@@ -286,19 +221,19 @@ def test_half_precision_weights_are_computed_in_single(tmp_path):
     assert half.dtype == torch.float32
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(checkpoint, tmp_path):
-    weights = load_file(checkpoint("dinov2") / "model.safetensors")
+def test_a_checkpoint_that_lacks_weights_is_refused(saved, tmp_path):
+    weights = load_file(saved("dinov2") / "model.safetensors")
     lost = "encoder.layer.1.mlp.fc1.weight"
     save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_bytes((checkpoint("dinov2") / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((saved("dinov2") / "config.json").read_bytes())
     with pytest.raises(InputError, match=lost):
         backbone(tmp_path)
 
 
-def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path):
-    whole = (checkpoint("resnet") / "model.safetensors").read_bytes()
+def test_a_damaged_checkpoint_is_refused(saved, tmp_path):
+    whole = (saved("resnet") / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "config.json").write_bytes((checkpoint("resnet") / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((saved("resnet") / "config.json").read_bytes())
     with pytest.raises(InputError, match="cannot load the vision model"):
         backbone(tmp_path)
 
@@ -319,9 +254,9 @@ def test_mean_and_deviation_go_together():
         VisionBackbone(model="some/model", image_mean=MEAN)
 
 
-def test_a_part_behind_the_features_can_be_trained(checkpoint):
+def test_a_part_behind_the_features_can_be_trained(saved):
     projection = torch.nn.Conv2d(32, 4, 1)
-    (features,) = backbone(checkpoint("vit"))(torch.rand(2, 3, GIVEN, GIVEN))
+    (features,) = backbone(saved("vit"))(torch.rand(2, 3, GIVEN, GIVEN))
     projection(features).square().sum().backward()
     assert projection.weight.grad.abs().sum() > 0
 
@@ -343,10 +278,10 @@ def entry(folder: Path, **params) -> BackboneFeatures:
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2_with_registers", "resnet", "convnext", "mobilenet_v2"])
-def test_a_detector_compares_in_the_features_of_a_backbone(family, checkpoint, tmp_path):
+def test_a_detector_compares_in_the_features_of_a_backbone(family, saved, tmp_path):
     rng = np.random.default_rng(0)
     normal, images = (list(rng.integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)) for n in (12, 4))
-    detector = tiny_detector(features=(entry(checkpoint(family), layers=(1, -1)),), steps=1, samples=2)
+    detector = tiny_detector(features=(entry(saved(family), layers=(1, -1)),), steps=1, samples=2)
     detector.calibrate(normal)
     found = detector.detect(images)
     alone = detector.detect(images, batch_size=1)
@@ -356,7 +291,7 @@ def test_a_detector_compares_in_the_features_of_a_backbone(family, checkpoint, t
     moved = Detector.from_pretrained(tmp_path / "moved")
     moved.save_pretrained(tmp_path / "again")
     shutil.rmtree(tmp_path / "moved")
-    assert str(checkpoint(family)) not in (tmp_path / "again/detector.json").read_text()
+    assert str(saved(family)) not in (tmp_path / "again/detector.json").read_text()
     loaded = Detector.from_pretrained(tmp_path / "again").detect(images)
     for one, single, again in zip(found, alone, loaded, strict=True):
         assert np.isfinite(one.anomaly_map).all() and one.anomaly_map.std() > 0
@@ -364,8 +299,8 @@ def test_a_detector_compares_in_the_features_of_a_backbone(family, checkpoint, t
         np.testing.assert_allclose(one.anomaly_map, again.anomaly_map, atol=1e-6)
 
 
-def test_a_backbone_named_twice_is_loaded_once(checkpoint):
-    folder, images = checkpoint("vit"), torch.rand(2, 3, SIZE, SIZE)
+def test_a_backbone_named_twice_is_loaded_once(saved):
+    folder, images = saved("vit"), torch.rand(2, 3, SIZE, SIZE)
     pipeline, entries = tiny_pipeline(), [entry(folder, layers=(2, 1)), entry(folder, layers=(-1, 2), weight=0.5)]
     apart = [spaces([e], pipeline)[0][0](images, None) for e in entries]
 
@@ -377,8 +312,8 @@ def test_a_backbone_named_twice_is_loaded_once(checkpoint):
         torch.testing.assert_close(extract(images, None), expected)
 
 
-def test_alike_features_are_no_distance_apart_and_others_are(checkpoint):
-    ((extract, distance),) = spaces([entry(checkpoint("resnet"), layers=(2,))], tiny_pipeline())
+def test_alike_features_are_no_distance_apart_and_others_are(saved):
+    ((extract, distance),) = spaces([entry(saved("resnet"), layers=(2,))], tiny_pipeline())
     (maps,) = extract(torch.rand(2, 3, SIZE, SIZE), None)
     assert distance(maps, maps).abs().max() < 1e-6 < distance(maps, maps.flip(0)).min()
 

@@ -9,7 +9,7 @@ from vlmdiff.detection.calibration import conformal_threshold
 from vlmdiff.detection.detector import Detector, find_regions
 from vlmdiff.detection.features import spaces
 from vlmdiff.errors import InputError
-from vlmdiff.params import AutoencoderFeatures, Detection, Latents, Pixels
+from vlmdiff.params import AutoencoderFeatures, Detection, Latents
 
 
 def photographs(count, seed=0, size=SIZE):

@@ -202,3 +202,16 @@ def test_a_pipeline_without_text_encoder_takes_embeddings_alone(pipeline, tmp_pa
     torch.testing.assert_close(found, expected)
     with pytest.raises(InputError, match="text encoder"):
         loaded(images(1))
+
+
+def test_a_pipeline_without_sgn_does_not_see_the_photograph_beside_the_latents(tmp_path):
+    without = tiny_pipeline(sgn=False)
+    without.save_pretrained(tmp_path)
+    loaded = VLMDiffPipeline.from_pretrained(tmp_path)
+    assert loaded.sgn is None
+    x = images(2)
+    with torch.no_grad():
+        latents = loaded.encode_images(x)
+        one, other = (loaded.reconstruct(latents, hint)[0] for hint in (x, 1 - x))
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, without(x).latents)

@@ -250,7 +250,9 @@ class Detector:
                 expected.append(torch.ones_like(latents[:, 0]) if deviation is None else deviation)
             maps = []
             for i, (_, distance) in enumerate(self.spaces):
-                mean = [torch.stack(layer).mean(dim=0) for layer in zip(*(sample[i] for sample in samples), strict=True)]
+                mean = [
+                    torch.stack(layer).mean(dim=0) for layer in zip(*(sample[i] for sample in samples), strict=True)
+                ]
                 maps.append(compare(before[i], mean, distance, size, params.align_corners))
             deviations = enlarge(torch.stack(expected).mean(dim=0), size, params.align_corners)
             yield torch.stack(maps, dim=1).cpu().numpy(), deviations.cpu().numpy(), shown

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
@@ -20,13 +21,31 @@ from vlmdiff.params import Layer, VisionBackbone
 CERTAIN = -30.0
 
 
+class PatchDecoder(nn.Module):
+    """Codes (B, C, h, w) to images (B, 3, h side, w side), a patch a place, by sub-pixel convolution (Shi et al., 2016).
+
+    All of it computes on the codes' grid, so that it costs next to nothing beside the denoiser.
+    """
+
+    def __init__(self, codes: int, channels: int, side: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(codes, channels, 3, padding=1)
+        self.conv_middle = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, 3 * side**2, 3, padding=1)
+        self.side = side
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        x = F.silu(self.conv_in(codes))
+        x = x + F.silu(self.conv_middle(x))
+        return F.pixel_shuffle(self.conv_out(x), self.side)
+
+
 class FeatureSpace(ModelMixin, ConfigMixin):
     """Layers of a frozen backbone on one grid, centred and projected; a decoder shows what they look like.
 
     It is used as `AutoencoderKL` is, and its configuration has the same names: images (B, 3, S, S), normalised, to
-    codes (B, C, h, w), S / h = 2 ** (len(block_out_channels) - 1). `backbone` is the backbone's configuration,
-    `feature_channels` are the channels of each of its layers; `image_mean` and `image_std` are what it subtracts and
-    divides by, of images as they are given.
+    codes (B, C, grid, grid). `backbone` is the backbone's configuration, `feature_channels` are the channels of each of
+    its layers; `image_mean` and `image_std` are what it subtracts and divides by, of images as they are given.
     """
 
     @register_to_config
@@ -39,8 +58,9 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
         sample_size: int = 256,
+        grid: int = 32,
         latent_channels: int = 64,
-        block_out_channels: tuple[int, ...] = (32, 64, 64, 64),
+        decoder_channels: int = 128,
         scaling_factor: float = 1.0,
     ):
         super().__init__()
@@ -48,15 +68,7 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         total = sum(feature_channels)
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("projection", torch.eye(total, latent_channels))
-        self.decoder = Decoder(
-            in_channels=latent_channels,
-            out_channels=3,
-            up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
-            block_out_channels=block_out_channels,
-            layers_per_block=1,
-            norm_num_groups=min(32, min(block_out_channels) // 4),
-            mid_block_add_attention=False,
-        )
+        self.decoder = PatchDecoder(latent_channels, decoder_channels, sample_size // grid)
         self._extractor: Backbone | None = None
 
     @classmethod
@@ -85,11 +97,6 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         self.network.eval()
         return self
 
-    @property
-    def grid(self) -> int:
-        """Side of the codes."""
-        return self.config.sample_size // 2 ** (len(self.config.block_out_channels) - 1)
-
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """The layers on one grid, as they are: (B, 3, S, S), normalised, to (B, sum of channels, h, w)."""
         if self._extractor is None:
@@ -98,7 +105,7 @@ class FeatureSpace(ModelMixin, ConfigMixin):
                 model=self.network.config.model_type, image_size=self.config.backbone_size, layers=self.config.layers
             )
             self._extractor = Backbone(self.network, wanted, self.config.image_mean, self.config.image_std)
-        return concatenate(self._extractor(x), self.grid)
+        return concatenate(self._extractor(x), self.config.grid)
 
     def encode(self, x: torch.Tensor) -> AutoencoderKLOutput:
         """The codes, certain, as an autoencoder's posterior: its mode is the code, its deviation next to nothing."""
@@ -136,12 +143,14 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         mean = total / count
         covariance = squares / count - mean.outer(mean)
         layers = covariance.diagonal().split(channels)
-        scale = torch.cat([variances.sum().clamp_min(1e-12).rsqrt().expand_as(variances) for variances in layers])
+        scale = torch.cat([variances.sum().clamp_min(1e-30).rsqrt().expand_as(variances) for variances in layers])
         variances, components = torch.linalg.eigh(scale[:, None] * covariance * scale)
         kept = self.config.latent_channels
         rank = int((variances > 1e-9 * variances[-1]).sum())
         if rank < kept:
-            raise InputError(f"the backbone's features vary in {rank} directions: set first_stage.latent_channels to that")
+            raise InputError(
+                f"the backbone's features vary in {rank} directions: set first_stage.latent_channels to that"
+            )
         variances, components = variances.flip(0)[:kept], components.flip(1)[:, :kept]
         self.mean.copy_(mean + shift)
         unit = (variances ** (1 - whitening)).mean().rsqrt()
@@ -149,7 +158,11 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         return float(variances.sum() / len(channels))
 
 
+# Where it came from, the classes that it told apart, and what names blocks that may be gone.
+NOT_SHAPE = "_name_or_path", "id2label", "label2id", "out_features", "out_indices", "stage_names"
+
+
 def _shape(config: PreTrainedConfig) -> dict:
-    """What makes the network; without where it came from, and the names of the classes that it once told apart."""
+    """What of its configuration makes the network."""
     facts = json.loads(config.to_json_string())
-    return {key: value for key, value in facts.items() if key not in ("_name_or_path", "id2label", "label2id")}
+    return {key: value for key, value in facts.items() if key not in NOT_SHAPE}

@@ -19,4 +19,7 @@ def load_first_stage(folder: Path) -> FirstStageModel:
 
 def downsampling(first_stage: FirstStageModel) -> int:
     """Pixels of a photograph along a side of its latents' one."""
-    return 2 ** (len(first_stage.config.block_out_channels) - 1)
+    config = first_stage.config
+    if isinstance(first_stage, FeatureSpace):
+        return config.sample_size // config.grid
+    return 2 ** (len(config.block_out_channels) - 1)

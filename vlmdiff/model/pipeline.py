@@ -40,14 +40,14 @@ class Reconstruction(BaseOutput):
 
 
 class VLMDiffPipeline(DiffusionPipeline):
-    """A caption-conditioned latent diffusion model with a semantic-guided network (arXiv 2511.08173).
+    """A caption-conditioned latent diffusion model with a semantic-guided network (arXiv 2511.08173), or without.
 
     Photographs are tensors (B, 3, S, S) in [0, 1], S the configured `image_size`. The first stage and the SGN see
     them normalised by `image_mean` and `image_std`.
     """
 
     model_cpu_offload_seq = "text_encoder->sgn->unet->vae"
-    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
+    _optional_components = ["text_encoder", "tokenizer", "sgn"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class VLMDiffPipeline(DiffusionPipeline):
         text_encoder: CLIPTextModel | None,
         tokenizer: CLIPTokenizer | None,
         unet: UNet2DConditionModel,
-        sgn: SemanticGuidedNetwork,
+        sgn: SemanticGuidedNetwork | None,
         scheduler: DDIMScheduler,
         image_size: int = 256,
         image_mean: list[float] = (0.5, 0.5, 0.5),
@@ -121,7 +121,7 @@ class VLMDiffPipeline(DiffusionPipeline):
         (B, h, w); None where it has not learned that. latents: (B, C, h, w), noised to `timestep` (a scalar or (B,));
         prompt_embeds: (B, L, D); image: (B, 3, S, S), normalised.
         """
-        down, middle = self.sgn(latents, timestep, prompt_embeds, image)
+        down, middle = self.sgn(latents, timestep, prompt_embeds, image) if self.sgn else (None, None)
         output = self.unet(
             latents,
             timestep,

@@ -40,7 +40,8 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
     """Control of a `UNet2DConditionModel` of the same shape by the photograph itself.
 
     With `only_mid_control` the photograph reaches the UNet through the coarsest resolution alone (its skips and the
-    middle block): enough to say what the thing is and how it lies, too little to copy a defect from.
+    middle block): enough to say what the thing is and how it lies, too little to copy a defect from. Without `fuse` the
+    coarsest control is the ControlNet's own.
     """
 
     _supports_gradient_checkpointing = True
@@ -61,6 +62,7 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         attention_head_dim: int | tuple[int, ...] = 8,
         hint_channels: tuple[int, ...] = (16, 32, 96, 256),
         only_mid_control: bool = True,
+        fuse: bool = True,
     ):
         super().__init__()
         self.control = ControlNetModel(
@@ -76,12 +78,11 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         # ends it and so opens the next resolution: every resolution has layers_per_block + 1 outputs.
         self.outputs_per_level = layers_per_block + 1
         channels = [block.in_channels for block in self.control.controlnet_down_blocks]
-        sources, targets = self._two_coarsest(channels)
-        self.fusion = SpatialFeatureFusion(sources, targets)
+        self.fusion = SpatialFeatureFusion(*self._two_coarsest(channels)) if fuse else None
 
     @classmethod
     def from_unet(
-        cls, unet: UNet2DConditionModel, hint_channels: tuple[int, ...], only_mid_control: bool
+        cls, unet: UNet2DConditionModel, hint_channels: tuple[int, ...], only_mid_control: bool, fuse: bool = True
     ) -> "SemanticGuidedNetwork":
         """An SGN whose down and middle blocks start as the UNet's; its hint's encoder and its outputs are new.
 
@@ -93,6 +94,7 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
             **{key: unet.config[key] for key in (*shape, *attention)},
             hint_channels=hint_channels,
             only_mid_control=only_mid_control,
+            fuse=fuse,
         )
         ours, theirs = ({k: _plain(v) for k, v in net.config.items() if k[0] != "_"} for net in (sgn.control, unet))
         if differs := sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]):
@@ -103,7 +105,8 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
 
     def unused_outputs(self) -> nn.ModuleList:
         """The control's output convolutions that reach neither the UNet nor the fusion."""
-        return self.control.controlnet_down_blocks[: -2 * self.outputs_per_level if self.config.only_mid_control else 0]
+        used = self.outputs_per_level * (2 if self.config.fuse else 1)
+        return self.control.controlnet_down_blocks[: -used if self.config.only_mid_control else 0]
 
     def _two_coarsest(self, outputs: list) -> tuple[list, list]:
         n = self.outputs_per_level
@@ -123,11 +126,11 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         """
         outputs, middle = self.control(sample, timestep, encoder_hidden_states, image, return_dict=False)
         sources, targets = self._two_coarsest(outputs)
-        fused = self.fusion(sources, targets)
+        coarse = self.fusion(sources, targets) if self.fusion else targets
         fine = outputs[: -self.outputs_per_level]
         if self.config.only_mid_control:
             fine = [sample.new_zeros(())] * len(fine)
-        return [*fine, *fused], middle
+        return [*fine, *coarse], middle
 
 
 def _instance_norm(channels: int) -> nn.Module:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -42,10 +41,10 @@ def build(
     Raises InputError where a pretrained UNet or the hint's encoder does not fit them.
     """
     torch.manual_seed(params.seed)
-    if len(params.hint_channels) != len(vae.config.block_out_channels):
+    if params.sgn and 2 ** (len(params.hint_channels) - 1) != (factor := downsampling(vae)):
         raise InputError(
-            f"train.hint_channels has {len(params.hint_channels)} entries: with a first stage that halves the image "
-            f"{len(vae.config.block_out_channels) - 1} times it needs {len(vae.config.block_out_channels)}"
+            f"train.hint_channels has {len(params.hint_channels)} entries: each but the first halves the photograph, and "
+            f"the first stage makes it {factor} times smaller"
         )
     if params.pretrained is None:
         unet, sgn, scheduler = _untrained(vae, text_encoder, params)
@@ -67,7 +66,7 @@ def build(
 # What is said of the error must not change what is said of the image (cf. Nichol and Dhariwal, 2021).
 VARIANCE_WEIGHT = 0.1
 
-Denoiser = tuple[UNet2DConditionModel, SemanticGuidedNetwork, DDIMScheduler]
+Denoiser = tuple[UNet2DConditionModel, SemanticGuidedNetwork | None, DDIMScheduler]
 
 
 def _untrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train) -> Denoiser:
@@ -88,7 +87,14 @@ def _untrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train)
         up_block_types=("CrossAttnUpBlock2D", *("UpBlock2D",) * (levels - 1)),
         **shape,
     )
-    sgn = SemanticGuidedNetwork(hint_channels=params.hint_channels, only_mid_control=params.only_mid_control, **shape)
+    sgn = None
+    if params.sgn:
+        sgn = SemanticGuidedNetwork(
+            hint_channels=params.hint_channels,
+            only_mid_control=params.only_mid_control,
+            fuse=params.fuse,
+            **shape,
+        )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -127,7 +133,10 @@ def _pretrained(
     if params.learn_variance:
         _add_output(unet)
     scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, timestep_spacing="trailing")
-    return unet, SemanticGuidedNetwork.from_unet(unet, params.hint_channels, params.only_mid_control), scheduler
+    sgn = None
+    if params.sgn:
+        sgn = SemanticGuidedNetwork.from_unet(unet, params.hint_channels, params.only_mid_control, params.fuse)
+    return unet, sgn, scheduler
 
 
 def _add_output(unet: UNet2DConditionModel) -> None:
@@ -147,27 +156,30 @@ def gaussian_loss(squared: torch.Tensor, log_variance: torch.Tensor) -> torch.Te
 
 
 def choose_trainable(pipeline: VLMDiffPipeline, params: Train) -> nn.ModuleDict:
-    """UNet and SGN, of which exactly what `params.trainable` names requires a gradient.
+    """UNet and, where there is one, SGN, of which exactly what `params.trainable` names requires a gradient.
 
     "paper" is the SGN, the UNet's up blocks and its output (normalisation and convolution). Outputs of the SGN that
     reach nothing, as all but the two coarsest resolutions' do with `only_mid_control`, are never trained.
     """
     unet, sgn = pipeline.unet, pipeline.sgn
     unet.requires_grad_(params.trainable == "all")
-    for part in (unet.up_blocks, unet.conv_norm_out, unet.conv_out, sgn):
+    for part in (unet.up_blocks, unet.conv_norm_out, unet.conv_out):
         part.requires_grad_(True)
+    if sgn is None:
+        return nn.ModuleDict({"unet": unet})
+    sgn.requires_grad_(True)
     sgn.unused_outputs().requires_grad_(False)
     return nn.ModuleDict({"unet": unet, "sgn": sgn})
 
 
 def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, state: Path) -> History:
-    """Train the pipeline's UNet and SGN in place; what is frozen is not touched."""
+    """Train the pipeline's denoiser in place; what is frozen is not touched."""
     device = pipeline.unet.device
     scheduler = pipeline.scheduler
     denoiser = choose_trainable(pipeline, params).to(memory_format=torch.channels_last)
     if params.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-        pipeline.sgn.enable_gradient_checkpointing()
+        for network in denoiser.values():
+            network.enable_gradient_checkpointing()
     training = np.flatnonzero(data.index["split"] == "train")
     held_out = np.flatnonzero(data.index["split"] == "validation")
     captions = data.index["caption"].to_numpy()

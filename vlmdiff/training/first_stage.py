@@ -51,7 +51,7 @@ def train_first_stage(
     discriminator = None
     if params.discriminator:
         discriminator = PatchDiscriminator(params.discriminator.channels, params.discriminator.layers).to(device)
-    if params.gradient_checkpointing:
+    if params.gradient_checkpointing and isinstance(vae, AutoencoderKL):
         vae.enable_gradient_checkpointing()
 
     def perceptual(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor | float:
@@ -140,8 +140,9 @@ def start(
             load_backbone(params.backbone),
             Normalization(params.image_mean, params.image_std),
             sample_size=params.image_size,
+            grid=params.backbone.grid,
             latent_channels=params.latent_channels,
-            block_out_channels=params.block_channels,
+            decoder_channels=params.backbone.decoder_channels,
         )
     if params.pretrained is None:
         return _untrained(params)
