@@ -240,8 +240,8 @@ class Discriminator(Section):
 class BackboneSpace(VisionBackbone):
     """Features of a frozen vision model as latents: its layers on one grid, projected to `latent_channels`.
 
-    `grid` is the latents' side, `decoder_channels` the width of the decoder that shows them, and `whitening` is the power with which the principal components' deviations are evened out: 0 leaves them, 1 makes
-    them one.
+    `grid` is the latents' side, `decoder_channels` the width of the decoder that shows them, and `whitening` the power
+    with which the principal components' deviations are evened out: 0 leaves them, 1 makes them one.
     """
 
     model: str = "models/backbone"

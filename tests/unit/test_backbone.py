@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.backbones import FAMILIES, GIVEN, MEAN, PATCH, STD, TRAINED, photograph, tensor
+from tests.backbones import FAMILIES, GIVEN, MEAN, PATCH, STD, TRAINED, photograph, tensor, transformer
 from tests.tiny import SIZE, tiny_detector, tiny_pipeline
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.features import spaces

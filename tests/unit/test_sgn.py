@@ -38,8 +38,8 @@ def test_every_tensor_that_can_reach_the_output_receives_a_gradient(levels, fuse
         seen |= {name for name, p in denoiser.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         optimizer.step()
     missing = {name for name, _ in denoiser.named_parameters()} - seen
-    # Control of all but the two coarsest levels feeds neither the fusion nor, with `only_mid_control`, the UNet; without
-    # fusion of all but the coarsest.
+    # Control of all but the two coarsest levels feeds neither the fusion nor, with `only_mid_control`, the UNet;
+    # without the fusion, that of all but the coarsest.
     cut = range(2 * (levels - (2 if fuse else 1))) if only_mid_control else ()
     assert missing == {f"sgn.control.controlnet_down_blocks.{i}.{kind}" for i in cut for kind in ("weight", "bias")}
     assert any(name.startswith("sgn.fusion.") for name in seen) == fuse

@@ -22,7 +22,7 @@ CERTAIN = -30.0
 
 
 class PatchDecoder(nn.Module):
-    """Codes (B, C, h, w) to images (B, 3, h side, w side), a patch a place, by sub-pixel convolution (Shi et al., 2016).
+    """Codes (B, C, h, w) to images (B, 3, h side, w side), a patch a place: sub-pixel convolution (Shi et al., 2016).
 
     All of it computes on the codes' grid, so that it costs next to nothing beside the denoiser.
     """

@@ -43,8 +43,8 @@ def build(
     torch.manual_seed(params.seed)
     if params.sgn and 2 ** (len(params.hint_channels) - 1) != (factor := downsampling(vae)):
         raise InputError(
-            f"train.hint_channels has {len(params.hint_channels)} entries: each but the first halves the photograph, and "
-            f"the first stage makes it {factor} times smaller"
+            f"train.hint_channels has {len(params.hint_channels)} entries: each but the first halves the photograph, "
+            f"and the first stage makes it {factor} times smaller"
         )
     if params.pretrained is None:
         unet, sgn, scheduler = _untrained(vae, text_encoder, params)

@@ -18,7 +18,7 @@ from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
-from vlmdiff.params import FirstStage, Part, VisionBackbone
+from vlmdiff.params import FirstStage, Part
 from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, perceptual_distance
 from vlmdiff.training.loop import History, batch_indices, fit, step_generator
 
@@ -129,15 +129,14 @@ def read_pretrained(source: Part) -> AutoencoderKL:
 def start(
     params: FirstStage,
     read: Callable[[Part], AutoencoderKL] = read_pretrained,
-    load_backbone: Callable[[VisionBackbone], Backbone] = Backbone.load,
 ) -> FirstStageModel:
-    """What training starts from; `read` gives the autoencoder that `params.pretrained` names, `load_backbone` a backbone.
+    """What training starts from; `read` gives the autoencoder that `params.pretrained` names.
 
     Raises InputError where it cannot take images of `params.image_size`.
     """
     if params.kind == "backbone":
         return FeatureSpace.around(
-            load_backbone(params.backbone),
+            Backbone.load(params.backbone),
             Normalization(params.image_mean, params.image_std),
             sample_size=params.image_size,
             grid=params.backbone.grid,
