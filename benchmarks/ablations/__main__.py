@@ -1,13 +1,14 @@
-"""Parameter sets side by side, as a table and a plot: one line of NAME.yaml is one of its rows.
+"""Parameter sets side by side, as a table and a plot: a set of the file PLAN is a row.
 
-Run it in a workspace where `make demo` or `dvc repro` ran: python benchmarks/ablations NAME [OUT]. Every set is
+Run it in a workspace where `make demo` or `dvc repro` ran: python benchmarks/ablations PLAN [OUT]. Every set is
 params.yaml with some keys changed, once for each value of `repeat`, and runs as `dvc repro` does: what it shares with
 the others is computed once, and a command that was interrupted goes on where it was. At the end the workspace is as it
-was. OUT (reports/ablations/NAME) gets table.md and plot.png, whose whiskers are the least and the most of the repeats.
+was. OUT (reports/ablations/PLAN) gets table.md and plot.png, whose whiskers are the least and the most of the repeats.
 """
 
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from flows.dvc import run_stage, stage_names
 from vlmdiff import params
 from vlmdiff import workspace as w
 
@@ -46,8 +46,7 @@ def shuffle_captions(file: Path) -> None:
 
 
 def repro() -> None:
-    for stage in stage_names():
-        run_stage(stage, lambda line: None)
+    subprocess.run([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet"], check=True)
 
 
 def measure(plan: dict) -> Measured:
@@ -107,11 +106,11 @@ def write(measured: Measured, out: Path) -> None:
 
 
 def main() -> None:
-    name = sys.argv[1]
-    out = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("reports/ablations", name)
-    measured = measure(yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text()))
+    plan = Path(sys.argv[1])
+    out = Path(sys.argv[2]) if len(sys.argv) > 2 else Path("reports/ablations", plan.stem)
+    measured = measure(yaml.safe_load(plan.read_text()))
     write(measured, out)
-    table = Table("set", *METRICS.values(), title=f"{name}, {Path.cwd().name}")
+    table = Table("set", *METRICS.values(), title=f"{plan.stem}, {Path.cwd().name}")
     for title, rows in measured.items():
         table.add_row(title, *(cell(rows, metric) for metric in METRICS))
     Console().print(table)

@@ -1,16 +1,19 @@
 """From pretrained parts to a pipeline by parameters alone: the stages as at the paper's scale, on tiny checkpoints."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import SIZE, tiny_checkpoint
+from tests.tiny import SIZE, tiny_backbone, tiny_checkpoint
 from vlmdiff import stages
 from vlmdiff import workspace as w
+from vlmdiff.detection.detector import Detector
 from vlmdiff.model.pipeline import VLMDiffPipeline
-from vlmdiff.params import Encode, FirstStage, Prepare, Train
+from vlmdiff.params import Encode, Evaluate, FirstStage, Prepare, Train
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -57,4 +60,25 @@ def test_stages_start_from_a_checkpoint_and_end_in_a_pipeline_that_keeps_what_is
     images = torch.rand(2, 3, SIZE, SIZE)
     reconstruction = pipeline(images, noise_level=500, steps=2).images
     assert reconstruction.shape == images.shape and reconstruction.isfinite().all()
+    assert not any(state.iterdir())
+
+
+def test_stages_work_in_the_features_of_a_backbone_and_end_in_a_detector_that_has_it(here):
+    folder = tiny_backbone(here / "backbone")
+    backbone = {"model": str(folder), "image_size": SIZE, "layers": (1, 2), "grid": 8, "decoder_channels": 8}
+    first_stage = FirstStage(kind="backbone", backbone=backbone, image_size=SIZE, latent_channels=6, steps=2)
+    train = Train(block_channels=(32, 32), hint_channels=(8, 8, 8), head_size=16, steps=2, batch_size=4)
+    data, state = Prepare(), here / ".cache/train"
+    stages.first_stage(first_stage, data, w.MANIFEST, state, w.FIRST_STAGE, w.FIRST_STAGE_REPORT)
+    stages.encode(Encode(), data, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED)
+    stages.train(train, w.ENCODED, w.FIRST_STAGE, state, w.PIPELINE, w.TRAIN_REPORT)
+    evaluate = Evaluate(detection={"features": [{"kind": "latents"}], "samples": 2})
+    stages.evaluate(evaluate, data, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
+    assert (w.EVALUATION / "report.html").is_file()
+
+    shutil.rmtree(folder)
+    detector = Detector.from_pretrained(w.DETECTOR)
+    photograph = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    (found,) = detector.detect([photograph])
+    assert found.anomaly_map.shape == (SIZE, SIZE) and found.reconstruction.shape == (SIZE, SIZE, 3)
     assert not any(state.iterdir())

@@ -166,6 +166,19 @@ def test_models_that_are_here_are_counted_and_their_memory_and_disk_are_known(he
     assert found["time, train"].ok is None and "unknown until measured" in found["time, train"].found
 
 
+def test_a_backbone_whose_features_are_the_latents_is_found_and_what_it_takes_is_known(here, backbone):
+    space = {"model": str(backbone), "image_size": SIZE, "layers": [1, 2], "grid": 16}
+    sections = dict(first_stage={"kind": "backbone", "backbone": space}, evaluate={"detection": {"steps": 1}})
+    found = checks(**sections)
+    assert found["first_stage.backbone"].ok and "million parameters" in found["first_stage.backbone"].found
+    assert all(found[f"memory, {stage}"].ok for stage in ("first_stage", "train")) and found["disk"].ok
+    assert found["time, train"].ok and found["time, first_stage"].ok
+
+    space["model"] = "nowhere"
+    found = checks(**sections)
+    assert found["first_stage.backbone"].ok is False and found["memory, train"].ok is None
+
+
 def test_a_model_that_is_missing_is_named_once_with_the_keys_that_want_it(here, backbone):
     result = run(here, pretrained(Path("models/sd"), backbone))
 
