@@ -1,0 +1,135 @@
+"""The detector of this workspace beside PatchCore in the same backbone, on the same test images, at the same size.
+
+PatchCore (Roth et al., CVPR 2022) with one memory bank for all classes: patches of MobileNetV2's layers 4, 11 and 14,
+averaged over 3 x 3, each of unit length; 6,000 of a class at random; the distance to the nearest, smoothed by a
+Gaussian of sigma 4. Neither is told the class. Intervals are of 200 bootstrap samples of each class's test images, the
+same for both. Run it where `dvc repro` ran with presets/photographs_features.yaml or photographs.yaml and a MobileNetV2 as
+models/backbone: python benchmarks/photographs.py
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from sklearn.metrics import roc_auc_score
+
+from vlmdiff import workspace as w
+from vlmdiff.data import manifest
+from vlmdiff.data.images import load_mask, load_rgb, resolve
+from vlmdiff.detection.anomaly_map import enlarge, smooth
+from vlmdiff.detection.detector import Detector
+from vlmdiff.evaluation import aupro
+from vlmdiff.model.backbone import Backbone, concatenate
+from vlmdiff.model.normalization import from_uint8
+from vlmdiff.params import VisionBackbone, load
+
+LAYERS, PATCHES_A_CLASS, SIGMA, SAMPLES = (4, 11, 14), 6000, 4.0, 200
+CPU, BACKBONE = torch.device("cpu"), Path("models/backbone")
+
+
+class PatchCore:
+    """images: uint8 (N, S, S, 3), normal, of these classes."""
+
+    def __init__(self, images: np.ndarray, classes: np.ndarray):
+        self.size = images.shape[1]
+        params = VisionBackbone(model=str(BACKBONE), image_size=self.size, layers=LAYERS)
+        self.backbone = Backbone.load(params)
+        generator = torch.Generator().manual_seed(0)
+        kept = []
+        for name in np.unique(classes):
+            patches = self.patches(images[classes == name]).flatten(0, 1)
+            kept.append(patches[torch.randperm(len(patches), generator=generator)[:PATCHES_A_CLASS]])
+        self.bank = torch.cat(kept)
+        self.squares = self.bank.square().sum(dim=1)
+
+    def patches(self, images: np.ndarray) -> torch.Tensor:
+        """(N, places, features)."""
+        parts = []
+        for start in range(0, len(images), 16):
+            maps = [F.avg_pool2d(x, 3, 1, 1) for x in self.backbone(from_uint8(images[start : start + 16], CPU))]
+            parts.append(concatenate([F.normalize(x, dim=1) for x in maps], self.size // 8).flatten(2).transpose(1, 2))
+        return torch.cat(parts)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Maps (N, S, S)."""
+        maps = []
+        for patches in self.patches(images):
+            squared = patches.square().sum(dim=1, keepdim=True) + self.squares - 2 * patches @ self.bank.T
+            maps.append(squared.min(dim=1).values.clamp_min(0).sqrt().view(self.size // 8, self.size // 8))
+        return smooth(enlarge(torch.stack(maps), self.size).numpy(), SIGMA)
+
+
+def judge(maps: np.ndarray, masks: np.ndarray, truths: np.ndarray, max_fpr: float) -> tuple[float, float]:
+    """AU-PRO and image AUROC of a class."""
+    return aupro(maps, masks, max_fpr=max_fpr), roc_auc_score(truths, maps.max(axis=(1, 2)))
+
+
+def interval(values: np.ndarray) -> str:
+    return "{:.3f} to {:.3f}".format(*np.quantile(values, [0.025, 0.975]))
+
+
+def main() -> None:
+    if not BACKBONE.is_dir():
+        print(f"no {BACKBONE} here: this is not a workspace of photographs")
+        return
+    params = load(w.PARAMS)
+    frame, root, max_pixels = manifest.read(w.MANIFEST), params.prepare.image_root, params.prepare.max_pixels
+    ours = Detector.from_pretrained(w.DETECTOR)
+    size, max_fpr = ours.pipeline.config.image_size, params.evaluate.max_fpr
+
+    def read(rows) -> np.ndarray:
+        return np.stack([load_rgb(resolve(root, path), size, max_pixels) for path in rows["path"]])
+
+    normal, test = frame[frame["split"] != "test"], frame[frame["split"] == "test"].reset_index(drop=True)
+    empty = np.zeros((size, size), bool)
+    masks = np.stack(
+        [empty if path is None else load_mask(resolve(root, path), size, max_pixels) for path in test["mask_path"]]
+    )
+    truths, images = test["is_anomalous"].to_numpy(), read(test)
+    # It takes the held-out normal images as well, which ours calibrates on.
+    patchcore = PatchCore(read(normal), normal["class_name"].to_numpy())
+    methods: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "vlmdiff": lambda x: np.stack([found.anomaly_map for found in ours.stream(x, 16)]),
+        "PatchCore": patchcore,
+    }
+    maps, pace = {}, {}
+    for title, detect in methods.items():
+        began = time.monotonic()
+        maps[title] = detect(images)
+        pace[title] = len(images) / (time.monotonic() - began)
+
+    members = {name: np.flatnonzero(test["class_name"] == name) for name in sorted(set(test["class_name"]))}
+    table = Table("class", title=f"AU-PRO / image AUROC, {Path.cwd().name}, {len(images)} test images")
+    whole = {t: np.array([judge(maps[t][i], masks[i], truths[i], max_fpr) for i in members.values()]) for t in maps}
+    for title in maps:
+        table.add_column(title, justify="right")
+    for row, name in enumerate(members):
+        table.add_row(name, *("{:.3f} / {:.3f}".format(*whole[title][row]) for title in maps))
+    table.add_section()
+    table.add_row("mean", *("{:.3f} / {:.3f}".format(*whole[title].mean(axis=0)) for title in maps))
+    table.add_row("images a second", *(f"{pace[title]:.1f}" for title in maps))
+    Console().print(table)
+
+    rng, drawn = np.random.default_rng(0), {title: [] for title in maps}
+    for _ in range(SAMPLES):
+        # Good and defective images apart, so that no sample is without either.
+        parts = [[i[truths[i] == kind] for kind in (False, True)] for i in members.values()]
+        draw = [np.concatenate([rng.choice(rows, len(rows)) for rows in pair]) for pair in parts]
+        for title in maps:
+            of_class = [judge(maps[title][i], masks[i], truths[i], max_fpr) for i in draw]
+            drawn[title].append(np.mean(of_class, axis=0))
+    ours_, theirs = (np.array(drawn[title]) for title in maps)
+    for column, metric in enumerate(("AU-PRO", "image AUROC")):
+        print(
+            f"{metric}: {interval(ours_[:, column])}, PatchCore {interval(theirs[:, column])}, "
+            f"difference {interval((ours_ - theirs)[:, column])} (95 %)"
+        )
+
+
+if __name__ == "__main__":
+    main()
