@@ -3,8 +3,8 @@
 PatchCore (Roth et al., CVPR 2022) with one memory bank for all classes: patches of MobileNetV2's layers 4, 11 and 14,
 averaged over 3 x 3, each of unit length; 6,000 of a class at random; the distance to the nearest, smoothed by a
 Gaussian of sigma 4. Neither is told the class. Intervals are of 200 bootstrap samples of each class's test images, the
-same for both. Run it where `dvc repro` ran with presets/photographs_features.yaml or photographs.yaml and a MobileNetV2 as
-models/backbone: python benchmarks/photographs.py
+same for both. Run it where `dvc repro` ran with a preset for photographs and a MobileNetV2 as models/backbone:
+python benchmarks/photographs.py
 """
 
 import time
