@@ -137,6 +137,7 @@ def test_a_detector_with_the_references_parameters_gives_the_references_map(gold
         steps=10,
         spacing="leading",
         samples=1,
+        deviation_floor=None,
         guidance=9.0,
         align_corners=True,
         smoothing=5.0,
@@ -146,7 +147,7 @@ def test_a_detector_with_the_references_parameters_gives_the_references_map(gold
     detector = Detector(pipeline, params)
     # In place of a backbone's: the given features, of the photograph and of its reconstruction in turn.
     features = cycle(feature_pairs())
-    detector.spaces = [(lambda images: next(features), cosine_distance)]
+    detector.spaces = [(lambda images, latents: next(features), cosine_distance)]
     photograph = np.zeros((256, 256, 3), np.uint8)
     detector.calibrate([photograph])
     (found,) = detector.detect([photograph])
