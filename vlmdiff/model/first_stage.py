@@ -5,14 +5,20 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL
 
+from vlmdiff.errors import InputError
 from vlmdiff.model.feature_space import FeatureSpace
 
 FirstStageModel = AutoencoderKL | FeatureSpace
 
 
 def load_first_stage(folder: Path) -> FirstStageModel:
-    """What the first stage has saved, by the class that its configuration names."""
-    name = json.loads((folder / "config.json").read_text())["_class_name"]
+    """What the first stage has saved, by the class that its configuration names.
+
+    Raises InputError where nothing is saved.
+    """
+    if not (config := folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no first stage: run the first_stage stage first")
+    name = json.loads(config.read_text())["_class_name"]
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, FeatureSpace)}
     return kinds[name].from_pretrained(folder)
 

@@ -19,7 +19,12 @@ from vlmdiff.params import Solver, Spacing
 
 
 def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline":
-    """A pipeline's folder as a working pipeline on `device`; without progress bars, it takes a second."""
+    """A pipeline's folder as a working pipeline on `device`; without progress bars, it takes a second.
+
+    Raises InputError where the folder holds none.
+    """
+    if not (Path(folder) / "model_index.json").is_file():
+        raise InputError(f"{folder} holds no pipeline: run the train stage first")
     logging.disable_progress_bar()
     pipeline = VLMDiffPipeline.from_pretrained(folder).to(device)
     pipeline.set_progress_bar_config(disable=True)
