@@ -22,8 +22,8 @@ from vlmdiff.params import load
 class AutoencoderAlone(Detector):
     """Reconstructs by the first stage, without noise and without the denoiser."""
 
-    def reconstruct(self, latents, images, seed, captions=None) -> torch.Tensor:
-        return latents
+    def reconstruct(self, latents, images, seed, captions=None) -> tuple[torch.Tensor, None]:
+        return latents, None
 
 
 class MeanImage(Detector):
@@ -31,8 +31,8 @@ class MeanImage(Detector):
 
     mean: torch.Tensor
 
-    def reconstruct(self, latents, images, seed, captions=None) -> torch.Tensor:
-        return self.pipeline.encode_images(self.mean).expand_as(latents)
+    def reconstruct(self, latents, images, seed, captions=None) -> tuple[torch.Tensor, None]:
+        return self.pipeline.encode_images(self.mean).expand_as(latents), None
 
 
 def main() -> None:

@@ -465,11 +465,12 @@ def _memory(
         checks.append(_room("first_stage", size, free, f"{_rows(params.first_stage)} images at once", at_once))
     size = shapes.train and shapes.train.total + AROUND
     checks.append(_room("train", size, free, f"{_rows(params.train)} images at once", at_once))
-    # Of each test image a float map, once more for the metrics, its reconstruction and its mask.
-    tested = None if frame is None else int((frame["split"] == "test").sum())
-    size = None if tested is None else tested * 12 * params.first_stage.image_size**2 + AROUND
-    advice = "lower first_stage.image_size, test on fewer images, or go to a machine with more memory"
-    checks.append(_room("evaluate", size, here, "all maps" if tested is None else f"maps of {tested} images", advice))
+    # One class at a time; of a test image its map, reconstruction and mask, and about as much again for the metrics.
+    tested = None if frame is None else int(frame.loc[frame["split"] == "test", "class_name"].value_counts().max())
+    size = None if tested is None else tested * 15 * params.first_stage.image_size**2 + AROUND
+    advice = "lower first_stage.image_size, test on fewer images of a class, or go to a machine with more memory"
+    what = "maps of a class" if tested is None else f"maps of a class's {tested} images"
+    checks.append(_room("evaluate", size, here, what, advice))
     return checks
 
 

@@ -6,6 +6,7 @@ A stage writes into a temporary folder beside its output and renames at the end:
 import hashlib
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,7 @@ def evaluate(
     training, held_out, test = (
         frame[frame["split"] == split].reset_index(drop=True) for split in ("train", "validation", "test")
     )
+    test = test.sort_values("class_name", kind="stable", ignore_index=True)
     texts = read_captions(captions)
     pipeline = load_pipeline(pipeline_folder, pick_device())
     size = pipeline.config.image_size
@@ -180,38 +182,46 @@ def evaluate(
         of_classes = class_captions(captions_of(training, texts), training["class_name"])
     detector = Detector(pipeline, params.detection, class_captions=of_classes)
     detector.calibrate(list(read(held_out["path"])), params.batch_size, prompts(held_out))
-    stream = detector.stream(read(test["path"]), params.batch_size, prompts(test))
-    found = list(track(stream, "judge", total=len(test)))
-    maps = np.stack([detection.anomaly_map for detection in found])
-    masks = [
-        # The mask of an anomalous image without one is not known, which is not the same as empty.
-        (None if is_anomalous else np.zeros((size, size), bool))
-        if mask is None
-        else load_mask(resolve(data.image_root, mask), size, data.max_pixels)
-        for mask, is_anomalous in zip(test["mask_path"], test["is_anomalous"], strict=True)
-    ]
-    classes, scores = test["class_name"].tolist(), [detection.score for detection in found]
-    results = evaluate_classes(
-        classes, maps, masks, scores, params.max_fpr, test["path"].tolist(), test["is_anomalous"].to_numpy()
-    )
-    rows = curves(classes, maps, masks, params.max_fpr)
-    truths, verdicts = test["is_anomalous"].tolist(), [detection.is_anomalous for detection in found]
-    examples = [
-        Example(
-            path=test["path"][i],
-            class_name=classes[i],
-            defect=test["defect"][i] or "good",
-            score=scores[i],
-            is_anomalous=truths[i],
-            verdict=verdicts[i],
-            image=load_rgb(resolve(data.image_root, test["path"][i]), None, data.max_pixels),
-            reconstruction=found[i].reconstruction,
-            anomaly_map=maps[i],
-            mask=masks[i],
-            caption=texts.get(test["image_id"][i]),
+    stream = iter(track(detector.stream(read(test["path"]), params.batch_size, prompts(test)), "judge", len(test)))
+    results, rows, examples = evaluate_classes([], [], [], []), curves([], [], []), []
+
+    def judge(name: str, part: pd.DataFrame) -> None:
+        """What is kept of a class; its maps go before those of the next one come."""
+        found = list(islice(stream, len(part)))
+        maps = [detection.anomaly_map for detection in found]
+        masks = [
+            # The mask of an anomalous image without one is not known, which is not the same as empty.
+            (None if is_anomalous else np.zeros((size, size), bool))
+            if mask is None
+            else load_mask(resolve(data.image_root, mask), size, data.max_pixels)
+            for mask, is_anomalous in zip(part["mask_path"], part["is_anomalous"], strict=True)
+        ]
+        classes, scores = [name] * len(part), [detection.score for detection in found]
+        truths, verdicts = part["is_anomalous"].tolist(), [detection.is_anomalous for detection in found]
+        paths = part["path"].tolist()
+        results.classes.update(evaluate_classes(classes, maps, masks, scores, params.max_fpr, paths, truths).classes)
+        for curve, points in curves(classes, maps, masks, params.max_fpr).items():
+            rows[curve] += points
+        examples.extend(
+            Example(
+                path=paths[i],
+                class_name=name,
+                defect=part["defect"][i] or "good",
+                score=scores[i],
+                is_anomalous=truths[i],
+                verdict=verdicts[i],
+                image=load_rgb(resolve(data.image_root, paths[i]), None, data.max_pixels),
+                reconstruction=found[i].reconstruction,
+                # A copy, not a view of its whole batch.
+                anomaly_map=maps[i].copy(),
+                mask=masks[i],
+                caption=texts.get(part["image_id"][i]),
+            )
+            for i in pick_examples(classes, scores, truths, verdicts, params.examples)
         )
-        for i in pick_examples(classes, scores, truths, verdicts, params.examples)
-    ]
+
+    for name, part in test.groupby("class_name"):
+        judge(name, part.reset_index(drop=True))
     with atomic_folder(detector_out) as temporary:
         detector.save_pretrained(temporary)
     with atomic_folder(out) as temporary:
