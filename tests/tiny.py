@@ -10,6 +10,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from vlmdiff.detection.detector import Detector
 from vlmdiff.model.pipeline import VLMDiffPipeline
+from vlmdiff.model.text import token_windows
 from vlmdiff.params import AutoencoderFeatures, Detection, Pixels, TextEncoder, Train
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.encoded import Encoded
@@ -33,8 +34,9 @@ def tiny_pipeline(**train) -> VLMDiffPipeline:
     ).eval()
     params = TextEncoder(vocabulary=300, max_tokens=16, hidden_size=16, layers=1, heads=2, steps=1)
     tokenizer = train_tokenizer(CAPTIONS, params)
+    tokens, windows = token_windows(tokenizer, CAPTIONS, params.max_tokens, 4)
     thumbnails = torch.rand(len(CAPTIONS), 3, 8, 8)
-    text_encoder = train_text_encoder(tokenizer, CAPTIONS, thumbnails, params, 0, torch.device("cpu"))
+    text_encoder = train_text_encoder(tokenizer, tokens[windows], thumbnails, params, 0, torch.device("cpu"))
     settings = {
         "block_channels": (32, 32),
         "hint_channels": (8, 16, 16),
@@ -90,8 +92,9 @@ def tiny_checkpoint(folder: Path, width: int = 32) -> Path:
     ).save_pretrained(folder / "scheduler")
     params = TextEncoder(vocabulary=300, max_tokens=16, hidden_size=16, layers=1, heads=2, steps=1)
     tokenizer = train_tokenizer(CAPTIONS, params)
+    tokens, windows = token_windows(tokenizer, CAPTIONS, params.max_tokens, 4)
     thumbnails = torch.rand(len(CAPTIONS), 3, 8, 8)
-    text_encoder = train_text_encoder(tokenizer, CAPTIONS, thumbnails, params, 0, torch.device("cpu"))
+    text_encoder = train_text_encoder(tokenizer, tokens[windows], thumbnails, params, 0, torch.device("cpu"))
     tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder.save_pretrained(folder / "text_encoder")
     return folder

@@ -1,5 +1,8 @@
 """Captions of any length reach the denoiser whole, and mean the same beside shorter and longer ones."""
 
+import math
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -117,18 +120,32 @@ def test_a_saved_pipeline_reads_as_much(pipeline, tmp_path):
     torch.testing.assert_close(loaded, pipeline.encode_captions(captions), rtol=0, atol=0)
 
 
-def encoded(pipeline, folder, captions, max_windows=4) -> Encoded:
+def encoded(pipeline, folder, captions, max_windows=4, images=None, steps=1) -> Encoded:
     """Six images with these captions, encoded with a text encoder of their own."""
     ids = [str(i) for i in range(6)]
     frame = pd.DataFrame({"image_id": ids, "split": ["train"] * 4 + ["validation"] * 2})
-    images = np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3), dtype=np.uint8)
+    if images is None:
+        images = np.random.default_rng(0).integers(0, 256, (6, SIZE, SIZE, 3), dtype=np.uint8)
     folder.mkdir()
     np.save(folder / "hints.npy", images)
-    small = TextEncoder(vocabulary=300, max_tokens=LENGTH, hidden_size=16, layers=1, heads=2, steps=1)
+    small = TextEncoder(vocabulary=300, max_tokens=LENGTH, hidden_size=16, layers=1, heads=2, steps=steps)
     params = Encode(text_encoder=small, max_windows=max_windows, batch_size=4)
     by_image = dict(zip(ids, captions, strict=True))
     encode(frame, images, by_image, pipeline.vae, Normalization(), params, folder, torch.device("cpu"))
     return Encoded.open(folder)
+
+
+def test_the_text_encoder_learns_from_the_end_of_a_long_caption_too(pipeline, tmp_path, capsys):
+    # They differ in their last word alone, which stands in the second window: so do dark and bright.
+    captions = [f"{caption_of(1)} {' '.join('abcdefgh')} {last}" for last in ("x", "y") * 3]
+    images = np.stack([np.full((SIZE, SIZE, 3), 20 + 200 * (i % 2), np.uint8) for i in range(6)])
+    encoded(pipeline, tmp_path / "encoded", captions, images=images, steps=100)
+    first, last = map(
+        float, re.search(r"contrastive loss (.*) at first, (.*) at last", capsys.readouterr().out).groups()
+    )
+    assert first > math.log(4) - 0.2
+    # Two share a caption: no less than the logarithm of two is possible.
+    assert last < math.log(2) + 0.1
 
 
 def test_training_reads_what_the_saved_text_encoder_says_of_a_caption(pipeline, tmp_path):

@@ -14,13 +14,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from vlmdiff.console import say
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], length: int) -> torch.Tensor:
-    """Token ids (B, length), padded or cut."""
-    return tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    ).input_ids
-
-
 def token_windows(
     tokenizer: CLIPTokenizer, captions: Sequence[str], length: int, max_windows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

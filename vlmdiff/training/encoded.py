@@ -65,7 +65,20 @@ def encode(
     rows = {text: row for row, text in enumerate(known)}
 
     training = np.flatnonzero(frame["split"] == "train")
-    tokenizer, text_encoder = _text_encoder(images, training, [texts[i] for i in training], params, device)
+    chosen = params.text_encoder
+    if isinstance(chosen, PretrainedTextEncoder):
+        text_encoder = pretrained.load_network(CLIPTextModel, chosen, chosen.subfolder).to(device)
+        tokenizer = pretrained.load(CLIPTokenizer, chosen, chosen.tokenizer_subfolder)
+        length = text_encoder.config.max_position_embeddings
+    else:
+        tokenizer, length = train_tokenizer([texts[i] for i in training], chosen), chosen.max_tokens
+    tokens, windows = token_windows(tokenizer, known, length, params.max_windows)
+    if not isinstance(chosen, PretrainedTextEncoder):
+        seen = from_uint8(images[training], torch.device("cpu"))
+        thumbnails = torch.nn.functional.adaptive_avg_pool2d(seen, THUMBNAIL)
+        read = tokens[windows[[rows[texts[i]] for i in training]]]
+        text_encoder = train_text_encoder(tokenizer, read, thumbnails, chosen, params.seed, device)
+    text_encoder.requires_grad_(False)
     tokenizer.save_pretrained(out / "tokenizer")
     # In the text encoder's own configuration it stays with the text encoder, wherever that goes.
     text_encoder.config.max_windows = params.max_windows
@@ -76,10 +89,8 @@ def encode(
     side = images.shape[1] // downsampling(vae)
     shape = (count, vae.config.latent_channels, side, side)
     mean, std = (_array(out / f"{name}.npy", shape, np.float32) for name in ("mean", "std"))
-    length, width = text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size
-    tokens, windows = token_windows(tokenizer, known, length, params.max_windows)
     np.save(out / "windows.npy", windows.numpy())
-    text = _array(out / "text.npy", (len(tokens), length, width), np.float32)
+    text = _array(out / "text.npy", (len(tokens), length, text_encoder.config.hidden_size), np.float32)
     with torch.no_grad():
         for start in track(range(0, count, size), "encode images", total=-(-count // size)):
             part = slice(start, start + size)
@@ -99,19 +110,6 @@ def encode(
         }
     )
     index.to_parquet(out / "index.parquet", index=False)
-
-
-def _text_encoder(
-    images: np.ndarray, training: np.ndarray, texts: list[str], params: Encode, device: torch.device
-) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """The one that is named, or one fitted to the training images' captions."""
-    chosen = params.text_encoder
-    if isinstance(chosen, PretrainedTextEncoder):
-        model = pretrained.load_network(CLIPTextModel, chosen, chosen.subfolder).to(device).requires_grad_(False)
-        return pretrained.load(CLIPTokenizer, chosen, chosen.tokenizer_subfolder), model
-    thumbnails = torch.nn.functional.adaptive_avg_pool2d(from_uint8(images[training], torch.device("cpu")), THUMBNAIL)
-    tokenizer = train_tokenizer(texts, chosen)
-    return tokenizer, train_text_encoder(tokenizer, texts, thumbnails, chosen, params.seed, device)
 
 
 def _array(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:

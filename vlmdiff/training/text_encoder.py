@@ -12,7 +12,6 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.console import say, track
-from vlmdiff.model.text import tokenize
 from vlmdiff.params import TextEncoder
 from vlmdiff.training.loop import batch_indices, warmup_cosine
 
@@ -65,7 +64,7 @@ def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 def train_text_encoder(
     tokenizer: CLIPTokenizer,
-    captions: Sequence[str],
+    tokens: torch.Tensor,
     thumbnails: torch.Tensor,
     params: TextEncoder,
     seed: int,
@@ -73,7 +72,8 @@ def train_text_encoder(
 ) -> CLIPTextModel:
     """Fit a `CLIPTextModel` by CLIP's symmetric contrastive loss (Radford et al., 2021).
 
-    captions: one an image; thumbnails: (N, 3, 8, 8) in [0, 1], the images that a linear image tower sees.
+    tokens: (N, K, L), the windows of each image's caption, which is the mean of what they are embedded as;
+    thumbnails: (N, 3, 8, 8) in [0, 1], the images that a linear image tower sees.
     """
     torch.manual_seed(seed)
     model = CLIPTextModel(
@@ -92,7 +92,6 @@ def train_text_encoder(
     ).to(device)
     image_tower = nn.Linear(3 * THUMBNAIL**2, params.hidden_size).to(device)
     log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32, device=device))
-    tokens = tokenize(tokenizer, captions, params.max_tokens)
     pixels = thumbnails.flatten(1)
     pixels = (pixels - pixels.mean(0)) / pixels.std()
     optimizer = torch.optim.AdamW(
@@ -104,11 +103,13 @@ def train_text_encoder(
         for group in optimizer.param_groups:
             group["lr"] = params.learning_rate * warmup_cosine(step, params.steps // 10, params.steps)
         chosen = torch.from_numpy(batch_indices(len(tokens), batch_size, step, seed))
-        text = F.normalize(model(tokens[chosen].to(device)).pooler_output, dim=1)
+        windows = tokens[chosen].to(device)
+        text = model(windows.flatten(0, 1)).pooler_output.unflatten(0, windows.shape[:2]).mean(dim=1)
+        text = F.normalize(text, dim=1)
         image = F.normalize(image_tower(pixels[chosen].to(device)), dim=1)
         logits = log_scale.exp() * text @ image.T
         # Images that share a caption are each other's truth as well.
-        same = (tokens[chosen][:, None] == tokens[chosen][None]).all(-1).float().to(device)
+        same = (windows[:, None] == windows).flatten(2).all(dim=2).float()
         loss = (
             F.cross_entropy(logits, same / same.sum(1, keepdim=True))
             + F.cross_entropy(logits.T, same / same.sum(1, keepdim=True))
