@@ -1,15 +1,19 @@
 """Wrong input stops the line with the rule and the files, through the commands that a user types."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
-import subprocess
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+
+from vlmdiff.cli import main
 
 CONTRACT = {"min_images": {"train": 3, "validation": 1, "test": 2}, "near_duplicate_bits": 0}
 
@@ -48,13 +52,17 @@ def write(folder, validate=CONTRACT, **prepare):
 
 def check(folder) -> tuple[int, str]:
     """Exit status and standard error of `vlmdiff prepare` and, where that went well, `vlmdiff validate`."""
-    for stage in ("prepare", "validate"):
-        command = [sys.executable, "-c", "from vlmdiff.cli import main; main()", stage]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ)
-        if done.returncode:
-            break
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stderr
+    status, errors = 0, io.StringIO()
+    with contextlib.chdir(folder), patch.dict(os.environ), contextlib.redirect_stderr(errors):
+        for stage in ("prepare", "validate"):
+            with patch.object(sys, "argv", ["vlmdiff", stage]):
+                try:
+                    main()
+                except SystemExit as end:
+                    status = end.code or 0
+            if status:
+                break
+    return status, errors.getvalue()
 
 
 def broken_rules(folder) -> set[str]:
