@@ -488,8 +488,9 @@ def _disk(params: p.Params, models: dict[str, Model], shapes: Shapes, frame: pd.
     if frame is None or shapes.latents is None or shapes.text is None or shapes.pipeline is None:
         return Check("disk", found, UNKNOWN, None)
     count, pixels = int((frame["split"] != "test").sum()), 3 * params.first_stage.image_size**2
-    # Mean and standard deviation of the latents, every window of the caption, the image.
-    encoded = count * (8 * math.prod(shapes.latents) + 4 * math.prod(shapes.text) + pixels)
+    # Mean and, where there is one, deviation of the latents, every window of the caption, the image.
+    each = 4 if params.first_stage.kind == "backbone" else 8
+    encoded = count * (each * math.prod(shapes.latents) + 4 * math.prod(shapes.text) + pixels)
     backbones = {models[key].folder: models[key].size for key in models if key.startswith("detection.features")}
     detector = 4 * shapes.pipeline + sum(backbones.values())
     # DVC keeps what a stage leaves once more, in its cache; the registry has the detector.

@@ -71,6 +71,8 @@ def test_stages_work_in_the_features_of_a_backbone_and_end_in_a_detector_that_ha
     data, state = Prepare(), here / ".cache/train"
     stages.first_stage(first_stage, data, w.MANIFEST, state, w.FIRST_STAGE, w.FIRST_STAGE_REPORT)
     stages.encode(Encode(), data, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED)
+    # Codes are certain: their deviations would be as large on disk as they are.
+    assert not (w.ENCODED / "std.npy").exists()
     stages.train(train, w.ENCODED, w.FIRST_STAGE, state, w.PIPELINE, w.TRAIN_REPORT)
     evaluate = Evaluate(detection={"features": [{"kind": "latents"}], "samples": 2})
     stages.evaluate(evaluate, data, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)

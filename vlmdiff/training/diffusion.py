@@ -214,7 +214,9 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
         levels = torch.randint(lowest, highest + 1, (len(rows),), generator=generator)[part]
         dropped = (torch.rand(len(rows), generator=generator) < params.caption_dropout)[part].numpy()
         rows = rows[part]
-        latents = torch.from_numpy(data.mean[rows]) + torch.from_numpy(data.std[rows]) * posterior
+        latents = torch.from_numpy(data.mean[rows])
+        if data.std is not None:
+            latents = latents + torch.from_numpy(data.std[rows]) * posterior
         return prediction_loss(rows, latents, noise, levels, np.where(dropped, 0, captions[rows]))
 
     def validation_loss(share: slice) -> float:

@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from vlmdiff.console import track
 from vlmdiff.errors import InputError
 from vlmdiff.model import pretrained
+from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.text import token_windows
@@ -22,13 +23,13 @@ from vlmdiff.training.text_encoder import THUMBNAIL, train_text_encoder, train_t
 class Encoded:
     """index: a row an image: image_id, split, caption (row of `windows`; row 0 is the empty caption).
 
-    mean, std: (N, C, h, w), the latents' posteriors, scaled; text: (W, L, D), windows of captions; windows: (M, K), the
-    rows of `text` that make a caption; hints: uint8 (N, S, S, 3).
+    mean, std: (N, C, h, w), the latents' posteriors, scaled; std is None where codes are certain. text: (W, L, D),
+    windows of captions; windows: (M, K), the rows of `text` that make a caption; hints: uint8 (N, S, S, 3).
     """
 
     index: pd.DataFrame
     mean: np.ndarray
-    std: np.ndarray
+    std: np.ndarray | None
     text: np.ndarray
     windows: np.ndarray
     hints: np.ndarray
@@ -37,8 +38,9 @@ class Encoded:
     def open(cls, folder: Path) -> "Encoded":
         if not (folder / "index.parquet").is_file():
             raise InputError(f"{folder} holds no encoded images: run the encode stage first")
-        names = ("mean", "std", "text", "windows", "hints")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("mean", "text", "windows", "hints")}
+        std = folder / "std.npy"
+        arrays["std"] = np.load(std, mmap_mode="r") if std.is_file() else None
         return cls(index=pd.read_parquet(folder / "index.parquet"), **arrays)
 
     def prompt_embeds(self, captions: np.ndarray) -> torch.Tensor:
@@ -88,7 +90,8 @@ def encode(
     count, factor = len(images), vae.config.scaling_factor
     side = images.shape[1] // downsampling(vae)
     shape = (count, vae.config.latent_channels, side, side)
-    mean, std = (_array(out / f"{name}.npy", shape, np.float32) for name in ("mean", "std"))
+    mean = _array(out / "mean.npy", shape, np.float32)
+    std = None if isinstance(vae, FeatureSpace) else _array(out / "std.npy", shape, np.float32)
     np.save(out / "windows.npy", windows.numpy())
     text = _array(out / "text.npy", (len(tokens), length, text_encoder.config.hidden_size), np.float32)
     with torch.no_grad():
@@ -96,11 +99,12 @@ def encode(
             part = slice(start, start + size)
             posterior = vae.encode(normalization(from_uint8(images[part], device))).latent_dist
             mean[part] = (posterior.mean * factor).cpu()
-            std[part] = (posterior.std * factor).cpu()
+            if std is not None:
+                std[part] = (posterior.std * factor).cpu()
         for start in range(0, len(tokens), size):
             states = text_encoder(tokens[start : start + size].to(device)).last_hidden_state
             text[start : start + size] = states.cpu()
-    for array in (mean, std, text):
+    for array in filter(lambda array: array is not None, (mean, std, text)):
         array.flush()
     index = pd.DataFrame(
         {
