@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 # What a workspace has of the repository: the graph, the sources that its stages depend on, DVC's settings.
@@ -148,12 +149,33 @@ def new_workspace(tmp_path: Path) -> Callable[..., Workspace]:
 
 
 @pytest.fixture(scope="session")
-def tiny_line(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The line with parameters TINY, every stage run and committed, once for all tests. Not to be changed."""
-    workspace = make_workspace(tmp_path_factory.mktemp("tiny") / "workspace")
-    workspace.run("dvc", "repro")
-    workspace.commit()
-    return workspace
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A folder of this name that is filled once, whichever process of `make test` comes first. Not to be changed."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def folder(name: str, fill: Callable[[Path], None]) -> Path:
+        path, filled = shared / name, shared / f"{name}.filled"
+        with FileLock(shared / f"{name}.lock"):
+            if not filled.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                fill(path)
+                filled.touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_line(once: Callable[..., Path]) -> Workspace:
+    """The line with parameters TINY, every stage run and committed."""
+
+    def fill(path: Path) -> None:
+        workspace = make_workspace(path)
+        workspace.run("dvc", "repro")
+        workspace.commit()
+
+    return Workspace(once("tiny", fill))
 
 
 @pytest.fixture

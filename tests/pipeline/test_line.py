@@ -34,12 +34,15 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="session")
-def made_store(tmp_path_factory) -> Path:
+def made_store(once) -> Path:
     """An MLflow store with its schema and nothing in it: MLflow takes many seconds to make one."""
-    folder = tmp_path_factory.mktemp("store")
-    make = "from mlflow.tracking import MlflowClient as C; C('sqlite:///mlflow.db').search_registered_models()"
-    subprocess.run([sys.executable, "-c", make], cwd=folder, check=True, capture_output=True)
-    return folder / "mlflow.db"
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        make = "from mlflow.tracking import MlflowClient as C; C('sqlite:///mlflow.db').search_registered_models()"
+        subprocess.run([sys.executable, "-c", make], cwd=folder, check=True, capture_output=True)
+
+    return once("store", fill) / "mlflow.db"
 
 
 @pytest.fixture
