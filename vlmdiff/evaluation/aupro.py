@@ -89,11 +89,11 @@ def collect(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], names: Sequ
     anomalous, sizes, normal = [np.empty(0, np.float32)], [np.empty(0)], [np.empty(0, np.float32)]
     regions = 0
     for index, (scores, mask) in enumerate(zip(maps, masks, strict=True)):
-        scores, mask = _check(scores, mask, str(index) if names is None else f"of {names[index]}")
+        scores, mask = check_map(scores, mask, str(index) if names is None else f"of {names[index]}")
         if not mask.any():
             normal.append(scores.ravel())
             continue
-        labels, count = _regions(mask)
+        labels, count = regions_of(mask)
         regions += count
         sizes.append(np.bincount(labels)[labels])
         anomalous.append(scores[mask])
@@ -101,7 +101,8 @@ def collect(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], names: Sequ
     return Pixels(np.concatenate(anomalous), 1 / (np.concatenate(sizes) * regions), np.concatenate(normal))
 
 
-def _check(scores: np.ndarray, mask: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+def check_map(scores: np.ndarray, mask: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays (H, W), floating and boolean. Raises InputError as `aupro` does; `name` says whose map it is."""
     scores, mask = np.asarray(scores), np.asarray(mask).astype(bool, copy=False)
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float64)
@@ -112,7 +113,7 @@ def _check(scores: np.ndarray, mask: np.ndarray, name: str) -> tuple[np.ndarray,
     return scores, mask
 
 
-def _regions(mask: np.ndarray) -> tuple[np.ndarray, int]:
+def regions_of(mask: np.ndarray) -> tuple[np.ndarray, int]:
     """The region, from 1, of each anomalous pixel in raster order, and how many regions there are."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
