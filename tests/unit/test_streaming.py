@@ -100,7 +100,7 @@ def test_a_shard_travels_by_file_and_between_processes(tmp_path):
     metrics = counted((["nut", "bolt"] * 2, rng.random(masks.shape), masks, rng.random(4), masks.any((1, 2))), 0.3)
     metrics.save(tmp_path / "shard.npz")
     for again in (StreamingMetrics.load(tmp_path / "shard.npz"), pickle.loads(pickle.dumps(metrics))):
-        assert again.results() == metrics.results() and again.errors() == metrics.errors()
+        assert repr((again.results(), again.errors())) == repr((metrics.results(), metrics.errors()))
 
 
 @pytest.mark.parametrize("content", [b"", b"no counts", None])

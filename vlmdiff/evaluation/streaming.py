@@ -6,14 +6,13 @@ counts of the whole. What the order of scores within a bin may change is bounded
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-from scipy.special import digamma
 
 from vlmdiff.errors import InputError
+from vlmdiff.evaluation import binned
 from vlmdiff.evaluation.aupro import check_limit, check_map, regions_of
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.files import atomic_path
@@ -25,7 +24,7 @@ HALF = (HIGHEST - LOWEST) << MANTISSA
 BINS = 2 * HALF
 # A region's overlap is counted in integers, which add up alike in any order: at most 2 ** 27 regions a class.
 WHOLE = 1 << 36
-# Of the sums, and of overlaps that are rounded to integers.
+# Of these integers, and of sums.
 ROUNDING = 1e-10
 
 
@@ -116,26 +115,37 @@ class StreamingMetrics:
 
     def results(self) -> Results:
         """The metrics of each class, classes in the order of their names; scores of a bin are taken as ties."""
-        return Results({name: {key: value for key, (value, _) in self._judge(name).items()} for name in self._names})
+        return Results(
+            {name: {key: value for key, (value, _) in self._judge(self.classes[name]).items()} for name in self._names}
+        )
 
     def errors(self) -> dict[str, dict[str, float]]:
         """How far each metric of `results` may be from that of the very scores; NaN where it is not defined."""
-        return {name: {key: error for key, (_, error) in self._judge(name).items()} for name in self._names}
+        return {
+            name: {key: error for key, (_, error) in self._judge(self.classes[name]).items()} for name in self._names
+        }
 
     @property
-    def _names(self) -> Sequence[str]:
+    def _names(self) -> list[str]:
         return sorted(self.classes)
 
-    def _judge(self, name: str) -> dict[str, tuple[float, float]]:
-        counts = self.classes[name]
-        pixels = _detection(counts.anomalous, counts.normal)
-        images = _detection(counts.anomalous_images, counts.normal_images)
-        values = {
-            "au_pro": _aupro(counts, self.max_fpr),
-            **{f"pixel_{metric}": value for metric, value in pixels.items()},
-            **{f"image_{metric}": value for metric, value in images.items()},
+    def _judge(self, counts: Counts) -> dict[str, tuple[float, float]]:
+        """Each metric and how far it may be off."""
+        normal, overlap = _falling(counts.normal, counts.overlap)
+        shares = overlap / (WHOLE * counts.regions) if counts.regions else np.full(len(overlap), math.nan)
+        values = {"au_pro": binned.area(normal, shares, self.max_fpr)}
+        ranges = {"au_pro": binned.area_range(normal, shares, self.max_fpr)}
+        for kind, both in (
+            ("pixel", (counts.anomalous, counts.normal)),
+            ("image", (counts.anomalous_images, counts.normal_images)),
+        ):
+            found = _falling(*both)
+            values |= {f"{kind}_{metric}": value for metric, value in binned.detection(*found).items()}
+            ranges |= {f"{kind}_{metric}": pair for metric, pair in binned.detection_range(*found).items()}
+        return {
+            metric: (float(values[metric]), float(np.max(np.abs(ranges[metric] - values[metric]))) + ROUNDING)
+            for metric in METRICS
         }
-        return {metric: values[metric] for metric in METRICS}
 
     def save(self, file: Path) -> None:
         """Write the counts, for `load` elsewhere."""
@@ -188,53 +198,6 @@ def _add_overlap(into: np.ndarray, bins: np.ndarray, labels: np.ndarray) -> None
     first = np.flatnonzero(np.diff(regions, prepend=0))
     shares[first[1:]] += WHOLE
     np.add.at(into, BINS - 1 - where, shares)
-
-
-def _aupro(counts: Counts, max_fpr: float) -> tuple[float, float]:
-    """AU-PRO and how far it may be off: within a bin the curve rises somehow, in a box whose corners are known."""
-    total = int(counts.normal.sum())
-    if not (counts.regions and total):
-        return math.nan, math.nan
-    normal, overlap = _falling(counts.normal, counts.overlap)
-    width = normal / total
-    rates = np.concatenate([[0], np.cumsum(normal)[:-1]]) / total
-    reached = np.cumsum(overlap) / (WHOLE * counts.regions)
-    before = np.concatenate([[0], reached[:-1]])
-    inside = np.clip(max_fpr - rates, 0, width)
-    low, high = (float(np.sum(height * inside) / max_fpr) for height in (before, reached))
-    share = np.divide(inside, width, out=np.zeros_like(width), where=width > 0)
-    value = float(np.sum((before + (reached - before) * share / 2) * inside) / max_fpr)
-    return value, max(high - value, value - low) + ROUNDING
-
-
-def _detection(anomalous: np.ndarray, normal: np.ndarray) -> dict[str, tuple[float, float]]:
-    """AUROC, average precision and best F1 of counts by bin, and how far each may be off."""
-    positives, negatives = int(anomalous.sum(dtype=np.int64)), int(normal.sum(dtype=np.int64))
-    if not (positives and negatives):
-        return dict.fromkeys(("auroc", "ap", "f1_max"), (math.nan, math.nan))
-    # Double holds each count exactly, and products of two to its precision.
-    here, others = (counts.astype(np.float64) for counts in _falling(anomalous, normal))
-    hits, alarms = np.cumsum(here), np.cumsum(others)
-    hits_before, alarms_before = hits - here, alarms - others
-    pairs = positives * negatives
-    auroc = np.sum(here * (negatives - alarms_before - others / 2)) / pairs
-    ties = np.sum(here * others) / 2 / pairs
-
-    some = here > 0
-    ap = np.sum(here[some] * hits[some] / (hits + alarms)[some]) / positives
-    # At best all of a bin's anomalous scores are one, above the normal ones; at worst below them, each by itself: then
-    # the sum over them of hits / (hits + alarms) is one of reciprocals.
-    best = np.sum(here[some] * hits[some] / (hits + alarms_before)[some]) / positives
-    reciprocals = digamma(hits + alarms + 1) - digamma(hits_before + alarms + 1)
-    worst = np.sum((here - alarms * reciprocals)[some]) / positives
-
-    f1 = np.max(2 * hits / (positives + hits + alarms))
-    best_f1 = np.max(2 * hits / (positives + hits + alarms_before))
-    return {
-        "auroc": (float(auroc), float(ties) + ROUNDING),
-        "ap": (float(ap), float(max(best - ap, ap - worst)) + ROUNDING),
-        "f1_max": (float(f1), float(best_f1 - f1) + ROUNDING),
-    }
 
 
 def _falling(*counts: np.ndarray) -> list[np.ndarray]:
