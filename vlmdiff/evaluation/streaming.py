@@ -17,9 +17,9 @@ from vlmdiff.evaluation.aupro import check_limit, check_map, regions_of
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.files import atomic_path
 
-# A float32's sign, its exponent between these, and the first 12 bits of its mantissa make its bin: scores of a bin
-# differ by a 4,096th of themselves. Smaller ones share one bin, larger ones the last.
-MANTISSA, LOWEST, HIGHEST = 12, -44, 20
+# A float32's sign, its exponent between these, and the first 13 bits of its mantissa make its bin: scores of a bin
+# differ by an 8,192nd of themselves. Smaller ones share one bin, larger ones the last; a detector's are in [0, 1).
+MANTISSA, LOWEST, HIGHEST = 13, -24, 8
 HALF = (HIGHEST - LOWEST) << MANTISSA
 BINS = 2 * HALF
 # A region's overlap is counted in integers, which add up alike in any order: at most 2 ** 27 regions a class.
