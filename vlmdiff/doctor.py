@@ -487,7 +487,8 @@ def _disk(params: p.Params, models: dict[str, Model], shapes: Shapes, frame: pd.
     found = f"{_bytes(free)} free"
     if frame is None or shapes.latents is None or shapes.text is None or shapes.pipeline is None:
         return Check("disk", found, UNKNOWN, None)
-    count, pixels = int((frame["split"] != "test").sum()), 3 * params.first_stage.image_size**2
+    copies, pixels = 2 ** len(set(params.encode.mirror)), 3 * params.first_stage.image_size**2
+    count = int((frame["split"] == "validation").sum()) + copies * int((frame["split"] == "train").sum())
     # Mean and, where there is one, deviation of the latents, every window of the caption, the image.
     each = 4 if params.first_stage.kind == "backbone" else 8
     encoded = count * (each * math.prod(shapes.latents) + 4 * math.prod(shapes.text) + pixels)

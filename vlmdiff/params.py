@@ -314,9 +314,13 @@ class PretrainedTextEncoder(Part):
 
 
 class Encode(Section):
-    """`max_windows` of the text encoder's length are read of a caption; 1 cuts it after the first, as CLIP does."""
+    """`max_windows` of the text encoder's length are read of a caption; 1 cuts it after the first, as CLIP does.
+
+    `mirror`: training sees the images mirrored in these directions as well, where a mirrored product is a normal one.
+    """
 
     batch_size: Positive = 32
+    mirror: tuple[Literal["horizontal", "vertical"], ...] = ()
     max_windows: Annotated[int, Field(ge=1, le=8)] = 4
     text_encoder: Annotated[TextEncoder | PretrainedTextEncoder, Field(discriminator="kind")] = TextEncoder()
     seed: int = 0

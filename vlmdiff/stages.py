@@ -5,7 +5,7 @@ A stage writes into a temporary folder beside its output and renames at the end:
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def encode(
 
     device = pick_device()
     frame = manifest.read(manifest_file)
-    frame = frame[frame["split"] != "test"].reset_index(drop=True)
+    frame = mirrored(frame[frame["split"] != "test"], params.mirror)
     vae = load_first_stage(latent_space).to(device)
     with atomic_folder(out) as temporary:
         hints = image_array(frame, data, vae.config.sample_size, temporary / "hints.npy")
@@ -253,13 +253,27 @@ def provenance(params: p.Evaluate, frame: pd.DataFrame, detector) -> dict[str, o
     }
 
 
+def mirrored(frame: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:
+    """With the training images' mirror images, in each direction and in both; `axes` are those that are reversed."""
+    frame = frame.assign(axes=[()] * len(frame))
+    for axis, direction in enumerate(("vertical", "horizontal")):
+        if direction in directions:
+            training = frame[frame["split"] == "train"]
+            frame = pd.concat([frame, training.assign(axes=[(*axes, axis) for axes in training["axes"]])])
+    return frame.reset_index(drop=True)
+
+
 def image_array(frame: pd.DataFrame, data: p.Prepare, size: int, file: Path) -> np.ndarray:
-    """The images of a manifest's rows, decoded and resized once into the memory-mapped `file`: uint8 (N, S, S, 3)."""
+    """The images of a manifest's rows, decoded and resized once into the memory-mapped `file`: uint8 (N, S, S, 3).
+
+    Rows may have `axes`, along which they are mirrored.
+    """
     from vlmdiff.data.images import load_rgb, resolve
 
     array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(frame), size, size, 3))
-    for i, path in enumerate(track(frame["path"], "read images", total=len(frame))):
-        array[i] = load_rgb(resolve(data.image_root, path), size, data.max_pixels)
+    every = [()] * len(frame) if "axes" not in frame else frame["axes"]
+    for i, (path, axes) in enumerate(zip(track(frame["path"], "read images", total=len(frame)), every, strict=True)):
+        array[i] = np.flip(load_rgb(resolve(data.image_root, path), size, data.max_pixels), axes)
     array.flush()
     return array
 

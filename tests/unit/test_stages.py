@@ -1,6 +1,7 @@
 """Stages: run before their time they say which is to run first; what is large is in memory a part at a time."""
 
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,11 @@ from typer.testing import CliRunner
 from tests.tiny import SIZE, tiny_pipeline
 from vlmdiff import params as p
 from vlmdiff import stages
+from vlmdiff.captions.files import write_captions
 from vlmdiff.cli import app
 from vlmdiff.data import manifest
+from vlmdiff.model.normalization import Normalization
+from vlmdiff.training.encoded import Encoded
 
 SECTIONS = ("validate", "caption", "first_stage", "encode", "train", "evaluate", "gate")
 
@@ -59,29 +63,63 @@ def test_nothing_is_captioned_before_there_is_a_manifest(tmp_path, captioned, ru
     assert "run the prepare stage first" in str(run("caption", tmp_path).exception)
 
 
-def test_evaluate_holds_the_maps_of_one_class_at_a_time(tmp_path) -> None:
-    root, count = tmp_path / "raw", 120
+@pytest.fixture
+def photographs(tmp_path):
+    """All that encode and evaluate read: eight photographs, their manifest and captions, an untrained pipeline."""
     for kind in ("good", "hole"):
-        (root / "nut" / kind).mkdir(parents=True)
+        (tmp_path / "raw/nut" / kind).mkdir(parents=True)
         for i in range(4):
             pixels = np.random.default_rng([kind == "good", i]).integers(0, 255, (SIZE, SIZE, 3), np.uint8)
-            Image.fromarray(pixels).save(root / "nut" / kind / f"{i}.png")
-    data = p.Prepare(layout="folder", root=root)
-    frame = manifest.build(data, root)
-    (tmp_path / "captions.jsonl").touch()
-    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+            Image.fromarray(pixels).save(tmp_path / "raw/nut" / kind / f"{i}.png")
+    data = p.Prepare(layout="folder", root=tmp_path / "raw")
+    frame = manifest.build(data, data.root)
+    manifest.write(frame, tmp_path / "manifest.parquet")
+    write_captions(frame.assign(caption="a nut"), tmp_path / "captions.jsonl")
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    pipeline.vae.save_pretrained(tmp_path / "first_stage")
+    Normalization().save(tmp_path / "first_stage")
+    return SimpleNamespace(root=tmp_path, data=data)
+
+
+@pytest.mark.parametrize(
+    ("directions", "axes"),
+    [([], [()]), (["horizontal"], [(), (1,)]), (["horizontal", "vertical"], [(), (0,), (1,), (0, 1)])],
+)
+def test_training_images_and_no_others_are_mirrored(photographs, directions, axes) -> None:
+    data, root = photographs.data, photographs.root
+    stages.encode(
+        p.Encode(mirror=directions, text_encoder={"kind": "trained", "steps": 1}),
+        data,
+        *(root / name for name in ("manifest.parquet", "captions.jsonl", "first_stage", "encoded")),
+    )
+    found = Encoded.open(root / "encoded")
+    frame = manifest.read(root / "manifest.parquet").set_index("image_id")
+    rows = {split: found.index[found.index["split"] == split] for split in ("train", "validation")}
+    for image_id, copies in rows["train"].groupby("image_id"):
+        image = np.array(Image.open(data.root / frame["path"][image_id]))
+        expected = {np.flip(image, one).tobytes() for one in axes}
+        assert {found.hints[i].tobytes() for i in copies.index} == expected and len(copies) == len(axes)
+        # A latent is its own image's, not that of the photograph it mirrors.
+        assert len({found.mean[i].tobytes() for i in copies.index}) == len(axes)
+    assert len(rows["validation"]) == (frame["split"] == "validation").sum()
+
+
+def test_evaluate_holds_the_maps_of_one_class_at_a_time(photographs) -> None:
+    root, data, count = photographs.root, photographs.data, 120
+    frame = manifest.read(root / "manifest.parquet")
 
     def peak(classes: int) -> int:
         """Bytes, where each of so many classes has `count` test images."""
         some = frame[frame["split"] == "test"]
         some = pd.concat([some] * -(-count // len(some)))[:count]
         parts = [frame[frame["split"] != "test"], *(some.assign(class_name=f"nut {i}") for i in range(classes))]
-        manifest.write(pd.concat(parts), tmp_path / "manifest.parquet")
+        manifest.write(pd.concat(parts), root / "more.parquet")
         params = p.Evaluate(detection=p.Detection(noise_level=500, samples=1, steps=1), examples=1)
-        files = ("manifest.parquet", "captions.jsonl", "pipeline", "detector", "evaluation")
+        files = ("more.parquet", "captions.jsonl", "pipeline", "detector", "evaluation")
         tracemalloc.start()
         try:
-            stages.evaluate(params, data, *(tmp_path / name for name in files))
+            stages.evaluate(params, data, *(root / name for name in files))
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
