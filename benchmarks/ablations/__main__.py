@@ -45,8 +45,8 @@ def shuffle_captions(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in dealt))
 
 
-def repro() -> None:
-    subprocess.run([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet"], check=True)
+def repro(*stages: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--quiet", *stages], check=True)
 
 
 def measure(plan: dict) -> Measured:
@@ -60,7 +60,7 @@ def measure(plan: dict) -> Measured:
     for values in itertools.chain(*variants.values()):
         params.Params.model_validate(values)
     if "shuffled" in plan:
-        repro()
+        repro("caption")
         shuffle_captions(Path(base["prepare"].get("root", "data/raw"), plan["shuffled"]))
     measured: Measured = {}
     try:
