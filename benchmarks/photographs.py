@@ -22,7 +22,7 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, smooth
 from vlmdiff.detection.detector import Detector
-from vlmdiff.evaluation.bootstrap import Statistics, resample
+from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.metrics import METRICS, evaluate_classes
 from vlmdiff.model.backbone import Backbone, concatenate
 from vlmdiff.model.normalization import from_uint8
@@ -114,7 +114,12 @@ def main() -> None:
 
     members = {name: classes == name for name in sorted(set(classes))}
     ours_, theirs = (
-        resample({n: Statistics.of(maps[t][i], masks[i], scores[t][i], truths[i]) for n, i in members.items()}, max_fpr)
+        Resampled(
+            {
+                name: Statistics.of(maps[t][i], masks[i], scores[t][i], truths[i]).draw(name, max_fpr)
+                for name, i in members.items()
+            }
+        )
         for t in maps
     )
     for metric in ("au_pro", "image_auroc"):

@@ -150,6 +150,7 @@ def evaluate(
     from vlmdiff.detection.class_captions import class_captions
     from vlmdiff.detection.detector import Detector
     from vlmdiff.device import pick_device
+    from vlmdiff.evaluation.bootstrap import Resampled, Statistics
     from vlmdiff.evaluation.metrics import evaluate_classes
     from vlmdiff.evaluation.plots import curves, write_plots
     from vlmdiff.evaluation.report import Example, pick_examples, write_heatmaps, write_report
@@ -184,6 +185,7 @@ def evaluate(
     detector.calibrate(list(read(held_out["path"])), params.batch_size, prompts(held_out))
     stream = iter(track(detector.stream(read(test["path"]), params.batch_size, prompts(test)), "judge", len(test)))
     results, rows, examples = evaluate_classes([], [], [], []), curves([], [], []), []
+    resampled = Resampled({})
 
     def judge(name: str, part: pd.DataFrame) -> None:
         """What is kept of a class; its maps go before those of the next one come."""
@@ -200,6 +202,7 @@ def evaluate(
         truths, verdicts = part["is_anomalous"].tolist(), [detection.is_anomalous for detection in found]
         paths = part["path"].tolist()
         results.classes.update(evaluate_classes(classes, maps, masks, scores, params.max_fpr, paths, truths).classes)
+        resampled.classes[name] = Statistics.of(maps, masks, scores, truths).draw(name, params.max_fpr)
         for curve, points in curves(classes, maps, masks, params.max_fpr).items():
             rows[curve] += points
         examples.extend(
@@ -226,9 +229,10 @@ def evaluate(
         detector.save_pretrained(temporary)
     with atomic_folder(out) as temporary:
         results.write(temporary / "metrics.json")
+        resampled.write(temporary / "intervals.json")
         write_plots(temporary / "plots", rows)
         write_heatmaps(temporary / "heatmaps", examples)
-        write_report(temporary / "report.html", results, examples, rows, provenance(params, frame, detector))
+        write_report(temporary / "report.html", results, resampled, examples, rows, provenance(params, frame, detector))
 
 
 def captions_of(rows: pd.DataFrame, texts: dict[str, str]) -> list[str]:

@@ -6,19 +6,24 @@ each was drawn: no pixel is looked at twice.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from vlmdiff.errors import InputError
 from vlmdiff.evaluation import binned
 from vlmdiff.evaluation.aupro import check_limit, check_map, regions_of
-from vlmdiff.evaluation.metrics import METRICS
+from vlmdiff.evaluation.metrics import DIGITS, METRICS
 from vlmdiff.evaluation.streaming import BINS, bins_of
+from vlmdiff.files import write_json
 
 SAMPLES = 1000
 GROUPS = 1024
+Samples = dict[str, np.ndarray]  # by metric, (S,)
 # Average precision looks at rates of this order.
 SMALL_RATE = 1e-4
 
@@ -63,7 +68,7 @@ class Statistics:
                 part[row] = np.bincount(groups[bins], amounts, part.shape[1])
         return cls(*parts, regions, np.asarray(scores, np.float64), np.asarray(is_anomalous, bool))
 
-    def metrics(self, weights: np.ndarray, max_fpr: float) -> dict[str, np.ndarray]:
+    def metrics(self, weights: np.ndarray, max_fpr: float) -> Samples:
         """Each metric (S,) where the images count by these weights (S, N)."""
         weights = weights.astype(np.float32)
         normal, anomalous, overlap = (
@@ -83,58 +88,63 @@ class Statistics:
         values |= {f"pixel_{name}": value for name, value in binned.detection(anomalous, normal).items()}
         return {metric: values[metric] for metric in METRICS}
 
+    def draw(self, class_name: str, max_fpr: float = 0.3, samples: int = SAMPLES, seed: int = 0) -> Samples:
+        """Draw the images again, so many times; of the same images the same ones are drawn for every model."""
+        check_limit(max_fpr)
+        rng = np.random.default_rng([seed, zlib.crc32(class_name.encode())])
+        weights = np.zeros((samples, len(self.scores)))
+        for kind in (False, True):
+            members = np.flatnonzero(self.is_anomalous == kind)
+            if len(members):
+                weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), samples)
+        return self.metrics(weights, max_fpr)
+
 
 @dataclass(frozen=True)
 class Resampled:
-    """Metrics of samples: of each class and, under None, of their mean; by metric, (S,)."""
+    """Metrics of the samples of each class that was drawn from."""
 
-    samples: dict[str | None, dict[str, np.ndarray]]
+    classes: dict[str, Samples]
+
+    @cached_property
+    def mean(self) -> Samples:
+        """In each sample, the mean over the classes that define a metric; NaN where none does."""
+        return {metric: self._mean(metric) for metric in METRICS}
+
+    def _mean(self, metric: str) -> np.ndarray:
+        defined = [found[metric] for found in self.classes.values() if np.isfinite(found[metric]).all()]
+        return np.mean(defined, axis=0) if defined else np.array([math.nan])
 
     def interval(self, metric: str, class_name: str | None = None, level: float = 0.95) -> tuple[float, float]:
-        """The middle `level` of the samples; NaN where the metric is not defined."""
-        values = self.samples[class_name][metric]
+        """The middle `level` of the samples of a class or of the mean; NaN where the metric is not defined."""
+        values = (self.mean if class_name is None else self.classes[class_name])[metric]
         tail = (1 - level) / 2
-        if not len(values) or np.isnan(values).any():
-            return math.nan, math.nan
         low, high = np.quantile(values, [tail, 1 - tail])
         return float(low), float(high)
 
     def __sub__(self, other: "Resampled") -> "Resampled":
         """The paired difference to another model, of the same images and the same seed."""
-        if self.samples.keys() != other.samples.keys():
+        if self.classes.keys() != other.classes.keys():
             raise InputError("the two models were not judged on the same classes")
         return Resampled(
             {
-                name: {metric: value - other.samples[name][metric] for metric, value in values.items()}
-                for name, values in self.samples.items()
+                name: {metric: value - other.classes[name][metric] for metric, value in found.items()}
+                for name, found in self.classes.items()
             }
         )
 
+    def write(self, path: Path, level: float = 0.95) -> None:
+        """Write intervals.json: of the mean, then of each class, null where a metric is not defined."""
 
-def resample(
-    statistics: Mapping[str, Statistics], max_fpr: float = 0.3, samples: int = SAMPLES, seed: int = 0
-) -> Resampled:
-    """Draw each class's images again, so many times; of the same images the same ones are drawn for every model."""
-    check_limit(max_fpr)
-    drawn: dict[str | None, dict[str, np.ndarray]] = {}
-    for index, name in enumerate(sorted(statistics)):
-        of_class = statistics[name]
-        rng = np.random.default_rng([seed, index])
-        weights = np.zeros((samples, len(of_class.scores)))
-        for kind in (False, True):
-            members = np.flatnonzero(of_class.is_anomalous == kind)
-            if len(members):
-                weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), samples)
-        drawn[name] = of_class.metrics(weights, max_fpr)
-    with np.errstate(invalid="ignore"):
-        drawn[None] = {metric: _mean([values[metric] for values in drawn.values()]) for metric in METRICS}
-    return Resampled(drawn)
+        def rows(name: str | None) -> dict[str, list[float] | None]:
+            found = {metric: self.interval(metric, name, level) for metric in METRICS}
+            return {
+                key: None if math.isnan(low) else [round(low, DIGITS), round(high, DIGITS)]
+                for key, (low, high) in found.items()
+            }
 
-
-def _mean(values: list[np.ndarray]) -> np.ndarray:
-    """Over the classes that define it."""
-    defined = [value for value in values if np.isfinite(value).all()]
-    return np.mean(defined, axis=0) if defined else np.full(len(values[0]) if values else 0, np.nan)
+        classes = {name: rows(name) for name in self.classes}
+        write_json(path, {"level": level, "mean": rows(None), "classes": classes})
 
 
 Amounts = tuple[np.ndarray, np.ndarray]
@@ -164,10 +174,14 @@ def _amounts(bins: np.ndarray) -> Amounts:
 
 
 def _groups(normal: np.ndarray, anomalous: np.ndarray, overlap: np.ndarray) -> np.ndarray:
-    """The group of each bin, 0 the highest scores: narrow where any of the curves moves."""
+    """The group of each bin, 0 the highest scores: its own where that many can be, else narrow where curves move."""
+    normal, anomalous, overlap = normal[::-1], anomalous[::-1], overlap[::-1]
+    occupied = np.cumsum((normal > 0) | (anomalous > 0))
+    if occupied[-1] <= GROUPS:
+        return np.maximum(occupied - 1, 0)[::-1]
 
     def reached(amounts: np.ndarray) -> np.ndarray:
-        sums = np.cumsum(amounts[::-1])
+        sums = np.cumsum(amounts)
         return sums / max(sums[-1], 1e-30)
 
     rate = reached(normal)

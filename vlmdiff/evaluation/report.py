@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from vlmdiff.errors import InputError
+from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.evaluation.metrics import METRICS, Results, group
 from vlmdiff.evaluation.plots import Curves
 from vlmdiff.files import atomic_path
@@ -109,9 +110,14 @@ def heatmap(image: np.ndarray, anomaly_map: np.ndarray, vmax: float) -> np.ndarr
 
 
 def write_report(
-    out: Path, results: Results, examples: Sequence[Example], curves: Curves, provenance: dict[str, Any]
+    out: Path,
+    results: Results,
+    resampled: Resampled,
+    examples: Sequence[Example],
+    curves: Curves,
+    provenance: dict[str, Any],
 ) -> None:
-    """Write the report to the file `out`: tables, curves and examples of `results`, and what made them.
+    """Write the report to the file `out`: tables with intervals, curves and examples of `results`, what made them.
 
     `examples` keep their order within class and kind; `curves` come from `plots.curves`; `provenance` maps
     names to values, lists or dicts of the same. The same input gives the same bytes, fewer than 8 MB.
@@ -128,6 +134,7 @@ def write_report(
     html = environment.get_template("report.html").render(
         metrics=METRICS,
         results=results,
+        interval=resampled.interval,
         charts=[_chart(curves[curve], list(results.classes), **chart) for curve, chart in CHARTS.items()],
         galleries=_galleries(examples),
         provenance=provenance,
