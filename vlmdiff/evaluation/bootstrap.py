@@ -16,9 +16,9 @@ import numpy as np
 
 from vlmdiff.errors import InputError
 from vlmdiff.evaluation import binned
-from vlmdiff.evaluation.aupro import check_limit, check_map, regions_of
+from vlmdiff.evaluation.aupro import check_limit, regions_of
 from vlmdiff.evaluation.metrics import DIGITS, METRICS
-from vlmdiff.evaluation.streaming import BINS, bins_of
+from vlmdiff.evaluation.streaming import Counts, StreamingMetrics, bins_of
 from vlmdiff.files import write_json
 
 SAMPLES = 1000
@@ -52,20 +52,22 @@ class Statistics:
         is_anomalous: Sequence[bool],
     ) -> "Statistics":
         """Count maps and masks, as in `aupro`; a mask of None is not known, and pixel metrics leave the image out."""
-        counted = [
-            _count(anomaly_map, mask, str(index))
-            for index, (anomaly_map, mask) in enumerate(zip(maps, masks, strict=True))
-        ]
-        regions = np.array([count for *_, count in counted], np.float64)
-        totals = np.zeros((3, BINS))
-        for *kinds, _ in counted:
-            for total, (bins, amounts) in zip(totals, kinds, strict=True):
-                np.add.at(total, bins, amounts)
-        groups = _groups(*totals)
-        parts = np.zeros((3, len(counted), groups.max() + 1), np.float32)
-        for row, (*kinds, _) in enumerate(counted):
-            for part, (bins, amounts) in zip(parts, kinds, strict=True):
-                part[row] = np.bincount(groups[bins], amounts, part.shape[1])
+        pairs = list(zip(maps, masks, strict=True))
+        counted = StreamingMetrics()
+        for index, (anomaly_map, mask) in enumerate(pairs):
+            counted.add("", anomaly_map, mask, 0.0, name=str(index))
+        groups = _groups(counted.classes[""])
+        size = int(groups.max()) + 1
+        parts, regions = np.zeros((3, len(pairs), size), np.float32), np.zeros(len(pairs), np.float32)
+        for row, (anomaly_map, mask) in enumerate(pairs):
+            if mask is None:
+                continue
+            found, mask = groups[bins_of(anomaly_map)], np.asarray(mask, bool)
+            parts[0, row] = np.bincount(found[~mask], minlength=size)
+            if mask.any():
+                inside, (labels, regions[row]) = found[mask], regions_of(mask)
+                parts[1, row] = np.bincount(inside, minlength=size)
+                parts[2, row] = np.bincount(inside, 1 / np.bincount(labels)[labels], size)
         return cls(*parts, regions, np.asarray(scores, np.float64), np.asarray(is_anomalous, bool))
 
     def metrics(self, weights: np.ndarray, max_fpr: float) -> Samples:
@@ -147,45 +149,18 @@ class Resampled:
         write_json(path, {"level": level, "mean": rows(None), "classes": classes})
 
 
-Amounts = tuple[np.ndarray, np.ndarray]
-
-
-def _count(anomaly_map: np.ndarray, mask: np.ndarray | None, name: str) -> tuple[Amounts, Amounts, Amounts, int]:
-    """Of an image the bins of normal pixels, of anomalous ones, of regions' shares, each with how much; its regions."""
-    none = np.empty(0, np.int64), np.empty(0)
-    if mask is None:
-        return none, none, none, 0
-    anomaly_map, mask = check_map(anomaly_map, mask, name)
-    bins = bins_of(anomaly_map)
-    if not mask.any():
-        return _amounts(bins.ravel()), none, none, 0
-    inside = bins[mask]
-    labels, regions = regions_of(mask)
-    return _amounts(bins[~mask]), _amounts(inside), (inside, 1 / np.bincount(labels)[labels]), regions
-
-
-def _amounts(bins: np.ndarray) -> Amounts:
-    if not len(bins):
-        return np.empty(0, np.int64), np.empty(0)
-    low = int(bins.min())
-    counts = np.bincount(bins - low)
-    some = np.flatnonzero(counts)
-    return some + low, counts[some]
-
-
-def _groups(normal: np.ndarray, anomalous: np.ndarray, overlap: np.ndarray) -> np.ndarray:
+def _groups(counts: Counts) -> np.ndarray:
     """The group of each bin, 0 the highest scores: its own where that many can be, else narrow where curves move."""
-    normal, anomalous, overlap = normal[::-1], anomalous[::-1], overlap[::-1]
+    normal, anomalous, overlap = (array[::-1] for array in (counts.normal, counts.anomalous, counts.overlap))
     occupied = np.cumsum((normal > 0) | (anomalous > 0))
     if occupied[-1] <= GROUPS:
         return np.maximum(occupied - 1, 0)[::-1]
 
     def reached(amounts: np.ndarray) -> np.ndarray:
-        sums = np.cumsum(amounts)
-        return sums / max(sums[-1], 1e-30)
+        sums = np.cumsum(amounts, dtype=np.float64)
+        return sums / max(sums[-1], 1)
 
     rate = reached(normal)
     small = np.log1p(rate / SMALL_RATE) / np.log1p(1 / SMALL_RATE)
-    position = (rate + small + reached(anomalous) + reached(overlap)) / 4
-    _, groups = np.unique(np.ceil(position * GROUPS), return_inverse=True)
-    return groups[::-1]
+    position = np.ceil((rate + small + reached(anomalous) + reached(overlap)) / 4 * GROUPS)
+    return np.cumsum(np.diff(position, prepend=0) > 0)[::-1]
