@@ -428,7 +428,7 @@ class Detection(Section):
     deviation_floor: PositiveFloat | None = 0.5
     align_corners: bool = False
     smoothing: Annotated[float, Field(ge=0)] = 3.0
-    image_score: Literal["max", "pooled_max"] = "max"
+    image_score: Literal["max", "top_percent", "pooled_max"] = "max"
     false_alarm_rate: Fraction = 0.05
     seed: int = 0
 

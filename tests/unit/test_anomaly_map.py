@@ -86,6 +86,14 @@ def test_the_score_is_the_maximum_of_each_map():
     assert image_scores(maps).tolist() == [m.max() for m in maps]
 
 
+def test_the_top_percent_is_the_mean_of_the_highest_hundredth():
+    maps = np.random.default_rng(0).permutation(20 * 30 * 2).reshape(2, 20, 30).astype(float)
+    expected = [np.sort(one.ravel())[-6:].mean() for one in maps]
+    assert image_scores(maps, "top_percent") == pytest.approx(expected)
+    # Of few pixels it is the highest.
+    assert image_scores(np.arange(9.0).reshape(1, 3, 3), "top_percent") == pytest.approx([8])
+
+
 def test_the_pooled_score_of_a_point_is_the_peak_of_eight_boxes_convolved():
     maps = np.zeros((2, 128, 128))
     maps[1, 64, 64] = 1.0
