@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -94,13 +93,13 @@ def test_shards_merge_to_the_same_bits_in_any_order(tmp_path_factory, images, da
     assert state(merged, folder / "merged.npz") == state(whole, folder / "whole.npz")
 
 
-def test_a_shard_travels_by_file_and_between_processes(tmp_path):
+def test_a_shard_travels_by_file(tmp_path):
     rng = np.random.default_rng(1)
     masks = rng.random((4, 8, 8)) < 0.2
     metrics = counted((["nut", "bolt"] * 2, rng.random(masks.shape), masks, rng.random(4), masks.any((1, 2))), 0.3)
     metrics.save(tmp_path / "shard.npz")
-    for again in (StreamingMetrics.load(tmp_path / "shard.npz"), pickle.loads(pickle.dumps(metrics))):
-        assert repr((again.results(), again.errors())) == repr((metrics.results(), metrics.errors()))
+    again = StreamingMetrics.load(tmp_path / "shard.npz")
+    assert repr((again.results(), again.errors())) == repr((metrics.results(), metrics.errors()))
 
 
 @pytest.mark.parametrize("content", [b"", b"no counts", None])
