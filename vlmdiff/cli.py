@@ -191,8 +191,8 @@ def main() -> None:
     # The libraries' bars for what takes a second, and their news of the day, would bury what we say.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # GNU's OpenMP threads spin long while they wait, which slows a training many times where the cores do something else
-    # as well; so few turns cost nothing where they do not. It has to be said before torch is imported.
+    # GNU's OpenMP threads spin long while they wait, which slows a training many times where the cores do something
+    # else as well; so few turns cost nothing where they do not. It has to be said before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()
