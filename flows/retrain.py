@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -61,9 +61,18 @@ def promote(version: int) -> Verdict:
     from vlmdiff.registry.promotion import promote
 
     verdict = promote(load(), version)
-    outcome = "passed" if verdict.passed else "did not pass"
-    reasons = "\n".join(f"- {reason}" for reason in verdict.reasons)
-    create_markdown_artifact(f"Version {version} **{outcome}** the gate.\n\n{reasons}", key="gate")
+    rows = [
+        {
+            "criterion": criterion.name,
+            "measured": f"{criterion.measured:.4f}" if criterion.measured == criterion.measured else "not defined",
+            "required": f"{criterion.relation} {criterion.required:g}",
+            "passed": "yes" if criterion.passed else "no",
+            "why": criterion.why,
+        }
+        for criterion in sorted(verdict.criteria, key=lambda criterion: criterion.passed)
+    ]
+    create_table_artifact(rows, key="gate", description=f"**{verdict.outcome}**")
+    create_link_artifact(w.GATE_PAGE.absolute().as_uri(), link_text=verdict.outcome, key="verdict")
     return verdict
 
 
@@ -112,7 +121,7 @@ def _show(verdict: Verdict) -> None:
             console.print(f"  {escape(criterion.why)}")
     console.print()
     for what, where in {
-        "Report": REPORT,
+        "Report": w.GATE_PAGE,
         "Data Docs": w.DATA_REPORT / "docs/index.html",
         "Registry, runs": "make up",
         "A photograph": "vlmdiff predict IMAGE --out DIR  (in .venv/bin)",

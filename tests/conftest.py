@@ -41,7 +41,7 @@ TINY: dict[str, Any] = {
         "checkpoint_every": 2,
     },
     "evaluate": {"detection": {"steps": 1}, "examples": 1},
-    "gate": {"min_mean": 0.0, "min_class": 0.0},
+    "gate": {"floors": {}},
 }
 
 _private = Path(tempfile.mkdtemp(prefix="vlmdiff-tests-"))

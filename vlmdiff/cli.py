@@ -110,7 +110,7 @@ def _evaluate(params: "Params") -> None:
     """Calibrate, reconstruct the test images, judge, report."""
     from vlmdiff import stages
 
-    stages.evaluate(params.evaluate, params.prepare, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
+    stages.evaluate(params, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
 
 
 @app.command(rich_help_panel=HANDOVER)
@@ -124,18 +124,46 @@ def register(params: ParamsFile = w.PARAMS) -> None:
 
 
 @app.command(rich_help_panel=HANDOVER)
+def gate(
+    version: Annotated[
+        int | None, typer.Argument(help="A registered version, instead of this workspace's model.", show_default=False)
+    ] = None,
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """What the gate says, with nothing registered or promoted. Exit status 1 where it does not let the model pass."""
+    from rich.console import Console
+
+    from vlmdiff.evaluation.gate import verdict_table
+    from vlmdiff.params import load
+    from vlmdiff.registry.promotion import gate
+
+    verdict = gate(load(params), version)
+    Console().print(verdict_table(verdict))
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=HANDOVER)
 def promote(
     version: Annotated[int, typer.Argument(help="The version to judge; `vlmdiff register` prints it.")],
+    override: Annotated[
+        str | None, typer.Option(help="Your name, to promote what the gate does not; give --reason too.")
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Why. Name and reason are recorded with the version.")] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
     """Judge a registered version by the gate; where it passes, it becomes champion."""
     from rich.console import Console
 
-    from vlmdiff.evaluation.gate import verdict_table
+    from vlmdiff.evaluation.gate import Override, verdict_table
     from vlmdiff.params import load
     from vlmdiff.registry.promotion import promote
 
-    Console().print(verdict_table(promote(load(params), version)))
+    given = [bool(text and text.strip()) for text in (override, reason)]
+    if (override is not None or reason is not None) and not all(given):
+        raise InputError("an override takes both a person's name and a reason: --override NAME --reason WHY")
+    person = Override(override.strip(), reason.strip()) if all(given) else None
+    Console().print(verdict_table(promote(load(params), version, person)))
 
 
 @app.command(rich_help_panel=USE)

@@ -49,3 +49,8 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def folder_mb(path: Path) -> float:
+    """The size of a folder's files in 10^6 bytes."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6

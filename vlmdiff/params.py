@@ -446,15 +446,27 @@ class Evaluate(Section):
     examples: Annotated[int, Field(ge=0)] = 3
 
 
-class Gate(Section):
-    """Criteria of promotion, on `metric`: the mean over classes, every class, and the gain over the champion."""
+Metric = Literal["au_pro", "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
-    metric: Literal["au_pro", "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"] = (
-        "au_pro"
-    )
-    min_mean: Annotated[float, Field(ge=0, le=1)] = 0.85
-    min_class: Annotated[float, Field(ge=0, le=1)] = 0.70
-    min_improvement: Annotated[float, Field(ge=-1, le=1)] = 0.001
+
+class Floor(Section):
+    """What a metric must reach: its mean over classes, and every class; None where that is not asked."""
+
+    mean: Share | None = None
+    every_class: Share | None = None
+
+
+class Gate(Section):
+    """Criteria of promotion: floors of any metric, what the comparison with the champion must show, limits."""
+
+    floors: dict[Metric, Floor] = {"au_pro": Floor(mean=0.85, every_class=0.70)}
+    metric: Metric = "au_pro"
+    margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    max_class_drop: Share | None = 0.05
+    max_latency_ms: PositiveFloat | None = None
+    max_size_mb: PositiveFloat | None = None
 
 
 class Registry(Section):

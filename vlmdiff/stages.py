@@ -6,7 +6,7 @@ A stage writes into a temporary folder beside its output and renames at the end:
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ import vlmdiff
 from vlmdiff import params as p
 from vlmdiff.console import say, track
 from vlmdiff.errors import InputError
-from vlmdiff.files import atomic_folder, write_json
+from vlmdiff.files import atomic_folder, folder_mb, write_json
+from vlmdiff.lineage import code_revision
 
 
 def prepare(params: p.Prepare, made: Path, out: Path) -> None:
@@ -135,126 +136,63 @@ def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Pat
 
 
 def evaluate(
-    params: p.Evaluate,
-    data: p.Prepare,
+    made_by: p.Params,
     manifest_file: Path,
     captions: Path,
     pipeline_folder: Path,
     detector_out: Path,
     out: Path,
 ) -> None:
-    """Calibrate on held-out normal images, judge the test images: the detector, metrics, curves and a report."""
+    """Calibrate on held-out normal images, judge the test images: the detector, metrics, curves and a report.
+
+    made_by: the parameters of all stages, which the report names.
+    """
     from vlmdiff.captions.files import read_captions
     from vlmdiff.data import manifest
-    from vlmdiff.data.images import load_mask, load_rgb, resolve
+    from vlmdiff.data.images import load_rgb, resolve
     from vlmdiff.detection.class_captions import class_captions
     from vlmdiff.detection.detector import Detector
     from vlmdiff.device import pick_device
-    from vlmdiff.evaluation.bootstrap import Resampled, Statistics
-    from vlmdiff.evaluation.metrics import evaluate_classes
-    from vlmdiff.evaluation.plots import curves, write_plots
-    from vlmdiff.evaluation.report import Example, pick_examples, write_heatmaps, write_report
+    from vlmdiff.evaluation.judging import captions_of, detector_captions, judge_images
     from vlmdiff.model.pipeline import load_pipeline
 
+    params, data = made_by.evaluate, made_by.prepare
     frame = manifest.read(manifest_file)
-    training, held_out, test = (
-        frame[frame["split"] == split].reset_index(drop=True) for split in ("train", "validation", "test")
-    )
-    test = test.sort_values("class_name", kind="stable", ignore_index=True)
+    training, held_out = (frame[frame["split"] == split] for split in ("train", "validation"))
     texts = read_captions(captions)
     pipeline = load_pipeline(pipeline_folder, pick_device())
-    size = pipeline.config.image_size
-
-    def read(paths: pd.Series) -> Iterator[np.ndarray]:
-        for path in paths:
-            yield load_rgb(resolve(data.image_root, path), size, data.max_pixels)
-
-    def prompts(rows: pd.DataFrame) -> list[str] | None:
-        match params.detection.captions:
-            case "none":
-                return None
-            case "image":
-                return captions_of(rows, texts)
-            case "class":
-                return detector.captions_of(rows["class_name"])
-
     of_classes = None
     if params.detection.captions == "class":
         of_classes = class_captions(captions_of(training, texts), training["class_name"])
     detector = Detector(pipeline, params.detection, class_captions=of_classes)
-    detector.calibrate(list(read(held_out["path"])), params.batch_size, prompts(held_out))
-    stream = iter(track(detector.stream(read(test["path"]), params.batch_size, prompts(test)), "judge", len(test)))
-    results, rows, examples = evaluate_classes([], [], [], []), curves([], [], []), []
-    resampled = Resampled({})
-
-    def judge(name: str, part: pd.DataFrame) -> None:
-        """What is kept of a class; its maps go before those of the next one come."""
-        found = list(islice(stream, len(part)))
-        maps = [detection.anomaly_map for detection in found]
-        masks = [
-            # The mask of an anomalous image without one is not known, which is not the same as empty.
-            (None if is_anomalous else np.zeros((size, size), bool))
-            if mask is None
-            else load_mask(resolve(data.image_root, mask), size, data.max_pixels)
-            for mask, is_anomalous in zip(part["mask_path"], part["is_anomalous"], strict=True)
-        ]
-        classes, scores = [name] * len(part), [detection.score for detection in found]
-        truths, verdicts = part["is_anomalous"].tolist(), [detection.is_anomalous for detection in found]
-        paths = part["path"].tolist()
-        results.classes.update(evaluate_classes(classes, maps, masks, scores, params.max_fpr, paths, truths).classes)
-        resampled.classes[name] = Statistics.of(maps, masks, scores, truths).draw(name, params.max_fpr)
-        for curve, points in curves(classes, maps, masks, params.max_fpr).items():
-            rows[curve] += points
-        examples.extend(
-            Example(
-                path=paths[i],
-                class_name=name,
-                defect=part["defect"][i] or "good",
-                score=scores[i],
-                is_anomalous=truths[i],
-                verdict=verdicts[i],
-                image=load_rgb(resolve(data.image_root, paths[i]), None, data.max_pixels),
-                reconstruction=found[i].reconstruction,
-                # A copy, not a view of its whole batch.
-                anomaly_map=maps[i].copy(),
-                mask=masks[i],
-                caption=texts.get(part["image_id"][i]),
-            )
-            for i in pick_examples(classes, scores, truths, verdicts, params.examples)
-        )
-
-    for name, part in test.groupby("class_name"):
-        judge(name, part.reset_index(drop=True))
+    size = pipeline.config.image_size
+    normal = [load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in held_out["path"]]
+    detector.calibrate(normal, params.batch_size, detector_captions(detector, held_out, texts))
+    judged = judge_images(detector, frame, data, texts, params)
+    detector.calibration = replace(detector.calibration, f1_optimal=judged.f1_optimal())
     with atomic_folder(detector_out) as temporary:
         detector.save_pretrained(temporary)
     with atomic_folder(out) as temporary:
-        results.write(temporary / "metrics.json")
-        resampled.write(temporary / "intervals.json")
-        write_plots(temporary / "plots", rows)
-        write_heatmaps(temporary / "heatmaps", examples)
-        write_report(temporary / "report.html", results, resampled, examples, rows, provenance(params, frame, detector))
+        judged.write(temporary, folder_mb(detector_out), provenance(made_by, frame, manifest_file, captions))
 
 
-def captions_of(rows: pd.DataFrame, texts: dict[str, str]) -> list[str]:
-    """The captions of a manifest's rows. InputError naming an image that has none."""
-    for image_id, path in zip(rows["image_id"], rows["path"], strict=True):
-        if image_id not in texts:
-            raise InputError(f"{path} has no caption: run the caption stage again")
-    return [texts[image_id] for image_id in rows["image_id"]]
-
-
-def provenance(params: p.Evaluate, frame: pd.DataFrame, detector) -> dict[str, object]:
-    """What the report says it rests on."""
+def provenance(made_by: p.Params, frame: pd.DataFrame, manifest_file: Path, captions: Path) -> dict[str, object]:
+    """What the report says it rests on: data, captions, code, and the parameters of every stage."""
     counts = frame["split"].value_counts()
+    stages = made_by.model_dump(mode="json", by_alias=True, exclude={"gate", "registry"})
     return {
-        "images": ", ".join(f"{counts.get(split, 0)} {split}" for split in ("train", "validation", "test")),
-        "threshold": (
-            f"from {detector.calibration.images} held-out normal images, "
-            f"at most {detector.calibration.false_alarm_rate:.0%} false alarms"
-        ),
-        "evaluate": params.model_dump(mode="json"),
+        "data": ", ".join(f"{counts.get(split, 0)} {split}" for split in ("train", "validation", "test")),
+        "manifest": sha256(manifest_file),
+        "captions": f"{made_by.caption.captioner.kind}, {sha256(captions)}",
         "vlmdiff": vlmdiff.__version__,
+        **code_revision(),
+        **stages,
     }
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def mirrored(frame: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:

@@ -21,8 +21,11 @@ TRAIN_REPORT = Path("reports/train")
 EVALUATION = Path("reports/evaluation")
 METRICS = EVALUATION / "metrics.json"
 GATE = Path("reports/gate.json")
+GATE_PAGE = Path("reports/gate.html")
 
 # What must outlive a crash: DVC deletes a stage's outputs before it runs the stage.
 CAPTION_STORE = Path(".cache/captions/captions.sqlite")
 TRAINING_STATE = Path(".cache/train")
-CHAMPIONS = Path(".cache/champions")
+# What was fetched from the registry, by run; and what its models are on other test images than theirs.
+REGISTRY_CACHE = Path(".cache/registry")
+JUDGED_AGAIN = Path(".cache/judged")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from vlmdiff.registry.lineage import dvc_hash
+from vlmdiff.lineage import dvc_hash
 
 CLIENT = """
 import json, sys, mlflow

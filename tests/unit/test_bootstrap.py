@@ -69,8 +69,29 @@ def test_two_models_are_drawn_the_same_images():
         rescaled[name] = Statistics.of(2 * maps, *others), Statistics.of(maps, *others)
     a, b = (resample({name: pair[i] for name, pair in rescaled.items()}, samples=50) for i in (0, 1))
     assert (a - b).interval("au_pro") == pytest.approx((0, 0), abs=1e-6)
-    with pytest.raises(InputError, match="same classes"):
-        resample(statistics) - resample({"nut": statistics["nut"]})
+    one = resample(statistics, samples=50) - resample({"nut": statistics["nut"]}, samples=50)
+    assert list(one.classes) == ["nut"]
+
+
+def test_samples_are_read_as_they_were_written(tmp_path):
+    found = resample({"ein 'Stück'": Statistics.of(*judged(0)), "nut": Statistics.of(*judged(1))}, samples=20)
+    found.save(tmp_path / "samples.npz")
+    again = Resampled.load(tmp_path / "samples.npz")
+    assert list(again.classes) == list(found.classes)
+    for name, metrics in found.classes.items():
+        for metric, values in metrics.items():
+            np.testing.assert_array_equal(again.classes[name][metric], values.astype(np.float32))
+    (tmp_path / "text.npz").write_text("no samples")
+    for file, said in (("text.npz", "holds no bootstrap samples"), ("no.npz", "does not exist")):
+        with pytest.raises(InputError, match=said):
+            Resampled.load(tmp_path / file)
+
+
+def test_the_lower_bound_is_what_the_mean_exceeds_in_that_share_of_samples():
+    samples = np.arange(1001) / 1000
+    found = Resampled({"nut": dict.fromkeys(METRICS, samples), "bolt": dict.fromkeys(METRICS, samples)})
+    assert found.lower_bound("au_pro", 0.95) == pytest.approx(0.05)
+    assert np.isnan(Resampled({}).lower_bound("au_pro", 0.95))
 
 
 def test_a_class_without_defects_has_no_interval_and_is_left_out_of_the_mean():

@@ -1,86 +1,165 @@
-"""The gate: floors, gain over the champion, and what is not defined."""
+"""The gate: floors, limits, the comparison with the champion, and what is not defined."""
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmdiff.errors import InputError
-from vlmdiff.evaluation.gate import Verdict, judge
+from vlmdiff.evaluation.bootstrap import Resampled
+from vlmdiff.evaluation.gate import Override, Verdict, judge, verdict_table
+from vlmdiff.evaluation.judging import Evidence
 from vlmdiff.evaluation.metrics import METRICS, Results
-from vlmdiff.params import Gate
+from vlmdiff.params import Floor, Gate
 
-GATE = Gate(min_mean=0.8, min_class=0.6, min_improvement=0.01)
 UNIT = st.floats(0, 1)
+NO_FLOORS = Gate(floors={}, max_class_drop=None)
 
 
-def results(**values: float) -> Results:
-    return Results({name: dict.fromkeys(METRICS, value) for name, value in values.items()})
+def evidence(spread=0.0, latency_ms=10.0, size_mb=1.0, test_set="a", seed=0, **values: float) -> Evidence:
+    """A model of these values in every metric; each bootstrap sample is off by `spread` on average."""
+    rng = np.random.default_rng(seed)
+    drawn = {name: value + spread * rng.normal(size=1000) for name, value in values.items()}
+    return Evidence(
+        Results({name: dict.fromkeys(METRICS, value) for name, value in values.items()}),
+        Resampled({name: dict.fromkeys(METRICS, samples) for name, samples in drawn.items()}),
+        test_set,
+        latency_ms,
+        size_mb,
+    )
 
 
 def failed(criteria) -> set[str]:
     return {criterion.name for criterion in criteria if not criterion.passed}
 
 
+def floors(mean=None, every_class=None) -> Gate:
+    return Gate(floors={"au_pro": Floor(mean=mean, every_class=every_class)})
+
+
 def test_a_model_on_every_floor_passes_without_a_champion():
-    assert failed(judge(results(nut=0.6, bolt=1.0), None, GATE)) == set()
+    assert failed(judge(evidence(nut=0.6, bolt=1.0), None, floors(0.8, 0.6))) == set()
 
 
 def test_a_mean_below_its_floor_fails_with_the_numbers():
-    (criterion,) = [c for c in judge(results(nut=0.79, bolt=0.79), None, GATE) if not c.passed]
-    assert criterion.name == "mean"
-    assert criterion.why == "mean AU-PRO is 0.7900, at least 0.800 required"
+    (criterion,) = judge(evidence(nut=0.79, bolt=0.79), None, floors(0.8))
+    assert not criterion.passed
+    assert criterion.why == "mean AU-PRO is 0.7900, at least 0.8 required"
 
 
 def test_one_class_below_its_floor_fails_whatever_the_mean():
-    assert failed(judge(results(nut=0.59, bolt=1.0, screw=1.0), None, GATE)) == {"nut"}
+    assert failed(judge(evidence(nut=0.59, bolt=1.0, screw=1.0), None, floors(0.8, 0.6))) == {"AU-PRO of nut"}
 
 
-def test_a_model_no_better_than_the_champion_fails():
-    model = results(nut=0.9)
-    assert failed(judge(model, model, GATE)) == {"improvement"}
-    assert failed(judge(model, results(nut=0.95), GATE)) == {"improvement"}
+def test_a_floor_is_of_its_own_metric():
+    model = evidence(nut=0.9)
+    model.results.classes["nut"]["pixel_ap"] = 0.2
+    gate = Gate(floors={"au_pro": Floor(mean=0.8), "pixel_ap": Floor(mean=0.3, every_class=0.1)})
+    assert failed(judge(model, None, gate)) == {"mean pixel AP"}
 
 
-def test_exactly_the_required_gain_passes():
-    assert failed(judge(results(nut=0.91), results(nut=0.90), GATE)) == set()
+@pytest.mark.parametrize(("limit", "value", "name"), [("max_latency_ms", 10, "latency"), ("max_size_mb", 1, "size")])
+def test_limits_are_what_is_allowed_at_most(limit, value, name):
+    model = evidence(nut=0.9)
+    assert failed(judge(model, None, Gate(floors={}, **{limit: value}))) == set()
+    (broken,) = failed(judge(model, None, Gate(floors={}, **{limit: 0.99 * value})))
+    assert broken.startswith(name)
 
 
-def test_the_gain_is_over_the_classes_that_both_know():
-    assert failed(judge(results(nut=0.9, new=0.7), results(nut=0.8, old=1.0), GATE)) == set()
+def test_the_same_model_is_no_better_than_itself():
+    model = evidence(nut=0.9, spread=0.1)
+    assert failed(judge(model, model, NO_FLOORS)) == {"gain in mean AU-PRO"}
 
 
-def test_a_champion_of_other_classes_leaves_the_gain_undefined_which_fails():
-    assert failed(judge(results(nut=0.9), results(bolt=0.1), GATE)) == {"improvement"}
+def test_a_gain_counts_where_it_is_certain():
+    champion = evidence(nut=0.80, bolt=0.80)
+    certain, lucky = evidence(nut=0.83, bolt=0.83, spread=0.01), evidence(nut=0.83, bolt=0.83, spread=0.05)
+    assert failed(judge(certain, champion, NO_FLOORS)) == set()
+    (criterion,) = judge(lucky, champion, NO_FLOORS)
+    assert not criterion.passed and criterion.measured < 0
+    assert "differs from the champion's by +0.0300, with 95% confidence by more than -0.0" in criterion.why
+
+
+def test_the_bound_is_the_quantile_that_was_asked_for():
+    champion, model = evidence(nut=0.8), evidence(nut=0.82, spread=0.02)
+    for confidence, z in ((0.9, 1.2816), (0.99, 2.3263)):
+        (criterion,) = judge(model, champion, Gate(floors={}, max_class_drop=None, confidence=confidence))
+        assert criterion.measured == pytest.approx(0.82 - 0.8 - z * 0.02, abs=0.004)
+
+
+def test_the_gain_must_exceed_the_margin():
+    champion = evidence(nut=0.80)
+    gate = Gate(floors={}, max_class_drop=None, margin=0.01)
+    assert failed(judge(evidence(nut=0.81), champion, gate)) == {"gain in mean AU-PRO"}
+    assert failed(judge(evidence(nut=0.8101), champion, gate)) == set()
+
+
+def test_a_class_that_falls_too_far_fails_whatever_the_gain():
+    champion = evidence(nut=0.80, bolt=0.50)
+    gate = Gate(floors={}, max_class_drop=0.05)
+    assert failed(judge(evidence(nut=0.75, bolt=0.99), champion, gate)) == set()
+    criteria = judge(evidence(nut=0.7499, bolt=0.99), champion, gate)
+    assert failed(criteria) == {"largest fall of a class in AU-PRO"}
+    assert "AU-PRO of nut falls by 0.0501 to 0.7499, at most 0.05 allowed" in criteria[-1].why
+
+
+def test_the_comparison_is_in_the_classes_that_both_know():
+    assert failed(judge(evidence(nut=0.9, new=0.1), evidence(nut=0.8, old=1.0), NO_FLOORS)) == set()
+    other = judge(evidence(nut=0.9), evidence(bolt=0.1), Gate(floors={}))
+    assert len(failed(other)) == 2 and "is not defined" in other[0].why
+
+
+def test_a_champion_that_could_not_be_judged_lets_nobody_pass():
+    (criterion,) = judge(evidence(nut=0.9), InputError("its weights are gone"), NO_FLOORS)
+    assert not criterion.passed
+    assert criterion.why == "the champion could not be judged on these test images: its weights are gone"
+
+
+def test_models_of_other_test_images_are_not_compared():
+    with pytest.raises(ValueError, match="same test images"):
+        judge(evidence(nut=0.9), evidence(nut=0.8, test_set="b"), NO_FLOORS)
 
 
 @given(values=st.dictionaries(st.sampled_from("abcd"), UNIT), floor=UNIT)
 def test_nan_never_passes(values, floor):
-    gate = Gate(min_mean=floor, min_class=floor, min_improvement=-1)
-    broken = results(**{**values, "nan": math.nan})
-    assert {"mean", "nan"} <= failed(judge(broken, None, gate))
-    assert "improvement" in failed(judge(broken, broken, gate))
+    gate = floors(floor, floor)
+    broken = evidence(**{**values, "nan": math.nan})
+    assert {"mean AU-PRO", "AU-PRO of nan"} <= failed(judge(broken, None, gate))
+    sound = evidence(**{name: 0.0 for name in values}, nan=0.0)
+    assert {"gain in mean AU-PRO", "largest fall of a class in AU-PRO"} <= failed(judge(broken, sound, gate))
 
 
 def test_no_class_at_all_never_passes():
-    assert failed(judge(Results({}), None, Gate(min_mean=0, min_class=0))) == {"mean"}
+    assert failed(judge(evidence(), None, floors(0.0, 0.0))) == {"mean AU-PRO"}
 
 
 @given(values=st.dictionaries(st.sampled_from("abcd"), UNIT, min_size=1), floor=UNIT)
 def test_raising_a_floor_never_lets_more_pass(values, floor):
-    model = results(**values)
-    low, high = (judge(model, None, Gate(min_mean=f, min_class=f)) for f in (floor / 2, floor))
+    low, high = (judge(evidence(**values), None, floors(f, f)) for f in (floor / 2, floor))
     assert failed(low) <= failed(high)
 
 
-def test_a_verdict_is_read_as_it_was_written(tmp_path):
-    criteria = judge(results(nut=0.9, bad=math.nan), results(nut=0.8), GATE)
-    verdict = Verdict(3, "au_pro", 2, False, criteria)
+@pytest.mark.parametrize("override", [None, Override("Ada", "the line stands still")])
+def test_a_verdict_is_read_as_it_was_written(tmp_path, override):
+    criteria = judge(evidence(nut=0.9, bad=math.nan), evidence(nut=0.8, bad=0.1), floors(0.8))
+    verdict = Verdict(3, 2, True, override is not None, criteria, override)
     verdict.write(tmp_path / "gate.json")
     again = Verdict.read(tmp_path / "gate.json")
-    assert again.reasons == verdict.reasons and not again.passed
-    assert "not defined" in again.reasons[0]
+    assert again.reasons == verdict.reasons and not again.passed and "not defined" in again.reasons[0]
+    assert (again.outcome, again.override, again.rejudged) == (verdict.outcome, override, True)
+    assert verdict_table(again)
+
+
+def test_the_outcome_says_who_is_champion_and_who_said_so():
+    good = judge(evidence(nut=0.9), None, floors(0.8))
+    assert Verdict(3, None, False, True, good).outcome == "version 3 passes the gate and is champion"
+    bad = judge(evidence(nut=0.7), None, floors(0.8))
+    assert Verdict(3, 2, False, False, bad).outcome == "version 3 does not pass the gate; version 2 is champion"
+    assert Verdict(None, None, False, False, bad).outcome == "the model does not pass the gate; there is no champion"
+    forced = Verdict(3, 2, False, True, bad, Override("Ada", "it is urgent")).outcome
+    assert forced == "version 3 does not pass the gate, is let through by Ada (it is urgent) and is champion"
 
 
 def test_reading_what_is_no_verdict_is_an_error_that_names_the_file(tmp_path):

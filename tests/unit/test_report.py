@@ -6,16 +6,21 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
+from vlmdiff.detection.calibration import Calibration
 from vlmdiff.errors import InputError
 from vlmdiff.evaluation.bootstrap import Resampled
+from vlmdiff.evaluation.gate import Criterion, Override, Verdict
 from vlmdiff.evaluation.metrics import METRICS, Results, evaluate_classes
 from vlmdiff.evaluation.plots import curves
-from vlmdiff.evaluation.report import Example, heatmap, pick_examples, write_report
+from vlmdiff.evaluation.report import Example, compose, heatmap, pick_examples, read_content, render
+from vlmdiff.files import write_json
 
 NOTHING = {"pro": [], "roc": [], "precision_recall": []}
+CALIBRATION = Calibration(1.0, [1.0], 1.0, 39, 0.05, 0.4)
 
 
 class Page(HTMLParser):
@@ -25,12 +30,13 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.tags, self.texts, self.images = [], [], [], []
+        self.open, self.tags, self.texts, self.images, self.classes = [], [], [], [], []
         self.feed(html)
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.classes.append(dict(attributes).get("class"))
         if tag == "img":
             self.images.append(dict(attributes))
         if tag not in self.void:
@@ -61,6 +67,7 @@ def example(seed=0, side=24, **changes):
         "score": 1.25,
         "is_anomalous": True,
         "verdict": True,
+        "kind": "A fair sample",
         "image": rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
         "reconstruction": rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
         "anomaly_map": rng.random((side, side)).astype(np.float32),
@@ -79,16 +86,23 @@ def small_results():
 
 def drawn(results) -> Resampled:
     """Samples that are all the same: that much is certain."""
-    rows = {**results.classes, None: results.mean}
     return Resampled(
-        {name: {metric: np.full(3, values[metric]) for metric in METRICS} for name, values in rows.items()}
+        {name: {metric: np.full(3, values[metric]) for metric in METRICS} for name, values in results.classes.items()}
     )
 
 
-def written(path, results=None, examples=(), rows=NOTHING, provenance=None):
+def scored(*rows) -> pd.DataFrame:
+    return pd.DataFrame(rows or [("nut", True, 0.7)], columns=["class_name", "is_anomalous", "score"])
+
+
+def content(results=None, examples=(), rows=NOTHING, provenance=None, scores=None, calibration=CALIBRATION):
     results = results or small_results()[0]
-    write_report(path, results, drawn(results), examples, rows, provenance or {})
-    return path.read_text()
+    scores = scored() if scores is None else scores
+    return compose(results, drawn(results), examples, rows, scores, calibration, provenance or {})
+
+
+def page(*arguments, **options) -> Page:
+    return Page(render(content(*arguments, **options)))
 
 
 def picture(url):
@@ -97,20 +111,20 @@ def picture(url):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
 
 
-def test_the_report_shows_results_curves_photographs_and_what_made_it(tmp_path):
+def test_the_report_shows_results_curves_photographs_and_what_made_it():
     results, rows = small_results()
     examples = [
-        example(0, verdict=False, caption="A steel nut on felt."),
-        example(1, class_name="bolt", defect="good", is_anomalous=False, path="bolt/test/good/7.png"),
+        example(0, verdict=False, kind="Missed", caption="A steel nut on felt."),
+        example(1, class_name="bolt", defect="good", is_anomalous=False, kind="False alarms", path="bolt/good/7.png"),
     ]
     provenance = {"git revision": "0a1b2c3", "parameters": {"train": {"steps": 600, "channels": [64, 96]}}}
-    page = Page(written(tmp_path / "report.html", results, examples, rows, provenance))
+    shown = page(results, examples, rows, provenance)
     for metric, title in METRICS.items():
-        assert title in page.text
-        assert f"{results.mean[metric]:.3f}" in page.text
-        assert all(f"{values[metric]:.3f}" in page.text for values in results.classes.values())
-    assert page.tags.count("polyline") == 6  # three curves, two classes
-    assert len(page.images) == 8
+        assert title in shown.text
+        assert f"{results.mean[metric]:.3f}" in shown.text
+        assert all(f"{values[metric]:.3f}" in shown.text for values in results.classes.values())
+    assert [shown.classes.count(f"line c{i}") for i in (0, 1, 2)] == [3, 3, 0]  # three curves, two classes
+    assert len(shown.images) == 8
     for text in (
         "Missed",
         "False alarms",
@@ -119,64 +133,118 @@ def test_the_report_shows_results_curves_photographs_and_what_made_it(tmp_path):
         "0a1b2c3",
         "steps 600",
         "64, 96",
+        "nut/test/cut/000.png",
+        "bolt/good/7.png",
     ):
-        assert text in page.text
-    assert "Passed" not in page.text and "Found" not in page.text
-    assert "nut/test/cut/000.png" in page.text.replace(" ", "") and "bolt/test/good/7.png" in page.text.replace(" ", "")
+        assert text.replace(" ", "") in shown.text.replace(" ", "")
+    assert "A fair sample" not in shown.text and "Beside the champion" not in shown.text
 
 
-def test_the_report_needs_no_network_and_no_script(tmp_path):
+def test_the_verdict_comes_first_with_every_criterion():
+    criteria = [
+        Criterion("mean AU-PRO", 0.9, "at least", 0.85, "it is high enough"),
+        Criterion("latency in ms", 120.0, "at most", 100.0, "it is too slow"),
+        Criterion("gain in mean AU-PRO", float("nan"), "more than", 0.0, "it is not defined"),
+    ]
+    verdict = Verdict(4, 3, True, True, criteria, Override("Ada", "it is urgent"))
+    text = Page(render(content(), verdict)).text
+    assert text.index(verdict.outcome[1:]) < text.index("Classes")
+    assert text.index("it is too slow") < text.index("it is high enough")
+    for said in ("at least 0.85", "0.9000", "at most 100", "120.0000", "not defined", "Ada", "it was judged again"):
+        assert said in text
+    assert "Not before the gate yet" in page().text and "Not before the gate yet" not in text
+
+
+def test_a_champion_is_shown_beside_the_model():
     results, rows = small_results()
-    html = written(tmp_path / "report.html", results, [example()], rows)
-    page = Page(html)
-    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
-    assert all(image["src"].startswith("data:") for image in page.images)
+    better = Results({name: {m: min(v + 0.1, 1.0) for m, v in row.items()} for name, row in results.classes.items()})
+    sample, other = example(0), example(1, path="nut/elsewhere.png")
+    champion = content(results, [example(0, score=9.5, verdict=False)], rows)
+    ours = content(better, [sample, other], rows)
+    shown = Page(render(ours, None, champion, drawn(better) - drawn(results)))
+    beside = shown.text[shown.text.index("Beside the champion") :]
+    assert f"{better.mean['au_pro']:.3f} / {results.mean['au_pro']:.3f}" in beside
+    assert "+0.100 to +0.100" in beside
+    same = shown.text[shown.text.index("The same photographs") :]
+    assert "by the champion normal" in same and "the champion's 9.5" in same
+    assert "elsewhere" not in same[: same.index("What made this")]
+
+
+def test_thresholds_and_their_guarantee_are_counted():
+    rows = [("nut", True, 0.45), ("nut", True, 0.9), ("bolt", False, 0.2), ("bolt", False, 0.6)]
+    alarms = content(scores=scored(*rows))["alarms"]
+    normal, best = alarms["rows"]
+    assert (normal["found"], normal["false_alarms"], normal["f1"]) == ([1, 2], [1, 2], 0.5)
+    assert (best["found"], best["false_alarms"], best["f1"]) == ([2, 2], [1, 2], 0.8)
+    assert alarms["guarantee"] == pytest.approx(0.05)
+    assert "at most 5.00 %" in page().text
+    few = Calibration(1.0, [1.0], 1.0, 9, 0.05)
+    assert "so few images cannot promise less" in page(calibration=few).text
+    assert "of the best F1" not in page(calibration=few).text
+
+
+def test_the_report_needs_no_network_and_no_script():
+    results, rows = small_results()
+    html = render(content(results, [example()], rows))
+    shown = Page(html)
+    assert not {"script", "link", "iframe", "object", "base"} & set(shown.tags)
+    assert all(image["src"].startswith("data:") for image in shown.images)
     without_pictures = re.sub(r"data:image/webp;base64,[\w+/=]+", "", html)
-    assert not re.search(r"https?:|url\(|@import|//\w", without_pictures)
+    assert not re.search(r"https?:|url\((?!#)|@import|//\w", without_pictures)
     assert "default-src 'none'" in html
 
 
-def test_markup_in_names_and_captions_is_shown_not_obeyed(tmp_path):
-    hostile = "<script>alert(1)</script>\"'&"
+def test_markup_in_names_and_captions_is_shown_not_obeyed():
+    hostile = "<script>alert(1)</script>\"'&$x^2$"
     results = Results({hostile: dict.fromkeys(METRICS, 0.5)})
     shown = example(class_name=hostile, caption=hostile, path=hostile, defect=hostile)
     rows = NOTHING | {"roc": [{"class_name": hostile, "fpr": x, "tpr": x} for x in (0.0, 1.0)]}
-    page = Page(written(tmp_path / "report.html", results, [shown], rows, {hostile: {hostile: [hostile]}}))
-    assert "script" not in page.tags
-    assert page.text.count("alert(1)") >= 8
+    found = page(results, [shown], rows, {hostile: {hostile: [hostile]}}, scored((hostile, True, 0.5)))
+    assert "script" not in found.tags
+    assert found.text.count("alert(1)") >= 9
 
 
-def test_undefined_metrics_empty_curves_and_no_photographs_make_a_report(tmp_path):
+def test_undefined_metrics_empty_curves_and_no_photographs_make_a_report():
     results = Results({"nut": dict.fromkeys(METRICS, float("nan"))})
-    page = Page(written(tmp_path / "report.html", results))
-    assert "nan" not in page.text.lower().split()
-    assert "its mean leaves the class out" in page.text
-    assert page.text.count("not defined for any class") == 3
-    assert Page(written(tmp_path / "none.html", Results({}))).images == []
+    shown = page(results)
+    assert "nan" not in shown.text.lower().split()
+    assert "its mean leaves the class out" in shown.text
+    assert shown.text.count("not defined for any class") == 3
+    assert page(Results({})).images == []
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path):
+def test_the_same_input_gives_the_same_bytes():
     results, rows = small_results()
-    examples = [example(0), example(1)]
-    first = written(tmp_path / "a.html", results, examples, rows, {"x": 1})
-    assert first == written(tmp_path / "b.html", results, examples, rows, {"x": 1})
-    assert list(tmp_path.glob(".*")) == []
+    first, second = (render(content(results, [example(0), example(1)], rows, {"x": 1})) for _ in range(2))
+    assert first == second
 
 
-def test_many_large_photographs_stay_below_8_megabytes(tmp_path):
-    examples = [example(seed, side=400) for seed in range(28)]  # noise: nothing compresses worse
-    html = written(tmp_path / "report.html", examples=examples)
+def test_the_content_is_read_as_it_was_written(tmp_path):
+    results, rows = small_results()
+    made = content(results, [example(0)], rows, {"x": [1]})
+    write_json(tmp_path / "report.json", made)
+    assert render(read_content(tmp_path)) == render(made)
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(InputError, match="is no report"):
+        read_content(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        read_content(tmp_path / "nowhere")
+
+
+def test_many_large_photographs_beside_a_champions_stay_below_8_megabytes():
+    made = content(examples=[example(seed, side=400) for seed in range(28)])  # noise: nothing compresses worse
+    html = render(made, None, made, drawn(small_results()[0]) - drawn(small_results()[0]))
     assert 2e6 < len(html.encode()) < 8e6
     sides = {max(picture(image["src"]).shape) for image in Page(html).images[:8]}
     assert len(sides) == 1 and 64 < sides.pop() < 320
 
 
-def test_pictures_are_photograph_reconstruction_map_and_truth(tmp_path):
+def test_pictures_are_photograph_reconstruction_map_and_truth():
     image, reconstruction = np.full((480, 640, 3), 200, np.uint8), np.full((64, 64, 3), 100, np.uint8)
     mask = np.zeros((64, 64), bool)
     mask[16:48, 16:48] = True
     shown = example(image=image, reconstruction=reconstruction, mask=mask, anomaly_map=mask.astype(float))
-    images = Page(written(tmp_path / "report.html", examples=[shown])).images
+    images = page(examples=[shown]).images
     assert [image["alt"] for image in images] == ["photograph", "reconstruction", "anomaly map", "truth"]
     photograph, copy, heat, truth = (picture(image["src"]) for image in images)
     assert abs(photograph - 200).max() <= 3 and abs(copy - 100).max() <= 3
@@ -185,35 +253,36 @@ def test_pictures_are_photograph_reconstruction_map_and_truth(tmp_path):
     assert abs(truth[120, 160] - 200).max() <= 6 and truth[4, 4].max() < 120
 
 
-def test_maps_of_a_class_share_their_scale(tmp_path):
+def test_maps_of_a_class_share_their_scale():
     weak, strong = np.full((32, 32), 0.1), np.full((32, 32), 1.0)
     grey = np.full((32, 32, 3), 128, np.uint8)
     shown = [example(image=grey, anomaly_map=scores, mask=scores > 2) for scores in (weak, strong, weak)]
-    heat = [picture(image["src"]) for image in Page(written(tmp_path / "r.html", examples=shown)).images[2::4]]
+    heat = [picture(image["src"]) for image in page(examples=shown).images[2::4]]
     assert heat[1].mean() > heat[0].mean() + 60
     assert (heat[0] == heat[2]).all()
 
 
-def test_the_worst_mistakes_come_first_then_typical_cases():
-    # score, anomalous, judged anomalous
+def test_the_worst_mistakes_come_first_then_a_sample_that_no_score_chose():
+    # id, score, anomalous, judged anomalous
     nuts = [
-        (0.40, True, False),
-        (0.10, True, False),
-        (0.30, True, False),
-        (0.70, False, True),
-        (0.90, False, True),
-        (5.0, True, True),
-        (2.0, True, True),
-        (3.0, True, True),
-        (0.00, False, False),
-        (0.20, False, False),
-        (0.21, False, False),
+        ("k", 0.40, True, False),
+        ("j", 0.10, True, False),
+        ("i", 0.30, True, False),
+        ("h", 0.70, False, True),
+        ("g", 0.90, False, True),
+        ("f", 5.0, True, True),
+        ("e", 2.0, True, True),
+        ("d", 0.00, False, False),
+        ("c", 0.20, False, False),
     ]
-    scores, truth, verdicts = zip(*nuts, strict=True)
-    assert pick_examples(["nut"] * 11, scores, truth, verdicts, 2) == [1, 2, 4, 3, 7, 6, 9, 10]
-    assert pick_examples(["nut"] * 11, scores, truth, verdicts, 0) == []
-    by_class = pick_examples(["nut"] * 8 + ["bolt"] * 3, scores, np.array(truth), np.array(verdicts), 1)
-    assert by_class == [9, 1, 4, 7]
+    ids, scores, truth, verdicts = zip(*nuts, strict=True)
+    picked = pick_examples(ids, scores, truth, verdicts, 2)
+    assert [i for kind, i in picked if kind == "Missed"] == [1, 2]
+    assert [i for kind, i in picked if kind == "False alarms"] == [4, 3]
+    assert [i for kind, i in picked if kind == "A fair sample"] == [6, 5, 8, 7]
+    assert pick_examples(ids, scores, truth, verdicts, 0) == []
+    others = pick_examples(ids, scores[::-1], truth, np.array(verdicts)[::-1], 2)
+    assert [i for kind, i in others if kind == "A fair sample"] == [6, 5, 8, 7]
 
 
 def test_a_heatmap_is_grey_where_nothing_is_and_bright_at_the_peak():

@@ -119,7 +119,7 @@ def test_evaluate_holds_the_maps_of_one_class_at_a_time(photographs) -> None:
         files = ("more.parquet", "captions.jsonl", "pipeline", "detector", "evaluation")
         tracemalloc.start()
         try:
-            stages.evaluate(params, data, *(root / name for name in files))
+            stages.evaluate(p.Params(prepare=data, evaluate=params), *(root / name for name in files))
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -6,11 +6,13 @@ each was drawn: no pixel is looked at twice.
 """
 
 import math
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from vlmdiff.evaluation import binned
 from vlmdiff.evaluation.aupro import check_limit, regions_of
 from vlmdiff.evaluation.metrics import DIGITS, METRICS
 from vlmdiff.evaluation.streaming import Counts, StreamingMetrics, bins_of
-from vlmdiff.files import write_json
+from vlmdiff.files import atomic_path, write_json
 
 SAMPLES = 1000
 GROUPS = 1024
@@ -125,18 +127,42 @@ class Resampled:
         return float(low), float(high)
 
     def __sub__(self, other: "Resampled") -> "Resampled":
-        """The paired difference to another model, of the same images and the same seed."""
-        if self.classes.keys() != other.classes.keys():
-            raise InputError("the two models were not judged on the same classes")
+        """The paired difference to another model, of the same images and the same seed, in the classes of both."""
         return Resampled(
             {
                 name: {metric: value - other.classes[name][metric] for metric, value in found.items()}
                 for name, found in self.classes.items()
+                if name in other.classes
             }
         )
 
-    def write(self, path: Path, level: float = 0.95) -> None:
-        """Write intervals.json: of the mean, then of each class, null where a metric is not defined."""
+    def lower_bound(self, metric: str, confidence: float) -> float:
+        """What the mean over classes exceeds in that share of the samples; NaN where it is not defined."""
+        return float(np.quantile(self.mean[metric], 1 - confidence))
+
+    def save(self, path: Path) -> None:
+        """Write the samples as .npz, to be compared with another model's later."""
+        names = np.array(list(self.classes), dtype=np.str_)
+        samples = [[found[metric] for metric in METRICS] for found in self.classes.values()]
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, classes=names, metrics=list(METRICS), samples=np.array(samples, np.float32))
+
+    @classmethod
+    def load(cls, path: Path) -> "Resampled":
+        """Read what `save` wrote. Raises InputError where the file is missing or is something else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                names, metrics, samples = (file[key] for key in ("classes", "metrics", "samples"))
+            if list(metrics) != list(METRICS) or samples.shape[:2] != (len(names), len(METRICS)):
+                raise ValueError("other metrics")
+        except FileNotFoundError:
+            raise InputError(f"{path} does not exist: run `vlmdiff evaluate` first") from None
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} holds no bootstrap samples ({error}): run `vlmdiff evaluate`") from error
+        return cls({str(n): dict(zip(METRICS, s, strict=True)) for n, s in zip(names, samples, strict=True)})
+
+    def intervals(self, level: float = 0.95) -> dict[str, Any]:
+        """What `write` writes."""
 
         def rows(name: str | None) -> dict[str, list[float] | None]:
             found = {metric: self.interval(metric, name, level) for metric in METRICS}
@@ -145,8 +171,11 @@ class Resampled:
                 for key, (low, high) in found.items()
             }
 
-        classes = {name: rows(name) for name in self.classes}
-        write_json(path, {"level": level, "mean": rows(None), "classes": classes})
+        return {"level": level, "mean": rows(None), "classes": {name: rows(name) for name in self.classes}}
+
+    def write(self, path: Path, level: float = 0.95) -> None:
+        """Write intervals.json: of the mean, then of each class, null where a metric is not defined."""
+        write_json(path, self.intervals(level))
 
 
 def _groups(counts: Counts) -> np.ndarray:

@@ -46,12 +46,16 @@ class Results:
                     left_out.setdefault(metric, []).append(name)
         return left_out
 
-    def write(self, path: Path) -> None:
-        """Write metrics.json: the means, then the classes, to six digits, null where not defined."""
+    def as_dict(self) -> dict[str, dict]:
+        """The means, then the classes, to six digits, None where not defined: what `write` writes."""
         # The mean is that of the rounded values, so that it survives being read and written again.
         rounded = Results({name: _round(values) for name, values in self.classes.items()})
         classes = {name: _nulls(values) for name, values in rounded.classes.items()}
-        write_json(path, {"mean": _nulls(_round(rounded.mean)), "classes": classes})
+        return {"mean": _nulls(_round(rounded.mean)), "classes": classes}
+
+    def write(self, path: Path) -> None:
+        """Write metrics.json."""
+        write_json(path, self.as_dict())
 
     @classmethod
     def read(cls, path: Path) -> "Results":

@@ -1,15 +1,46 @@
-"""Pixel-level curves of each class, as rows that DVC plots and the report draws."""
+"""Curves over pixels and histograms of image scores, of each class, as rows that DVC plots; and as drawings."""
 
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 
 from vlmdiff.evaluation.aupro import Ranking, check_limit, collect, curve, rank, thin
 from vlmdiff.evaluation.metrics import DIGITS, group, precision
 from vlmdiff.files import write_json
 
-Curves = dict[str, list[dict[str, str | float]]]
+Rows = list[dict[str, str | float]]
+Curves = dict[str, Rows]
+BINS = 40
+# What a drawing's colours are called in the page's style: it has them by day, by night and on paper.
+HUES = ("#0067b1", "#d1600a", "#16825b", "#b0357f", "#7a5cc4", "#8a6a00", "#0b8a99", "#6b6f76")
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))
+SOFT, RULE, GOOD, BAD, INK = ("#010101", "#020202", "#030303", "#040404", "#050505")
+NAMES = {SOFT: "soft", RULE: "rule", GOOD: "good", BAD: "bad", INK: "ink"} | {
+    hue: f"h{i}" for i, hue in enumerate(HUES)
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "text.color": SOFT,
+    "text.parse_math": False,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": RULE,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "grid.color": RULE,
+    "lines.linewidth": 1.3,
+}
 
 
 def curves(
@@ -39,6 +70,88 @@ def write_plots(folder: Path, rows: Curves) -> None:
     """Write each curve's rows as `folder`/NAME.json, for `dvc plots`."""
     for name, points in rows.items():
         write_json(Path(folder) / f"{name}.json", points)
+
+
+def histograms(scores: pd.DataFrame) -> Rows:
+    """How many good and how many defective images of each class score in each of BINS equal parts of [0, 1].
+
+    scores: a row an image, with `class_name`, `is_anomalous` and `score`.
+    """
+    rows: Rows = []
+    for (name, is_anomalous), part in scores.groupby(["class_name", "is_anomalous"]):
+        counts, edges = np.histogram(part["score"], BINS, (0, 1))
+        rows += [
+            {"class_name": name, "truth": "defective" if is_anomalous else "good", "score": round(float(left), DIGITS)}
+            | {"images": int(count)}
+            for count, left in zip(counts, edges[:-1], strict=True)
+        ]
+    return rows
+
+
+def draw_curve(rows: Rows, names: Sequence[str], x: str, y: str, x_label: str, y_label: str) -> str:
+    """A line a class, as SVG for a page that defines HUES' names; `names` is the order of the classes."""
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE | {"svg.hashsalt": y_label}):
+        figure, axes = plt.subplots(figsize=(3.4, 3.0), layout="tight")
+        for i, name in enumerate(names):
+            points = [(row[x], row[y]) for row in rows if row["class_name"] == name]
+            if points:
+                style = DASHES[i // len(HUES) % len(DASHES)]
+                axes.plot(*zip(*points, strict=True), color=HUES[i % len(HUES)], linestyle=style, gid=f"line c{i}")
+        if not rows:
+            axes.text(0.5, 0.5, "not defined for any class", ha="center", transform=axes.transAxes)
+        axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, 1.02), xlim=(0, max((row[x] for row in rows), default=1)))
+        axes.grid(linewidth=0.6)
+        return _svg(figure)
+
+
+def draw_histograms(rows: Rows, names: Sequence[str], columns: int = 4) -> str:
+    """A panel a class: the good images' scores upwards, the defective ones' downwards, the threshold between."""
+    import matplotlib.pyplot as plt
+
+    names = [name for name in names if any(row["class_name"] == name for row in rows)]
+    lines = max(-(-len(names) // columns), 1)
+    with plt.rc_context(STYLE | {"svg.hashsalt": "scores"}):
+        size = (2.6 * columns, 1.5 * lines)
+        figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, squeeze=False, layout="tight")
+        for axis in axes.flat[len(names) :]:
+            axis.set_axis_off()
+        for axis, name in zip(axes.flat, names, strict=False):
+            for truth, colour, sign in (("good", GOOD, 1), ("defective", BAD, -1)):
+                found = [row for row in rows if row["class_name"] == name and row["truth"] == truth]
+                places, counts = ([row[key] for row in found] for key in ("score", "images"))
+                axis.bar(places, sign * np.array(counts), 1 / BINS, align="edge", color=colour)
+            axis.axvline(0.5, color=INK, linewidth=0.8)
+            axis.axhline(0, color=RULE, linewidth=0.8)
+            axis.set(title=name, xlim=(0, 1), xticks=(0, 0.5, 1))
+            axis.set_yticks(axis.get_yticks(), [f"{abs(tick):g}" for tick in axis.get_yticks()])
+            axis.tick_params(axis="x", labelbottom=True)
+        return _svg(figure)
+
+
+def _svg(figure) -> str:
+    """A figure as an `svg` element of an HTML page: no namespaces, no metadata, colours by their names."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    root = ElementTree.fromstring(buffer.getvalue())
+    for element in root.iter():
+        for child in [child for child in element if child.tag.endswith("}metadata")]:
+            element.remove(child)
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        if element.get("id", "").startswith("line "):
+            element.set("class", element.attrib.pop("id"))
+        elif "clipPath" not in element.tag and element.tag != "path":
+            # What nothing refers to would be there twice on a page of several drawings.
+            element.attrib.pop("id", None)
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    text = ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+    return re.sub("|".join(NAMES), lambda found: f"var(--{NAMES[found[0]]})", text)
 
 
 def _precision_recall(ranking: Ranking) -> tuple[np.ndarray, np.ndarray]:

@@ -1,34 +1,33 @@
-"""The report: one HTML file that needs neither a network nor a script, and the pictures in it."""
+"""The report: one HTML page that needs neither a network nor a script, and the pictures in it."""
 
 import base64
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
+from vlmdiff.detection.calibration import Calibration
 from vlmdiff.errors import InputError
 from vlmdiff.evaluation.bootstrap import Resampled
-from vlmdiff.evaluation.metrics import METRICS, Results, group
-from vlmdiff.evaluation.plots import Curves
-from vlmdiff.files import atomic_path
+from vlmdiff.evaluation.metrics import METRICS, Results
+from vlmdiff.evaluation.plots import DASHES, HUES, Curves, draw_curve, draw_histograms, histograms
 
-# Truth and verdict to the heading of the examples that share them, in the report's order.
-KINDS = {
-    (True, False): "Missed",
-    (False, True): "False alarms",
-    (True, True): "Found",
-    (False, False): "Passed",
-}
+if TYPE_CHECKING:
+    from vlmdiff.evaluation.gate import Verdict
+
+MISSED, FALSE_ALARMS, SAMPLE = KINDS = ("Missed", "False alarms", "A fair sample")
 CHARTS = {
-    "pro": {"title": "Per-region overlap", "x": "fpr", "y": "pro"},
-    "roc": {"title": "ROC", "x": "fpr", "y": "tpr"},
-    "precision_recall": {"title": "Precision and recall", "x": "recall", "y": "precision"},
+    "pro": ("Per-region overlap", "fpr", "pro"),
+    "roc": ("ROC", "fpr", "tpr"),
+    "precision_recall": ("Precision and recall", "recall", "precision"),
 }
 AXES = {
     "fpr": "false positive rate",
@@ -37,8 +36,10 @@ AXES = {
     "recall": "recall",
     "precision": "precision",
 }
-# The file stays below 8 MB: base64 adds a third, the rest of the page little.
-PICTURE_BYTES = 5_500_000
+Content = dict[str, Any]
+CONTENT = "report.json"
+# The page stays below 8 MB: base64 adds a third, the rest of it little. Beside a champion it has up to a half more.
+PICTURE_BYTES = 3_500_000
 PICTURE_SIDE = 320
 
 
@@ -55,6 +56,7 @@ class Example:
     score: float
     is_anomalous: bool
     verdict: bool
+    kind: str
     image: np.ndarray
     reconstruction: np.ndarray
     anomaly_map: np.ndarray
@@ -63,32 +65,27 @@ class Example:
 
 
 def pick_examples(
-    class_names: Sequence[str],
-    image_scores: Sequence[float],
+    ids: Sequence[str],
+    scores: Sequence[float],
     is_anomalous: Sequence[bool],
     verdicts: Sequence[bool],
     count: int = 3,
-) -> list[int]:
-    """Indices of photographs worth a look, at most `count` of each class and kind, in the report's order.
+) -> list[tuple[str, int]]:
+    """Which images of a class to look at: their kinds, in the report's order, and their indices.
 
-    The kinds are missed defects, lowest scores first; false alarms, highest first; and those rightly found
-    and rightly passed, nearest to the median of their scores first.
+    At most `count` missed defects, lowest scores first; as many false alarms, highest first; and, whatever came of
+    them, the first good and the first defective ones by their ids, which are hashes: a fair sample, the same for every
+    model.
     """
-    scores = np.asarray(image_scores, float)
-    picked = []
-    for members in group(class_names).values():
-        for kind in KINDS:
-            found = np.array([i for i in members if (bool(is_anomalous[i]), bool(verdicts[i])) == kind], int)
-            if not len(found):
-                continue
-            if kind == (True, False):
-                key = scores[found]
-            elif kind == (False, True):
-                key = -scores[found]
-            else:
-                key = abs(scores[found] - np.median(scores[found]))
-            picked += found[np.argsort(key, kind="stable")][:count].tolist()
-    return picked
+    scores, truth, verdicts = np.asarray(scores, float), np.asarray(is_anomalous, bool), np.asarray(verdicts, bool)
+
+    def first(members: np.ndarray, keys: np.ndarray) -> list[int]:
+        found = np.flatnonzero(members)
+        return found[np.argsort(keys[found], kind="stable")][:count].tolist()
+
+    picked = [(MISSED, i) for i in first(truth & ~verdicts, scores)]
+    picked += [(FALSE_ALARMS, i) for i in first(~truth & verdicts, -scores)]
+    return picked + [(SAMPLE, i) for kind in (truth, ~truth) for i in first(kind, np.asarray(ids))]
 
 
 def heatmap(image: np.ndarray, anomaly_map: np.ndarray, vmax: float) -> np.ndarray:
@@ -109,18 +106,53 @@ def heatmap(image: np.ndarray, anomaly_map: np.ndarray, vmax: float) -> np.ndarr
     return np.rint(255 * blended).astype(np.uint8)
 
 
-def write_report(
-    out: Path,
+def compose(
     results: Results,
     resampled: Resampled,
     examples: Sequence[Example],
     curves: Curves,
+    scores: pd.DataFrame,
+    calibration: Calibration,
     provenance: dict[str, Any],
-) -> None:
-    """Write the report to the file `out`: tables with intervals, curves and examples of `results`, what made them.
+) -> Content:
+    """What a report shows, as JSON holds it: pictures are in it as data URLs, what is not defined is None.
 
-    `examples` keep their order within class and kind; `curves` come from `plots.curves`; `provenance` maps
-    names to values, lists or dicts of the same. The same input gives the same bytes, fewer than 8 MB.
+    `examples` keep their order within class and kind; `curves` come from `plots.curves`; `scores` has a row an image;
+    `provenance` maps names to values, lists or dicts of the same. The same input gives the same content.
+    """
+    return {
+        "results": results.as_dict(),
+        "intervals": resampled.intervals(),
+        "curves": curves,
+        "scores": histograms(scores),
+        "alarms": _alarms(scores, calibration),
+        "galleries": _galleries(examples),
+        "provenance": provenance,
+    }
+
+
+def read_content(folder: Path) -> Content:
+    """Read what `compose` made and an evaluation wrote. Raises InputError where it is missing or is something else."""
+    try:
+        content = json.loads((folder / CONTENT).read_text())
+        if missing := {"results", "intervals", "curves", "scores", "alarms", "galleries", "provenance"} - set(content):
+            raise KeyError(*missing)
+    except FileNotFoundError:
+        raise InputError(f"{folder / CONTENT} does not exist: run `vlmdiff evaluate` first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / CONTENT} is no report ({error!r}): run `vlmdiff evaluate`") from error
+    return content
+
+
+def render(
+    content: Content,
+    verdict: "Verdict | None" = None,
+    champion: Content | None = None,
+    difference: Resampled | None = None,
+) -> str:
+    """The report as one HTML page, of fewer than 8 MB: what `compose` made, the gate's verdict before it.
+
+    champion: its content, where the two were compared; difference: of their samples, this model's less the champion's.
     """
     import jinja2
 
@@ -131,16 +163,22 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("report.html").render(
+    names = list(content["results"]["classes"])
+    return environment.get_template("report.html").render(
         metrics=METRICS,
-        results=results,
-        interval=resampled.interval,
-        charts=[_chart(curves[curve], list(results.classes), **chart) for curve, chart in CHARTS.items()],
-        galleries=_galleries(examples),
-        provenance=provenance,
+        content=content,
+        names=names,
+        undefined=any(value is None for values in content["results"]["classes"].values() for value in values.values()),
+        charts={
+            title: draw_curve(content["curves"][curve], names, x, y, AXES[x], AXES[y])
+            for curve, (title, x, y) in CHARTS.items()
+        },
+        histograms=draw_histograms(content["scores"], names),
+        dashes=[" ".join(map(str, dash[1])) if dash != "solid" else "" for dash in DASHES],
+        hues=len(HUES),
+        verdict=verdict,
+        comparison=_compare(content, champion, difference) if champion and difference else None,
     )
-    with atomic_path(out) as temporary:
-        temporary.write_text(html)
 
 
 def write_heatmaps(folder: Path, examples: Sequence[Example]) -> None:
@@ -160,15 +198,59 @@ def write_heatmaps(folder: Path, examples: Sequence[Example]) -> None:
         Image.fromarray(_shrink(np.concatenate(row, axis=1), 4 * PICTURE_SIDE)).save(folder / f"{name}.png")
 
 
-def _chart(rows: list[dict], names: list[str], title: str, x: str, y: str) -> dict[str, Any]:
-    """A chart with each class's line in a square of side 100 that starts, as in SVG, at the top left."""
-    x_max = max((row[x] for row in rows), default=1.0)
-    lines = {}
-    for index, name in enumerate(names):
-        points = [(row[x] / x_max, row[y]) for row in rows if row["class_name"] == name]
-        if points:
-            lines[index] = " ".join(f"{100 * right:.2f},{100 - 100 * up:.2f}" for right, up in points)
-    return {"title": title, "x": AXES[x], "y": AXES[y], "x_max": x_max, "lines": lines}
+def _alarms(scores: pd.DataFrame, calibration: Calibration) -> dict[str, Any]:
+    """What the thresholds do on the test images, and what is guaranteed of the one without defects."""
+    truth, values = scores["is_anomalous"].to_numpy(bool), scores["score"].to_numpy()
+
+    def row(name: str, score: float, called: np.ndarray) -> dict[str, Any]:
+        hits, alarms = int((called & truth).sum()), int((called & ~truth).sum())
+        total = int(truth.sum())
+        return {
+            "name": name,
+            "score": score,
+            "found": [hits, total],
+            "false_alarms": [alarms, len(truth) - total],
+            "f1": 2 * hits / (total + hits + alarms) if total else None,
+        }
+
+    rows = [row("from normal images", 0.5, values > 0.5)]
+    if calibration.f1_optimal is not None:
+        rows.append(row("of the best F1", calibration.f1_optimal, values >= calibration.f1_optimal))
+    return {
+        "rows": rows,
+        "images": calibration.images,
+        "asked": calibration.false_alarm_rate,
+        "guarantee": calibration.guarantee,
+        "range": list(calibration.rate_range()),
+    }
+
+
+def _compare(content: Content, champion: Content, difference: Resampled) -> dict[str, Any]:
+    """Both models class by class, and the pictures of what both were asked for: the fair sample."""
+    ours, theirs = content["results"], champion["results"]
+    intervals = difference.intervals()
+
+    def cells(values: dict, others: dict, spread: dict) -> dict[str, dict]:
+        return {
+            metric: {"ours": values[metric], "theirs": others[metric], "range": spread[metric]} for metric in METRICS
+        }
+
+    shared = [name for name in ours["classes"] if name in theirs["classes"]]
+    classes = {
+        name: cells(ours["classes"][name], theirs["classes"][name], intervals["classes"][name]) for name in shared
+    }
+    # Means over other classes would not be comparable.
+    same = set(ours["classes"]) == set(theirs["classes"])
+    mean = cells(ours["mean"], theirs["mean"], intervals["mean"]) if same else None
+    pairs = {}
+    for name in shared:
+        found = {example["path"]: example for example in champion["galleries"].get(name, {}).get(SAMPLE, ())}
+        pairs[name] = [
+            (example, found[example["path"]])
+            for example in content["galleries"].get(name, {}).get(SAMPLE, ())
+            if example["path"] in found
+        ]
+    return {"classes": classes, "mean": mean, "pairs": pairs}
 
 
 def _galleries(examples: Sequence[Example]) -> dict[str, dict[str, list[dict]]]:
@@ -176,10 +258,12 @@ def _galleries(examples: Sequence[Example]) -> dict[str, dict[str, list[dict]]]:
     peaks = _peaks(examples)
     pictures = _encode([_pictures(example, peaks[example.class_name]) for example in examples])
 
-    galleries = {name: {heading: [] for heading in KINDS.values()} for name in peaks}
+    galleries = {name: {kind: [] for kind in KINDS} for name in peaks}
     for example, row in zip(examples, pictures, strict=True):
-        heading = KINDS[example.is_anomalous, example.verdict]
-        galleries[example.class_name][heading].append({"example": example, "pictures": row})
+        shown = {
+            key: getattr(example, key) for key in ("path", "defect", "score", "is_anomalous", "verdict", "caption")
+        }
+        galleries[example.class_name][example.kind].append({**shown, "pictures": row})
     return galleries
 
 

@@ -16,6 +16,7 @@ from mlflow.types.schema import Array, Object, Property
 from PIL import Image
 
 import vlmdiff
+from vlmdiff import lineage
 from vlmdiff import workspace as w
 from vlmdiff.captions.files import read_captions
 from vlmdiff.console import say
@@ -23,7 +24,7 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import read_image, resolve
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.params import Params
-from vlmdiff.registry import lineage, served
+from vlmdiff.registry import served
 from vlmdiff.registry.store import open_store
 
 # What the detector imports: no Prefect, no DVC, no Great Expectations where the model serves.

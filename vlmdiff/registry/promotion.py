@@ -1,77 +1,212 @@
-"""From a registered version to the champion, where the gate lets it pass."""
+"""From a judged model to the champion, where the gate lets it pass."""
 
-import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlflow
 from mlflow.tracking import MlflowClient
+from safetensors import SafetensorError
 
 from vlmdiff import workspace as w
+from vlmdiff.captions.files import read_captions
+from vlmdiff.console import say
+from vlmdiff.data import manifest
+from vlmdiff.detection.detector import Detector
 from vlmdiff.errors import InputError
-from vlmdiff.evaluation.gate import Verdict, judge
-from vlmdiff.evaluation.metrics import Results
-from vlmdiff.files import atomic_folder
+from vlmdiff.evaluation.gate import Override, Verdict, judge
+from vlmdiff.evaluation.judging import EVIDENCE, Evidence, hash_test_set, judge_images
+from vlmdiff.evaluation.report import read_content, render
+from vlmdiff.files import atomic_folder, atomic_path, folder_mb
 from vlmdiff.params import Params
 from vlmdiff.registry.store import CHAMPION, champion_version, open_store
 
-# Tags of a version: the gate's word, its reasons, and the champion that it was judged against.
+# Tags of a version: the gate's word, its reasons, the champion that it was judged against, who overrode it and why.
 VERDICT, REASONS, AGAINST = "gate.verdict", "gate.reasons", "gate.champion"
+OVERRIDE_BY, OVERRIDE_REASON = "gate.override.by", "gate.override.reason"
 NONE = "none"
 TAG_LENGTH = 5000
 
 
-def promote(params: Params, version: int) -> Verdict:
-    """Judge a version by the gate; where it passes, it becomes champion. Twice is as good as once.
+def gate(params: Params, version: int | None = None) -> Verdict:
+    """Judge a version, or the model of this workspace, and change nothing in the registry.
 
-    The version's tags and `reports/gate.json` say the verdict and its reasons. The champion itself is judged against
-    the one before it, and stays champion whatever comes out: only a better version takes its place.
+    `reports/gate.json` has the verdict, and `reports/gate.html` is the report with it.
     """
-    name = params.registry.model_name
     with open_store(params.registry) as client:
-        found = {int(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
-        if version not in found:
-            known = ", ".join(map(str, sorted(found))) or "none"
-            raise InputError(f"{name} has no version {version}: known versions are {known}")
+        tags = {} if version is None else _tags(client, params, version)
         champion = champion_version(client, params.registry)
-        against = champion
-        if champion == version:
-            before = found[version].tags.get(AGAINST, NONE)
-            against = None if before == NONE else int(before)
-        opponent = None if against is None else _results(client, found[against].run_id)
-        criteria = judge(_results(client, found[version].run_id), opponent, params.gate)
-        passed = all(criterion.passed for criterion in criteria)
-        verdict = Verdict(version, params.gate.metric, against, passed or champion == version, criteria)
-        # The tags first: who is killed before the alias runs again and ends the same.
-        for key, value in {
-            VERDICT: "passed" if passed else "failed",
-            REASONS: "\n".join(verdict.reasons)[:TAG_LENGTH],
-            AGAINST: str(against or NONE),
-        }.items():
-            client.set_model_version_tag(name, str(version), key, value)
-        if passed and champion != version:
-            client.set_registered_model_alias(name, CHAMPION, str(version))
-    verdict.write(w.GATE)
+    against, override = _opponent(version, champion, tags)
+    case = _hear(params, version, against)
+    is_champion = version is not None and version == champion
+    verdict = replace(case.verdict(params, version, against), is_champion=is_champion, override=override)
+    case.publish(verdict)
     return verdict
 
 
-def _results(client: MlflowClient, run_id: str) -> Results:
-    with tempfile.TemporaryDirectory() as folder:
-        return Results.read(Path(client.download_artifacts(run_id, "evaluation/metrics.json", folder)))
+def promote(params: Params, version: int, override: Override | None = None) -> Verdict:
+    """Judge a version by the gate; where it passes, it becomes champion. Twice is as good as once.
+
+    The version's tags and its run get the verdict, with the files that `gate` writes. An `override` makes champion what
+    the gate does not, and is recorded with it. The champion itself is judged against the one before it, and stays
+    champion whatever comes out: only a better version takes its place.
+    """
+    name = params.registry.model_name
+    while True:
+        with open_store(params.registry) as client:
+            tags = _tags(client, params, version)
+            champion = champion_version(client, params.registry)
+        against, before = _opponent(version, champion, tags)
+        # It may have to judge images, which takes its time: nobody is kept from the store meanwhile.
+        case = _hear(params, version, against)
+        verdict = case.verdict(params, version, against)
+        if not verdict.passed:
+            verdict = replace(verdict, override=override or before)
+        verdict = replace(verdict, is_champion=verdict.passed or version == champion or verdict.override is not None)
+        with open_store(params.registry) as client:
+            if champion_version(client, params.registry) != champion:
+                say("promote: there is another champion by now: judging against that one")
+                continue
+            case.publish(verdict)
+            # The tags first: who is killed before the alias runs again and ends the same.
+            for key, value in _as_tags(verdict).items():
+                client.set_model_version_tag(name, str(version), key, value)
+            run = client.get_model_version(name, str(version)).run_id
+            for file in (w.GATE, w.GATE_PAGE):
+                client.log_artifact(run, str(file), "gate")
+            if verdict.is_champion and champion != version:
+                client.set_registered_model_alias(name, CHAMPION, str(version))
+        return verdict
+
+
+def _tags(client: MlflowClient, params: Params, version: int) -> dict[str, str]:
+    """The tags of a version. InputError where there is no such version."""
+    name = params.registry.model_name
+    found = {int(v.version): v.tags for v in client.search_model_versions(f"name = '{name}'")}
+    if version not in found:
+        known = ", ".join(map(str, sorted(found))) or "none"
+        raise InputError(f"{name} has no version {version}: known versions are {known}")
+    return found[version]
+
+
+def _opponent(version: int | None, champion: int | None, tags: dict[str, str]) -> tuple[int | None, Override | None]:
+    """Against whom a version is judged, and who overrode the gate when it became champion."""
+    if version is None or version != champion:
+        return champion, None
+    before, by = tags.get(AGAINST, NONE), tags.get(OVERRIDE_BY)
+    return None if before == NONE else int(before), by and Override(by, tags.get(OVERRIDE_REASON, ""))
+
+
+def _as_tags(verdict: Verdict) -> dict[str, str]:
+    said = "passed" if verdict.passed else "overridden" if verdict.override else "failed"
+    tags = {VERDICT: said, REASONS: "\n".join(verdict.reasons)[:TAG_LENGTH], AGAINST: str(verdict.champion or NONE)}
+    if verdict.override:
+        tags |= {OVERRIDE_BY: verdict.override.by, OVERRIDE_REASON: verdict.override.reason[:TAG_LENGTH]}
+    return tags
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model before the gate, and the champion that it is judged against; folders are those of their evaluations."""
+
+    folder: Path
+    model: Evidence
+    champion_folder: Path | None = None
+    champion: Evidence | InputError | None = None
+
+    def verdict(self, params: Params, version: int | None, against: int | None) -> Verdict:
+        """The gate's word, before anybody became champion."""
+        rejudged = self.champion_folder is not None and w.JUDGED_AGAIN in self.champion_folder.parents
+        return Verdict(version, against, rejudged, False, judge(self.model, self.champion, params.gate))
+
+    def publish(self, verdict: Verdict) -> None:
+        """Write the verdict's file, and the page on which the model's report follows it."""
+        champion, difference = None, None
+        if isinstance(self.champion, Evidence):
+            champion, difference = read_content(self.champion_folder), self.model.resampled - self.champion.resampled
+        with atomic_path(w.GATE_PAGE) as temporary:
+            temporary.write_text(render(read_content(self.folder), verdict, champion, difference))
+        verdict.write(w.GATE)
+
+
+def _hear(params: Params, version: int | None, against: int | None) -> Case:
+    """Read what is known of a version (None: of this workspace's model) and of the champion on the same test images."""
+    folder = w.EVALUATION if version is None else _evaluation(params, version)
+    model = Evidence.read(folder)
+    if against is None:
+        return Case(folder, model)
+    try:
+        champion_folder = _evaluation_on(params, against, model.test_set)
+        return Case(folder, model, champion_folder, Evidence.read(champion_folder))
+    except InputError as error:
+        # Is it the champion, or does the store no longer answer? That one is no verdict, but an error.
+        with open_store(params.registry) as client:
+            champion_version(client, params.registry)
+        return Case(folder, model, None, error)
+
+
+def _evaluation(params: Params, version: int) -> Path:
+    """The folder of a version's evaluation, fetched once into the workspace's cache."""
+    with open_store(params.registry) as client:
+        run = client.get_model_version(params.registry.model_name, str(version)).run_id
+        folder = w.REGISTRY_CACHE / run / "evaluation"
+        if not folder.exists():
+            with atomic_folder(folder) as temporary:
+                present = {Path(file.path).name for file in client.list_artifacts(run, "evaluation")}
+                for name in present & set(EVIDENCE):
+                    fetched = client.download_artifacts(run, f"evaluation/{name}", str(temporary))
+                    Path(fetched).rename(temporary / name)
+    return folder
+
+
+def _evaluation_on(params: Params, version: int, test_set: str) -> Path:
+    """The folder of a version's evaluation on these test images: where its own is on others, it is judged again."""
+    folder = _evaluation(params, version)
+    try:
+        if Evidence.read(folder).test_set == test_set:
+            return folder
+    except InputError:
+        # Of a release that kept less.
+        pass
+    again = w.JUDGED_AGAIN / f"{folder.parent.name}-{test_set[:16]}"
+    if again.exists():
+        return again
+    frame = manifest.read(w.MANIFEST)
+    if hash_test_set(frame, params.prepare, params.evaluate.max_fpr) != test_set:
+        raise InputError(
+            f"version {version} was judged on other test images, and this workspace has neither these nor the model's: "
+            "run `dvc repro`, then register and promote what it makes"
+        )
+    detector_folder = _detector(params, version)
+    try:
+        detector = Detector.from_pretrained(detector_folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"version {version} cannot be loaded: {error}") from error
+    say(f"judging version {version} on the test images of today")
+    judged = judge_images(detector, frame, params.prepare, read_captions(w.CAPTIONS), params.evaluate)
+    with atomic_folder(again) as temporary:
+        judged.write(temporary, folder_mb(detector_folder), {"version": version})
+    return again
+
+
+def _detector(params: Params, version: int) -> Path:
+    """A version's detector, fetched once into the workspace's cache."""
+    with open_store(params.registry) as client:
+        name = params.registry.model_name
+        folder = w.REGISTRY_CACHE / client.get_model_version(name, str(version)).run_id / "model"
+        if not folder.exists():
+            with atomic_folder(folder) as temporary:
+                source = f"models:/{name}/{version}/artifacts/detector"
+                mlflow.artifacts.download_artifacts(source, dst_path=str(temporary))
+    found = list(folder.rglob("detector.json"))
+    if len(found) != 1:
+        raise InputError(f"version {version} cannot be loaded: its artifacts hold no detector")
+    return found[0].parent
 
 
 def champion_folder(params: Params) -> Path:
     """The champion's detector, fetched once into the workspace's cache."""
     with open_store(params.registry) as client:
         version = champion_version(client, params.registry)
-        if version is None:
-            raise InputError(
-                f"{params.registry.model_name} has no champion: run `make demo`, or name a folder by --model"
-            )
-        name = params.registry.model_name
-        folder = w.CHAMPIONS / client.get_model_version(name, str(version)).run_id
-        if not folder.exists():
-            with atomic_folder(folder) as temporary:
-                source = f"models:/{name}/{version}/artifacts/detector"
-                mlflow.artifacts.download_artifacts(source, dst_path=str(temporary))
-    (detector,) = folder.rglob("detector.json")
-    return detector.parent
+    if version is None:
+        raise InputError(f"{params.registry.model_name} has no champion: run `make demo`, or name a folder by --model")
+    return _detector(params, version)
