@@ -35,6 +35,7 @@ TINY: dict[str, Any] = {
     "train": {
         "block_channels": [32, 32],
         "head_size": 16,
+        "sgn": True,
         "hint_channels": [8, 16],
         "steps": 6,
         "batch_size": 8,

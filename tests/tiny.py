@@ -42,6 +42,7 @@ def tiny_pipeline(**train) -> VLMDiffPipeline:
         "hint_channels": (8, 16, 16),
         "head_size": 16,
         "steps": 1,
+        "sgn": True,
         **train,
     }
     pipeline = build(vae, text_encoder, tokenizer, Train(**settings))

@@ -342,12 +342,12 @@ class Train(Training):
     layers_per_block: Positive = 1
     head_size: Positive = 32
     hint_channels: tuple[Positive, ...] = (8, 16, 32)
-    sgn: bool = True
+    sgn: bool = False
     only_mid_control: bool = True
     fuse: bool = True
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     learn_variance: bool = True
-    noise_levels: tuple[NoiseLevel, NoiseLevel] = (450, 550)
+    noise_levels: tuple[NoiseLevel, NoiseLevel] = (250, 350)
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     steps: Positive = 420
     batch_size: Positive = 16
@@ -414,7 +414,7 @@ Solver = Literal["ddim", "dpmsolver++"]
 class Detection(Section):
     """How a photograph becomes an anomaly map: saved with the model, and used wherever the model is."""
 
-    noise_level: NoiseLevel = 500
+    noise_level: NoiseLevel = 300
     steps: Positive = 1
     spacing: Spacing = "trailing"
     solver: Solver = "ddim"

@@ -32,6 +32,7 @@ def test_stages_start_from_a_checkpoint_and_end_in_a_pipeline_that_keeps_what_is
     encode = Encode(text_encoder={"kind": "pretrained", "model": model})
     train = Train(
         pretrained={"model": model},
+        sgn=True,
         trainable="paper",
         prediction="epsilon",
         hint_channels=(8, 16, 16),

@@ -30,6 +30,7 @@ def settings(checkpoint, **changes) -> Train:
     return Train(
         **{
             "pretrained": {"model": str(checkpoint)},
+            "sgn": True,
             "trainable": "paper",
             "prediction": "epsilon",
             "hint_channels": (8, 16, 16),

@@ -261,7 +261,7 @@ def test_half_precision_needs_a_gpu(here, monkeypatch):
 
 
 def test_memory_is_counted_without_values_and_a_step_needs_a_gradient_for_each_weight_that_is_trained():
-    real, params = tiny_pipeline(), Train()
+    real, params = tiny_pipeline(), Train(sgn=True)
     trained = sum(w.numel() for w in choose_trainable(real, params).parameters() if w.requires_grad)
     with FakeTensorMode():
         parts = {name: type(part).from_config(part.config) for name, part in (("unet", real.unet), ("sgn", real.sgn))}

@@ -157,7 +157,7 @@ def test_the_verdict_comes_first_with_every_criterion():
 
 def test_a_champion_is_shown_beside_the_model():
     results, rows = small_results()
-    better = Results({name: {m: min(v + 0.1, 1.0) for m, v in row.items()} for name, row in results.classes.items()})
+    better = Results({name: {m: v + 0.1 for m, v in row.items()} for name, row in results.classes.items()})
     sample, other = example(0), example(1, path="nut/elsewhere.png")
     champion = content(results, [example(0, score=9.5, verdict=False)], rows)
     ours = content(better, [sample, other], rows)
