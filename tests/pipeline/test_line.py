@@ -11,10 +11,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.lineage import dvc_hash
 
 CLIENT = """
@@ -29,6 +31,7 @@ print(json.dumps({
     "tags": {v.version: v.tags for v in versions},
     "metrics": {v.version: mlflow.get_run(v.run_id).data.metrics for v in versions},
     "runs": len(runs),
+    "artifacts": {v.version: sorted(f.path for f in MlflowClient().list_artifacts(v.run_id, "gate")) for v in versions},
 }))
 """
 
@@ -65,14 +68,25 @@ def version_of(output: str) -> str:
     return output.strip().splitlines()[-1].removeprefix("version ")
 
 
-def set_metrics(workspace, **means: float) -> None:
-    """Stand in for an evaluation with other results: its file, recorded by DVC as what the stage made."""
-    file = workspace.path / "reports/evaluation/metrics.json"
-    metrics = json.loads(file.read_text())
-    for values in metrics["classes"].values():
+def set_metrics(workspace, **means: float | None) -> None:
+    """Stand in for an evaluation with other results, and certain ones: its files, recorded as what the stage made."""
+    folder = workspace.path / "reports/evaluation"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    resampled = Resampled.load(folder / "samples.npz")
+    for name, values in metrics["classes"].items():
         values |= means
-    file.write_text(json.dumps(metrics))
+        resampled.classes[name] |= {metric: np.full(1000, np.nan if v is None else v) for metric, v in means.items()}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    resampled.save(folder / "samples.npz")
     workspace.run("dvc", "commit", "--force", "--quiet")
+
+
+def verdict(workspace) -> dict:
+    return json.loads((workspace.path / "reports/gate.json").read_text())
+
+
+def register(workspace) -> str:
+    return version_of(workspace.run("vlmdiff", "register").stdout)
 
 
 def test_a_second_repro_runs_nothing(workspace):
@@ -141,26 +155,32 @@ def test_a_model_that_dvc_did_not_make_is_not_registered(workspace):
 @pytest.mark.usefixtures("empty_store")
 def test_the_gate_promotes_the_better_and_no_other(workspace):
     set_metrics(workspace, au_pro=0.8)
-    workspace.set_params(gate={"min_mean": 0.85, "min_class": 0.5, "min_improvement": 0.01})
-    low = version_of(workspace.run("vlmdiff", "register").stdout)
+    workspace.set_params(gate={"floors": {"au_pro": {"mean": 0.85, "every_class": 0.5}}, "margin": 0.01})
+    dry = workspace.run("vlmdiff", "gate", check=False)
+    assert dry.returncode == 1 and "the model does not pass the gate; there is no champion" in dry.stdout
+    low = register(workspace)
     assert "no champion" in workspace.run("vlmdiff", "promote", low).stdout
     found = registry(workspace)
     assert found["champion"] is None and found["tags"][low]["gate.verdict"] == "failed"
-    assert "0.8000, at least 0.850 required" in found["tags"][low]["gate.reasons"]
+    assert "0.8000, at least 0.85 required" in found["tags"][low]["gate.reasons"]
 
     set_metrics(workspace, au_pro=0.9)
-    good = version_of(workspace.run("vlmdiff", "register").stdout)
+    good = register(workspace)
+    before = registry(workspace)
+    assert "passes the gate; there is no champion" in workspace.run("vlmdiff", "gate", good).stdout
+    assert registry(workspace) == before
     workspace.run("vlmdiff", "promote", good)
     assert registry(workspace)["champion"] == good
 
     set_metrics(workspace, au_pro=0.905)
-    hardly = version_of(workspace.run("vlmdiff", "register").stdout)
+    hardly = register(workspace)
     workspace.run("vlmdiff", "promote", hardly)
     found = registry(workspace)
-    assert found["champion"] == good and "gain over the champion" in found["tags"][hardly]["gate.reasons"]
+    assert found["champion"] == good
+    assert "differs from the champion's by +0.0050" in found["tags"][hardly]["gate.reasons"]
 
     set_metrics(workspace, au_pro=None)
-    undefined = version_of(workspace.run("vlmdiff", "register").stdout)
+    undefined = register(workspace)
     workspace.run("vlmdiff", "promote", undefined)
     found = registry(workspace)
     assert found["champion"] == good and "not defined" in found["tags"][undefined]["gate.reasons"]
@@ -169,7 +189,50 @@ def test_the_gate_promotes_the_better_and_no_other(workspace):
     before = found
     workspace.run("vlmdiff", "promote", good)
     assert registry(workspace) == before
-    assert json.loads((workspace.path / "reports/gate.json").read_text())["is_champion"]
+    assert verdict(workspace)["is_champion"]
+
+    # A person can; who and why stays with the version.
+    for half in (("--override", "Ada Lovelace"), ("--override", " ", "--reason", "why"), ("--reason", "why")):
+        refused = workspace.run("vlmdiff", "promote", hardly, *half, check=False)
+        assert refused.returncode == 1 and "both a person's name and a reason" in refused.stdout
+    reason = "the other one misses cracks"
+    workspace.run("vlmdiff", "promote", hardly, "--override", "Ada Lovelace", "--reason", reason)
+    workspace.run("vlmdiff", "promote", hardly)
+    found = registry(workspace)
+    tags = found["tags"][hardly]
+    assert found["champion"] == hardly and tags["gate.verdict"] == "overridden"
+    assert (tags["gate.override.by"], tags["gate.override.reason"]) == ("Ada Lovelace", reason)
+    assert verdict(workspace)["override"] == {"by": "Ada Lovelace", "reason": reason}
+    assert reason in (workspace.path / "reports/gate.html").read_text()
+    assert found["artifacts"][hardly] == ["gate/gate.html", "gate/gate.json"]
+
+
+@pytest.mark.usefixtures("empty_store")
+def test_a_champion_is_judged_again_where_the_test_has_changed(workspace):
+    workspace.run("vlmdiff", "promote", register(workspace))
+    workspace.set_params(evaluate={"max_fpr": 0.1})
+    workspace.run("dvc", "repro")
+    again = register(workspace)
+    assert "judging version 1" in workspace.run("vlmdiff", "promote", again).stdout
+    found = verdict(workspace)
+    assert found["rejudged"] and found["champion"] == 1 and not found["is_champion"]
+    # It is the same model: judged by the same images it is the same.
+    (gain,) = [row for row in found["criteria"] if row["name"].startswith("gain")]
+    assert gain["measured"] == 0 and "differs from the champion's by +0.0000" in gain["why"]
+    assert "judged again, on these" in (workspace.path / "reports/gate.html").read_text()
+
+    # Without its weights it cannot be; that is no reason to let another pass, but a person may.
+    for weights in (workspace.path / "mlruns").glob("*/models/*/artifacts/artifacts/detector/unet/*.safetensors"):
+        weights.write_bytes(b"no weights")
+    for cache in ("judged", "registry"):
+        shutil.rmtree(workspace.path / ".cache" / cache)
+    workspace.run("vlmdiff", "promote", again)
+    assert registry(workspace)["champion"] == "1"
+    assert "could not be judged on these test images: version 1 cannot be loaded" in "".join(
+        row["why"] for row in verdict(workspace)["criteria"]
+    )
+    workspace.run("vlmdiff", "promote", again, "--override", "Ada", "--reason", "version 1 is lost")
+    assert registry(workspace)["champion"] == again
 
 
 @pytest.mark.usefixtures("empty_store")
@@ -177,7 +240,7 @@ def test_of_two_promotions_at_once_the_better_model_wins(workspace):
     versions = []
     for value in (0.90, 0.95):
         set_metrics(workspace, au_pro=value)
-        versions.append(version_of(workspace.run("vlmdiff", "register").stdout))
+        versions.append(register(workspace))
     running = [
         subprocess.Popen(["vlmdiff", "promote", v], cwd=workspace.path, stdout=subprocess.DEVNULL)
         for v in versions[::-1]
@@ -215,9 +278,14 @@ def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
         start = time.monotonic()
         done = workspace.run("vlmdiff", "register", check=False, MLFLOW_TRACKING_URI=uri)
-    assert done.returncode == 1 and uri in done.stdout and "nothing needs to be trained anew" in done.stdout
-    assert time.monotonic() - start < 30
-    assert version_of(workspace.run("vlmdiff", "register").stdout) == "1"
+        assert done.returncode == 1 and uri in done.stdout and "nothing needs to be trained anew" in done.stdout
+        assert time.monotonic() - start < 30
+        assert register(workspace) == "1"
+        start = time.monotonic()
+        done = workspace.run("vlmdiff", "promote", "1", check=False, MLFLOW_TRACKING_URI=uri)
+        assert done.returncode == 1 and uri in done.stdout and "nothing needs to be trained anew" in done.stdout
+        assert time.monotonic() - start < 30
+    assert "is champion" in workspace.run("vlmdiff", "promote", "1").stdout
 
 
 @pytest.mark.usefixtures("empty_store")

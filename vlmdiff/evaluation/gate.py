@@ -159,8 +159,9 @@ def _compare(model: Evidence, champion: Evidence | InputError, params: Gate) -> 
     else:
         lower = round((model.resampled - champion.resampled).lower_bound(params.metric, params.confidence), 9)
         worst = max(falls, key=falls.get)
+        gained = -sum(falls.values()) / len(falls) + 0.0  # not -0
         why_gain = (
-            f"mean {title} differs from the champion's by {-sum(falls.values()) / len(falls):+.4f}, with "
+            f"mean {title} differs from the champion's by {gained:+.4f}, with "
             f"{params.confidence:.0%} confidence by more than {lower:+.4f}; more than {params.margin:+.4f} required"
         )
     criteria = [Criterion(gain, lower, "more than", params.margin, why_gain)]
