@@ -73,7 +73,7 @@ def set_metrics(workspace, **means: float | None) -> None:
     folder = workspace.path / "reports/evaluation"
     metrics = json.loads((folder / "metrics.json").read_text())
     resampled = Resampled.load(folder / "samples.npz")
-    for name, values in metrics["classes"].items():
+    for name, values in metrics["per_class"].items():
         values |= means
         resampled.classes[name] |= {metric: np.full(1000, np.nan if v is None else v) for metric, v in means.items()}
     (folder / "metrics.json").write_text(json.dumps(metrics))

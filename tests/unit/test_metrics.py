@@ -109,7 +109,7 @@ def test_a_class_without_defects_is_not_defined_and_left_out_of_the_mean(tmp_pat
     assert results.mean == results.classes["bolt"]
     assert results.left_out == {metric: ["nut"] for metric in METRICS}
     results.write(tmp_path / "metrics.json")
-    assert json.loads((tmp_path / "metrics.json").read_text())["classes"]["nut"] == dict.fromkeys(METRICS)
+    assert json.loads((tmp_path / "metrics.json").read_text())["per_class"]["nut"] == dict.fromkeys(METRICS)
 
 
 def test_a_class_of_anomalous_images_only_keeps_its_pixel_metrics():
@@ -164,13 +164,13 @@ def test_metrics_json_has_the_mean_and_au_pro_first_and_few_digits(tmp_path):
     path = tmp_path / "reports" / "metrics.json"
     evaluate_classes(*judged(4)).write(path)
     written = json.loads(path.read_text())
-    assert list(written) == ["mean", "classes"]
-    assert list(written["classes"]) == ["bolt", "cable", "nut"]
-    for values in (written["mean"], *written["classes"].values()):
+    assert list(written) == ["mean", "per_class"]
+    assert list(written["per_class"]) == ["bolt", "cable", "nut"]
+    for values in (written["mean"], *written["per_class"].values()):
         assert next(iter(values)) == "au_pro"
         assert all(value == round(value, 6) for value in values.values())
     for metric, value in written["mean"].items():
-        over_classes = np.mean([values[metric] for values in written["classes"].values()])
+        over_classes = np.mean([values[metric] for values in written["per_class"].values()])
         assert value == pytest.approx(over_classes, abs=1e-6)
 
 
@@ -189,7 +189,7 @@ def test_metrics_json_survives_being_read_and_written(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"classes": [1]}', '{"classes": {"nut": 3}}', '{"classes": {"nut": {"au_pro": 1}}}'],
+    ["", "[]", "{}", '{"per_class": [1]}', '{"per_class": {"nut": 3}}', '{"per_class": {"nut": {"au_pro": 1}}}'],
 )
 def test_another_file_in_place_of_metrics_json_is_named(tmp_path, text):
     path = tmp_path / "metrics.json"

@@ -19,7 +19,7 @@ import numpy as np
 from vlmdiff.errors import InputError
 from vlmdiff.evaluation import binned
 from vlmdiff.evaluation.aupro import check_limit, regions_of
-from vlmdiff.evaluation.metrics import DIGITS, METRICS
+from vlmdiff.evaluation.metrics import DIGITS, METRICS, PER_CLASS
 from vlmdiff.evaluation.streaming import Counts, StreamingMetrics, bins_of
 from vlmdiff.files import atomic_path, write_json
 
@@ -171,7 +171,7 @@ class Resampled:
                 for key, (low, high) in found.items()
             }
 
-        return {"level": level, "mean": rows(None), "classes": {name: rows(name) for name in self.classes}}
+        return {"level": level, "mean": rows(None), PER_CLASS: {name: rows(name) for name in self.classes}}
 
     def write(self, path: Path, level: float = 0.95) -> None:
         """Write intervals.json: of the mean, then of each class, null where a metric is not defined."""

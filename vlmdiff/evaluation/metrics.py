@@ -23,6 +23,8 @@ METRICS = {
     "pixel_f1_max": "pixel F1-max",
 }
 DIGITS = 6
+# In metrics.json, where `dvc metrics diff` sorts by name: after "mean", which matters first.
+PER_CLASS = "per_class"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Results:
         # The mean is that of the rounded values, so that it survives being read and written again.
         rounded = Results({name: _round(values) for name, values in self.classes.items()})
         classes = {name: _nulls(values) for name, values in rounded.classes.items()}
-        return {"mean": _nulls(_round(rounded.mean)), "classes": classes}
+        return {"mean": _nulls(_round(rounded.mean)), PER_CLASS: classes}
 
     def write(self, path: Path) -> None:
         """Write metrics.json."""
@@ -61,7 +63,7 @@ class Results:
     def read(cls, path: Path) -> "Results":
         """Read what `write` wrote. Raises InputError where the file is missing or is something else."""
         try:
-            classes = json.loads(Path(path).read_text())["classes"]
+            classes = json.loads(Path(path).read_text())[PER_CLASS]
             return cls({name: _numbers(values) for name, values in classes.items()})
         except FileNotFoundError:
             raise InputError(f"{path} does not exist: run `vlmdiff evaluate` first") from None

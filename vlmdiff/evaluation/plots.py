@@ -109,6 +109,7 @@ def draw_curve(rows: Rows, names: Sequence[str], x: str, y: str, x_label: str, y
 def draw_histograms(rows: Rows, names: Sequence[str], columns: int = 4) -> str:
     """A panel a class: the good images' scores upwards, the defective ones' downwards, the threshold between."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     names = [name for name in names if any(row["class_name"] == name for row in rows)]
     lines = max(-(-len(names) // columns), 1)
@@ -125,7 +126,8 @@ def draw_histograms(rows: Rows, names: Sequence[str], columns: int = 4) -> str:
             axis.axvline(0.5, color=INK, linewidth=0.8)
             axis.axhline(0, color=RULE, linewidth=0.8)
             axis.set(title=name, xlim=(0, 1), xticks=(0, 0.5, 1))
-            axis.set_yticks(axis.get_yticks(), [f"{abs(tick):g}" for tick in axis.get_yticks()])
+            axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axis.yaxis.set_major_formatter(lambda tick, _: f"{abs(tick):g}")
             axis.tick_params(axis="x", labelbottom=True)
         return _svg(figure)
 

@@ -17,7 +17,7 @@ from scipy import ndimage
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.errors import InputError
 from vlmdiff.evaluation.bootstrap import Resampled
-from vlmdiff.evaluation.metrics import METRICS, Results
+from vlmdiff.evaluation.metrics import METRICS, PER_CLASS, Results
 from vlmdiff.evaluation.plots import DASHES, HUES, Curves, draw_curve, draw_histograms, histograms
 
 if TYPE_CHECKING:
@@ -163,12 +163,12 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = list(content["results"]["classes"])
+    names = list(content["results"][PER_CLASS])
     return environment.get_template("report.html").render(
         metrics=METRICS,
         content=content,
         names=names,
-        undefined=any(value is None for values in content["results"]["classes"].values() for value in values.values()),
+        undefined=any(value is None for values in content["results"][PER_CLASS].values() for value in values.values()),
         charts={
             title: draw_curve(content["curves"][curve], names, x, y, AXES[x], AXES[y])
             for curve, (title, x, y) in CHARTS.items()
@@ -235,12 +235,12 @@ def _compare(content: Content, champion: Content, difference: Resampled) -> dict
             metric: {"ours": values[metric], "theirs": others[metric], "range": spread[metric]} for metric in METRICS
         }
 
-    shared = [name for name in ours["classes"] if name in theirs["classes"]]
+    shared = [name for name in ours[PER_CLASS] if name in theirs[PER_CLASS]]
     classes = {
-        name: cells(ours["classes"][name], theirs["classes"][name], intervals["classes"][name]) for name in shared
+        name: cells(ours[PER_CLASS][name], theirs[PER_CLASS][name], intervals[PER_CLASS][name]) for name in shared
     }
     # Means over other classes would not be comparable.
-    same = set(ours["classes"]) == set(theirs["classes"])
+    same = set(ours[PER_CLASS]) == set(theirs[PER_CLASS])
     mean = cells(ours["mean"], theirs["mean"], intervals["mean"]) if same else None
     pairs = {}
     for name in shared:

@@ -22,6 +22,7 @@ from vlmdiff.captions.files import read_captions
 from vlmdiff.console import say
 from vlmdiff.data import manifest
 from vlmdiff.data.images import read_image, resolve
+from vlmdiff.evaluation.judging import Evidence
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.params import Params
 from vlmdiff.registry import served
@@ -114,7 +115,9 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
     mlflow.set_experiment(params.registry.experiment)
     with mlflow.start_run(tags=tags) as run:
         mlflow.log_params(_flat(params.model_dump(mode="json", by_alias=True)))
-        mlflow.log_metrics(_defined(results))
+        evidence = Evidence.read(w.EVALUATION)
+        cost = {"latency_ms": evidence.latency_ms, "size_mb": evidence.size_mb}
+        mlflow.log_metrics(_defined(results) | cost)
         for stage in ("first_stage", "train"):
             for row in json.loads(Path(f"reports/{stage}/loss.json").read_text()):
                 values = {f"{stage}/{key}": value for key, value in row.items() if key != "step"}

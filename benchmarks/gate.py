@@ -1,0 +1,154 @@
+"""What the gate's promises are worth, simulated with the demo's model: python benchmarks/gate.py, where the demo ran.
+
+A pool of new test images, five times as many as the demo's and drawn by another seed, is judged by the demo's model and
+by a weaker one. Then, over and over, a test set of the demo's size is drawn from the pool. How often does the better
+model pass for better than the weaker one? And how often does one of two that are alike, where for each image a coin
+decides who gets which one's judgement? The images without defects also say how often the conformal threshold of as many
+as the demo holds out raises a false alarm on the others.
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vlmdiff import workspace as w
+from vlmdiff.console import track
+from vlmdiff.data import manifest
+from vlmdiff.data.demo import make_demo
+from vlmdiff.data.images import load_mask, load_rgb, resolve
+from vlmdiff.detection.calibration import Calibration, conformal_threshold
+from vlmdiff.detection.detector import Detector
+from vlmdiff.evaluation.bootstrap import Resampled, Statistics
+from vlmdiff.evaluation.gate import judge
+from vlmdiff.evaluation.judging import Evidence
+from vlmdiff.evaluation.metrics import Results
+from vlmdiff.params import Gate, Latents, Pixels, load
+
+SEED, POOL, TRIALS = 100, 5, 400
+CALIBRATIONS = 10000
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Of a class: both models' statistics of each image, the better model's first."""
+
+    models: tuple[Statistics, Statistics]
+
+    def test(self, rng: np.random.Generator, images: dict[bool, int], share: float) -> tuple[Statistics, Statistics]:
+        """Two models' statistics of so many good (False) and defective images; the first has this share of the better
+        model's judgements, the second all others."""
+        truth = self.models[0].is_anomalous
+        rows = np.concatenate(
+            [rng.choice(np.flatnonzero(truth == kind), count, replace=False) for kind, count in images.items()]
+        )
+        first = rng.random(len(rows)) < share
+        return tuple(
+            Statistics(
+                *(
+                    np.where(given.reshape(-1, *[1] * (a.ndim - 1)), a[rows], b[rows])
+                    for a, b in zip(vars(self.models[0]).values(), vars(self.models[1]).values(), strict=True)
+                )
+            )
+            for given in (first, ~first)
+        )
+
+
+def pool(folder: Path) -> tuple[dict[str, Pool], np.ndarray]:
+    """The judged pool, class by class, and the better model's scores of the good images."""
+    params = load(w.PARAMS)
+    demo = params.prepare.demo
+    prepare = params.prepare.model_copy(update={"layout": "mvtec_ad", "root": folder})
+    make_demo(
+        folder,
+        seed=SEED,
+        train=1,
+        test_good=POOL * demo.test_good,
+        test_per_defect=POOL * demo.test_per_defect,
+        size=demo.size,
+    )
+    frame = manifest.build(prepare, folder)
+    frame = frame[frame["split"] == "test"].reset_index(drop=True)
+    better = Detector.from_pretrained(w.DETECTOR)
+    features = (Pixels(kind="pixels", weight=0.1), Latents(kind="latents"))
+    worse = Detector(better.pipeline, better.params.model_copy(update={"features": features}))
+    held_out = manifest.read(w.MANIFEST)
+    held_out = held_out[held_out["split"] == "validation"]
+    size = better.pipeline.config.image_size
+    worse.calibrate([load_rgb(resolve(params.prepare.image_root, path), size, 10**8) for path in held_out["path"]])
+    pools, normal = {}, []
+    for name, part in track(frame.groupby("class_name"), "judge", frame["class_name"].nunique()):
+        images = [load_rgb(resolve(folder, path), size, 10**8) for path in part["path"]]
+        masks = [
+            np.zeros((size, size), bool) if path is None else load_mask(resolve(folder, path), size, 10**8)
+            for path in part["mask_path"]
+        ]
+        truth = part["is_anomalous"].tolist()
+        found = [detector.detect(images) for detector in (better, worse)]
+        scores = [[one.score for one in detections] for detections in found]
+        # The two models' maps are counted in the same groups: an image may take either's.
+        maps = [[one.anomaly_map for one in detections] for detections in found]
+        both = Statistics.of(maps[0] + maps[1], masks * 2, scores[0] + scores[1], truth * 2)
+        halves = (slice(None, len(truth)), slice(len(truth), None))
+        pools[name] = Pool(tuple(Statistics(*(value[half] for value in vars(both).values())) for half in halves))
+        normal += [score for score, is_anomalous in zip(scores[0], truth, strict=True) if not is_anomalous]
+    return pools, np.array(normal)
+
+
+def evidence(statistics: dict[str, Statistics], max_fpr: float) -> Evidence:
+    ones = {name: np.ones((1, len(found.scores))) for name, found in statistics.items()}
+    results = {
+        name: {metric: float(value[0]) for metric, value in found.metrics(ones[name], max_fpr).items()}
+        for name, found in statistics.items()
+    }
+    resampled = {name: found.draw(name, max_fpr) for name, found in statistics.items()}
+    return Evidence(Results(results), Resampled(resampled), "", 0.0, 0.0)
+
+
+def main() -> None:
+    trials = int(sys.argv[1]) if len(sys.argv) > 1 else TRIALS
+    params, rng = load(w.PARAMS), np.random.default_rng(0)
+    demo, max_fpr = params.prepare.demo, params.evaluate.max_fpr
+    with tempfile.TemporaryDirectory() as folder:
+        pools, normal = pool(Path(folder))
+    whole = [evidence({name: p.models[i] for name, p in pools.items()}, max_fpr) for i in (0, 1)]
+    apart = whole[0].results.mean["au_pro"] - whole[1].results.mean["au_pro"]
+    print(f"pool: {sum(len(p.models[0].scores) for p in pools.values())} images, AU-PRO apart by {apart:.4f}")
+    defects = len(pools[min(pools)].models[0].is_anomalous) // POOL - demo.test_good
+    images = {False: demo.test_good, True: defects}
+
+    table = Table("model", "better by", "passes", "with no class falling by 0.05", title=f"{trials} test sets each")
+    for title, share in (("alike", 0.5), ("better", 1.0), ("worse", 0.0)):
+        passed, gained = np.zeros(2), 0.0
+        for _ in track(range(trials), title, trials):
+            models = {name: p.test(rng, images, share) for name, p in sorted(pools.items())}
+            ours, theirs = (evidence({name: pair[i] for name, pair in models.items()}, max_fpr) for i in (0, 1))
+            gained += (ours.results.mean["au_pro"] - theirs.results.mean["au_pro"]) / trials
+            for i, drop in enumerate((None, 0.05)):
+                criteria = judge(ours, theirs, Gate(floors={}, max_class_drop=drop))
+                passed[i] += all(criterion.passed for criterion in criteria)
+        table.add_row(title, f"{gained:+.4f}", *(f"{share:.3f}" for share in passed / trials))
+    Console().print(table)
+
+    rate = params.evaluate.detection.false_alarm_rate
+    count = min(int((manifest.read(w.MANIFEST)["split"] == "validation").sum()), len(normal) // 2)
+    said = Calibration(1.0, [1.0], 1.0, count, rate)
+    low, high = said.rate_range()
+    rates = np.empty(CALIBRATIONS)
+    for i in range(CALIBRATIONS):
+        order = rng.permutation(len(normal))
+        threshold = conformal_threshold(normal[order[:count]], rate)
+        rates[i] = np.mean(normal[order[count:]] > threshold)
+    print(
+        f"false alarms: {rates.mean():.4f} of new normal images over {CALIBRATIONS} calibrations of {count}; "
+        f"guaranteed {said.guarantee:.4f}, asked {rate}; between {low:.3f} and {high:.3f}, where 0.9 are expected of "
+        f"endless images, {np.mean((rates >= low) & (rates <= high)):.3f} of them"
+    )
+
+
+if __name__ == "__main__":
+    main()

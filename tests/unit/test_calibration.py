@@ -1,0 +1,53 @@
+"""The threshold from normal images: what it promises, counted over every image that could be the new one."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
+
+from vlmdiff.detection.calibration import Calibration, conformal_threshold, f1_optimal
+
+RATES = st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.25, 0.5])
+
+
+def calibration(images: int, rate: float) -> Calibration:
+    return Calibration(1.0, [1.0], 1.0, images, rate)
+
+
+@given(st.integers(1, 60), RATES, st.integers(0, 2**32))
+def test_each_image_being_the_new_one_as_often_the_rate_is_the_one_guaranteed(images, rate, seed):
+    scores = np.random.default_rng(seed).permutation(images + 1).astype(float)
+    alarms = [scores[i] > conformal_threshold(np.delete(scores, i), rate) for i in range(images + 1)]
+    said = calibration(images, rate)
+    assert np.mean(alarms) == pytest.approx(said.guarantee)
+    enough = images >= 1 / rate - 1 - 1e-9
+    assert (said.guarantee <= rate + 1e-9) == enough
+    assert not enough or said.guarantee > rate - 1 / (images + 1) - 1e-9
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30), RATES)
+def test_ties_only_lower_the_rate(scores, rate):
+    scores = np.array(scores, float)
+    alarms = [scores[i] > conformal_threshold(np.delete(scores, i), rate) for i in range(len(scores))]
+    assert np.mean(alarms) <= calibration(len(scores) - 1, rate).guarantee + 1e-9
+
+
+def test_nine_in_ten_calibrations_have_a_rate_in_the_range_that_is_said():
+    rng, said = np.random.default_rng(0), calibration(72, 0.05)
+    thresholds = np.array([conformal_threshold(rng.random(72), 0.05) for _ in range(4000)])
+    low, high = said.rate_range(0.9)
+    # Of evenly distributed scores the share above the threshold is known.
+    assert np.mean((1 - thresholds > low) & (1 - thresholds < high)) == pytest.approx(0.9, abs=0.02)
+    assert np.mean(1 - thresholds) == pytest.approx(said.guarantee, abs=0.002)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=20))
+def test_no_threshold_has_a_better_f1(images):
+    scores, truth = (np.array(values) for values in zip(*images, strict=True))
+    found = f1_optimal(scores, truth)
+    if truth.all() or not truth.any():
+        assert found is None
+        return
+    best = max(f1_score(truth, scores >= threshold) for threshold in scores)
+    assert f1_score(truth, scores >= found) == pytest.approx(best)
