@@ -29,7 +29,7 @@ from vlmdiff.evaluation.judging import Evidence
 from vlmdiff.evaluation.metrics import Results
 from vlmdiff.params import Gate, Latents, Pixels, load
 
-SEED, POOL, TRIALS = 100, 5, 400
+SEED, POOL, TRIALS = 100, 5, 300
 CALIBRATIONS = 10000
 
 
@@ -132,6 +132,7 @@ def main() -> None:
                 criteria = judge(ours, theirs, Gate(floors={}, max_class_drop=drop))
                 passed[i] += all(criterion.passed for criterion in criteria)
         table.add_row(title, f"{gained:+.4f}", *(f"{share:.3f}" for share in passed / trials))
+        print(f"{title}: {gained:+.4f}, {passed / trials}", flush=True)
     Console().print(table)
 
     rate = params.evaluate.detection.false_alarm_rate
