@@ -29,7 +29,7 @@ from vlmdiff.evaluation.judging import Evidence
 from vlmdiff.evaluation.metrics import Results
 from vlmdiff.params import Gate, Latents, Pixels, load
 
-SEED, POOL, TRIALS = 100, 5, 300
+SEED, POOL, TRIALS = 100, 5, 600
 CALIBRATIONS = 10000
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     images = {False: demo.test_good, True: defects}
 
     table = Table("model", "better by", "passes", "with no class falling by 0.05", title=f"{trials} test sets each")
-    for title, share in (("alike", 0.5), ("better", 1.0), ("worse", 0.0)):
+    for title, share in (("alike", 0.5), ("better", 1.0)):
         passed, gained = np.zeros(2), 0.0
         for _ in track(range(trials), title, trials):
             models = {name: p.test(rng, images, share) for name, p in sorted(pools.items())}

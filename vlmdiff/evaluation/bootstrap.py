@@ -1,8 +1,9 @@
 """How far a metric depends on which images happened to be tested: bootstrap over images, of one model or of a pair.
 
 The images of a class are drawn again with replacement, good and defective ones apart, so that no sample is without
-either (Efron and Tibshirani, 1993). What a sample's metrics need are the images' counts by bin, weighted by how often
-each was drawn: no pixel is looked at twice.
+either (Efron and Tibshirani, 1993); of each kind one fewer than there are, since as many would vary too little, which
+tells where they are few (Rao and Wu, 1988). What a sample's metrics need are the images' counts by bin, weighted by
+how often each was drawn: no pixel is looked at twice.
 """
 
 import math
@@ -102,7 +103,8 @@ class Statistics:
         for kind in (False, True):
             members = np.flatnonzero(self.is_anomalous == kind)
             if len(members):
-                weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), samples)
+                count = max(len(members) - 1, 1)
+                weights[:, members] = rng.multinomial(count, np.full(len(members), 1 / len(members)), samples)
         parts = [self.metrics(weights[i : i + CHUNK], max_fpr) for i in range(0, samples, CHUNK)]
         return {metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS}
 
