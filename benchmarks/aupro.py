@@ -18,7 +18,7 @@ from rich.table import Table
 from scipy import ndimage
 
 from vlmdiff.evaluation import aupro
-from vlmdiff.evaluation.aupro import collect
+from vlmdiff.evaluation.aupro import EIGHT_CONNECTED, collect
 
 MAX_FPR = 0.3
 
@@ -38,12 +38,19 @@ def full_sort(maps: np.ndarray, masks: np.ndarray) -> float:
 
 
 def threshold_loop(maps: np.ndarray, masks: np.ndarray, thresholds: int = 200) -> float:
-    """Both rates at evenly spaced thresholds between the lowest and the highest score."""
-    pixels = collect(maps, masks)
-    fpr, pro = [0.0], [0.0]
+    """As evaluations of this field commonly do, the reference's too: at each of evenly spaced thresholds all maps are
+    cut, and of every map the regions are found again and their overlaps averaged."""
+    normal, fpr, pro = ~masks, [0.0], [0.0]
     for threshold in np.linspace(maps.max(), maps.min(), thresholds):
-        fpr.append(np.count_nonzero(pixels.normal >= threshold) / len(pixels.normal))
-        pro.append(pixels.shares[pixels.anomalous >= threshold].sum())
+        cut = maps >= threshold
+        fpr.append(np.count_nonzero(cut & normal) / np.count_nonzero(normal))
+        overlaps = []
+        for found, mask in zip(cut, masks, strict=True):
+            labels, count = ndimage.label(mask, EIGHT_CONNECTED)
+            for region in range(1, count + 1):
+                inside = labels == region
+                overlaps.append(np.count_nonzero(found & inside) / np.count_nonzero(inside))
+        pro.append(np.mean(overlaps))
     return area_below_limit(np.array(fpr), np.array(pro))
 
 

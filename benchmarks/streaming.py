@@ -6,7 +6,8 @@ Then the bootstrap: a thousand samples of a thousand images, for two models and 
 """
 
 import time
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
@@ -26,6 +27,23 @@ def megabytes() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
+def one_pass(maps: np.ndarray, masks: np.ndarray, scores: np.ndarray) -> StreamingMetrics:
+    metrics = StreamingMetrics()
+    for anomaly_map, mask, score in zip(maps, masks, scores, strict=True):
+        metrics.add("nut", anomaly_map, mask, score)
+    metrics.results()
+    return metrics
+
+
+def fastest(method: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        value = method()
+        seconds.append(time.perf_counter() - began)
+    return value, min(seconds)
+
+
 def main(
     beside: Annotated[list[int], typer.Option(help="Maps to judge both ways.")] = (60, 400),
     many: Annotated[list[int], typer.Option(help="Maps to judge in one pass.")] = (100, 10_000),
@@ -37,16 +55,11 @@ def main(
         maps, masks = make_maps(count, SIDE, 0)
         maps = 1 / (1 + np.exp(-maps))
         scores, classes = maps.max(axis=(1, 2)), ["nut"] * count
-        began = time.perf_counter()
-        exact = evaluate_classes(classes, maps, masks, scores).classes["nut"]
-        middle = time.perf_counter()
-        metrics = StreamingMetrics()
-        for anomaly_map, mask, score in zip(maps, masks, scores, strict=True):
-            metrics.add("nut", anomaly_map, mask, score)
+        exact, exactly = fastest(lambda: evaluate_classes(classes, maps, masks, scores).classes["nut"])  # noqa: B023
+        metrics, passing = fastest(lambda: one_pass(maps, masks, scores))  # noqa: B023
         found, errors = metrics.results().classes["nut"], metrics.errors()["nut"]
-        ended = time.perf_counter()
         off, bound = abs(found["au_pro"] - exact["au_pro"]), errors["au_pro"]
-        table.add_row(str(count), f"{middle - began:.3f}", f"{ended - middle:.3f}", f"{off:.0e}", f"{bound:.0e}")
+        table.add_row(str(count), f"{exactly:.3f}", f"{passing:.3f}", f"{off:.0e}", f"{bound:.0e}")
     Console().print(table)
 
     pool, truths = make_maps(64, SIDE, 1)
