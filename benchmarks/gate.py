@@ -74,7 +74,7 @@ def pool(folder: Path) -> tuple[dict[str, Pool], np.ndarray]:
     frame = manifest.build(prepare, folder)
     frame = frame[frame["split"] == "test"].reset_index(drop=True)
     better = Detector.from_pretrained(w.DETECTOR)
-    features = (Pixels(kind="pixels", weight=0.1), Latents(kind="latents"))
+    features = (Pixels(kind="pixels", weight=0.15), Latents(kind="latents"))
     worse = Detector(better.pipeline, better.params.model_copy(update={"features": features}))
     held_out = manifest.read(w.MANIFEST)
     held_out = held_out[held_out["split"] == "validation"]
