@@ -46,11 +46,10 @@ def score(sources: list[str], out: str = "reports/scores", heatmaps: bool = Fals
     options = ["--out", str(folder), *(["--heatmaps"] if heatmaps else [])]
     status = run_child([sys.executable, "-m", "vlmdiff.cli", "score", *options, "--", *sources], hear)
     said = "\n".join(last_lines)
+    summary = said.rpartition("\n")[2]
     if any(folder.glob("part-*.parquet")):
-        _show(folder, began, last_lines[-1])
-    if status:
-        return Failed(message=said, data=InputError(said))
-    return Completed(message=last_lines[-1])
+        _show(folder, began, summary)
+    return Failed(message=said, data=InputError(said)) if status else Completed(message=summary)
 
 
 def _champion(params: Params) -> str:

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from PIL import Image
+from rich.markup import escape
 from rich.table import Table
 
 from vlmdiff.console import say, track
@@ -138,13 +139,17 @@ def score(
 
 def scores_table(scored: Scored) -> Table:
     """The rows of a few images, for the terminal."""
-    table = Table("photograph", "score", "verdict", "regions", caption="0.5 is the threshold")
+    table = Table(caption="0.5 is the threshold")
+    table.add_column("photograph", overflow="fold")
+    for title in ("score", "verdict", "regions"):
+        table.add_column(title)
     for row in scored.rows:
+        path = escape(min(row["path"], os.path.relpath(row["path"]), key=len))
         if row["error"] is not None:
-            table.add_row(row["path"], "", "[yellow]could not be read", "")
+            table.add_row(path, "", "[yellow]could not be read", "")
             continue
         verdict = "[bold red]anomalous" if row["is_anomalous"] else "[green]normal"
-        table.add_row(row["path"], f"{row['score']:.3f}", verdict, str(len(row["regions"])))
+        table.add_row(path, f"{row['score']:.3f}", verdict, str(len(row["regions"])))
     return table
 
 
