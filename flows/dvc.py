@@ -1,8 +1,6 @@
 """The seam to DVC: a stage is `dvc repro --single-item` in a child process, heard line by line."""
 
-import os
 import re
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -11,12 +9,9 @@ from typing import Literal
 
 import yaml
 
-from flows.processes import end_group
-from vlmdiff import lifeline
+from flows.processes import LAST_LINES, run_child
 
 Outcome = Literal["ran", "restored from the run cache", "up to date"]
-
-LAST_LINES = 20
 
 
 class StageFailed(Exception):
@@ -39,35 +34,20 @@ def run_stage(name: str, log: Callable[[str], None]) -> Outcome:
     Raises StageFailed.
     """
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", lifeline.OWNER: str(os.getpid())}
     outcome: Outcome = "up to date"
     last_lines: deque[str] = deque(maxlen=LAST_LINES)
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        for raw in process.stdout:
-            # A progress bar draws its states over each other in one line: the last one counts.
-            line = raw.decode("utf-8", "replace").rstrip().rpartition("\r")[2]
-            if not line:
-                continue
-            log(line)
-            last_lines.append(line)
-            if line == f"Running stage '{name}':":
-                outcome = "ran"
-                last_lines.clear()
-            elif line.startswith(f"Stage '{name}' is cached"):
-                outcome = "restored from the run cache"
-        status = process.wait()
-    finally:
-        end_group(process.pid)
-        process.wait()
+
+    def hear(line: str) -> None:
+        nonlocal outcome
+        log(line)
+        last_lines.append(line)
+        if line == f"Running stage '{name}':":
+            outcome = "ran"
+            last_lines.clear()
+        elif line.startswith(f"Stage '{name}' is cached"):
+            outcome = "restored from the run cache"
+
+    status = run_child(command, hear)
     if status:
         printed = "\n".join(last_lines)
         failure = StageDisturbed if _disturbed(status, printed) else StageFailed

@@ -1,13 +1,46 @@
-"""Ending the process groups that the flows start."""
+"""The child processes of the flows: started in a group of their own, heard line by line, ended as a group."""
 
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
+from vlmdiff import lifeline
+
 GRACE = 10.0
+# What a failure quotes of what was printed.
+LAST_LINES = 20
+
+
+def run_child(command: list[str], hear: Callable[[str], None]) -> int:
+    """Run a command, `hear` every line that it prints, and return its exit status.
+
+    Whatever ends this function early (Ctrl-C, a cancelled run, SIGTERM) ends the command, with all that it started.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", lifeline.OWNER: str(os.getpid())},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        for raw in process.stdout:
+            # A progress bar draws its states over each other in one line: the last one counts.
+            if line := raw.decode("utf-8", "replace").rstrip().rpartition("\r")[2]:
+                hear(line)
+        return process.wait()
+    finally:
+        end_group(process.pid)
+        process.wait()
 
 
 def end_group(group: int) -> None:

@@ -124,7 +124,7 @@ def _show(verdict: Verdict) -> None:
         "Report": w.GATE_PAGE,
         "Data Docs": w.DATA_REPORT / "docs/index.html",
         "Registry, runs": "make up",
-        "A photograph": "vlmdiff predict IMAGE --out DIR  (in .venv/bin)",
+        "Photographs": "vlmdiff score IMAGE... --out DIR  (in .venv/bin)",
     }.items():
         console.print(f"{what:<16}{where}", highlight=False)
 

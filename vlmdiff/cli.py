@@ -167,36 +167,38 @@ def promote(
 
 
 @app.command(rich_help_panel=USE)
-def predict(
-    images: Annotated[list[Path], typer.Argument(help="Photographs.")],
-    out: Annotated[Path, typer.Option(help="A new folder for predictions.jsonl and heatmaps.")],
+def score(
+    sources: Annotated[
+        list[str], typer.Argument(help="Photographs, folders, patterns, or tables with a column `path`.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of a Parquet dataset, a row an image; what is in it is kept.")],
+    heatmaps: Annotated[bool, typer.Option("--heatmaps", help="A PNG of each new alarm, in OUT/_heatmaps.")] = False,
     model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
     class_name: Annotated[
         str | None, typer.Option(help="The photographs' class, for a model that judges by its classes' captions.")
     ] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Judge photographs by the champion: score, verdict and heatmap of each."""
+    """Judge photographs by the champion; run again, only new and changed ones. Exit status 1 if none can be judged."""
     from rich.console import Console
-    from rich.table import Table
 
-    from vlmdiff.detection.detector import Detector
+    from vlmdiff import lifeline
     from vlmdiff.params import load
-    from vlmdiff.predict import predict
+    from vlmdiff.score import score, scores_table
 
-    loaded = load(params)
-    if model is None:
-        from vlmdiff.registry.promotion import champion_folder
-
-        model = champion_folder(loaded)
-    rows = predict(images, Detector.from_pretrained(model), out, loaded.prepare.max_pixels, class_name)
-    table = Table(
-        "photograph", "score", "verdict", "regions", caption=f"0.5 is the threshold. Heatmaps: {out}/heatmaps"
-    )
-    for row in rows:
-        verdict = "[bold red]anomalous" if row["is_anomalous"] else "[green]normal"
-        table.add_row(row["path"], f"{row['score']:.3f}", verdict, str(len(row["regions"])))
-    Console().print(table)
+    lifeline.watch()
+    scored = score(sources, out, load(params), model, class_name, heatmaps)
+    if scored is None:  # of several processes the main one speaks
+        return
+    if scored.rows:
+        Console().print(scores_table(scored))
+    for error in scored.errors:
+        print(f"skipped: {error}")
+    if scored.unreadable > len(scored.errors):
+        print(f"skipped: {scored.unreadable - len(scored.errors)} more, their rows say why")
+    print(scored)
+    if not scored.judged:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=USE)

@@ -23,7 +23,7 @@ def test_the_flow_ends_with_a_champion_and_run_again_changes_nothing(workspace, 
         "reports/gate.html",
         "reports/data/docs/index.html",
         "make up",
-        "vlmdiff predict",
+        "vlmdiff score",
     ):
         assert shown in first
     second = workspace.run(*FLOW, PREFECT_API_URL=prefect_api).stdout

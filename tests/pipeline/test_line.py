@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -289,36 +290,20 @@ def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
 
 
 @pytest.mark.usefixtures("empty_store")
-def test_predict_writes_score_verdict_and_heatmap_with_the_champion(workspace, tmp_path):
+def test_score_judges_by_the_champion_and_names_it(workspace, tmp_path):
     photograph = next((workspace.path / "data/made/cable/test/missing").glob("*.png"))
-    done = workspace.run("vlmdiff", "predict", str(photograph), "--out", str(tmp_path / "out"), check=False)
-    assert done.returncode == 1 and "has no champion" in done.stdout
-    version = version_of(workspace.run("vlmdiff", "register").stdout)
+    out = tmp_path / "out"
+    done = workspace.run("vlmdiff", "score", str(photograph), "--out", str(out), check=False)
+    assert done.returncode == 1 and "has no champion" in done.stdout and not out.exists()
+    version = register(workspace)
     workspace.run("vlmdiff", "promote", version)
-    workspace.run("vlmdiff", "predict", str(photograph), "--out", str(tmp_path / "out"))
-    (row,) = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert photograph.name in workspace.run("vlmdiff", "score", str(photograph), "--out", str(out)).stdout
+    (row,) = pd.read_parquet(out).to_dict("records")
     assert 0 <= row["score"] < 1 and row["is_anomalous"] == (row["score"] > 0.5)
-    assert Image.open(tmp_path / "out" / row["heatmap"]).size == Image.open(photograph).size
-    other = workspace.run(
-        "vlmdiff", "predict", str(photograph), "--model", "models/detector", "--out", str(tmp_path / "b")
-    )
-    assert other.returncode == 0
-    assert (tmp_path / "b/predictions.jsonl").read_text() == (tmp_path / "out/predictions.jsonl").read_text()
-
-
-def test_predict_refuses_what_is_no_photograph_and_writes_nothing(workspace, tmp_path):
-    (tmp_path / "text.png").write_text("no image")
-    done = workspace.run(
-        "vlmdiff",
-        "predict",
-        str(tmp_path / "text.png"),
-        "--model",
-        "models/detector",
-        "--out",
-        str(tmp_path / "o"),
-        check=False,
-    )
-    assert done.returncode == 1 and "text.png" in done.stdout and not (tmp_path / "o").exists()
+    assert row["model"] == f"vlmdiff/{version}"
+    workspace.run("vlmdiff", "score", str(photograph), "--model", "models/detector", "--out", str(tmp_path / "b"))
+    (other,) = pd.read_parquet(tmp_path / "b").to_dict("records")
+    assert other["score"] == row["score"] and other["model"].startswith("sha256:")
 
 
 @pytest.mark.usefixtures("empty_store")

@@ -1,7 +1,8 @@
-"""Captions at test: what evaluate supplies, what predict and the served model ask for."""
+"""Captions at test: what evaluate supplies, what score and the served model ask for."""
 
 import base64
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from vlmdiff.captions.files import write_captions
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
 from vlmdiff.errors import InputError
-from vlmdiff.predict import predict
+from vlmdiff.score import score
 
 COLOURS = {"ball": (200, 30, 30), "fabric": (30, 160, 60)}
 
@@ -46,11 +47,10 @@ def line(tmp_path_factory):
 
 
 def evaluate(line, out, **detection):
-    params = p.Evaluate(detection=p.Detection(noise_level=700, samples=1, guidance=3.0, **detection), examples=1)
+    judging = p.Evaluate(detection=p.Detection(noise_level=700, samples=1, guidance=3.0, **detection), examples=1)
+    params = p.Params(prepare=line.data, train=p.Train(noise_levels=(0, 999)), evaluate=judging)
     root = line.root
-    stages.evaluate(
-        params, line.data, root / "manifest.parquet", root / "captions.jsonl", root / "pipeline", out / "d", out / "e"
-    )
+    stages.evaluate(params, root / "manifest.parquet", root / "captions.jsonl", root / "pipeline", out / "d", out / "e")
     return Detector.from_pretrained(out / "d")
 
 
@@ -79,11 +79,10 @@ def test_evaluate_names_the_image_that_has_no_caption(line, tmp_path):
     rows = [json.loads(row) for row in file.read_text().splitlines()]
     gone = next(row for row in rows if row["split"] == "validation")
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row is not gone))
-    params = p.Evaluate(detection=p.Detection(captions="image"))
+    params = p.Params(prepare=line.data, evaluate=p.Evaluate(detection=p.Detection(captions="image")))
     with pytest.raises(InputError, match=f"{gone['path']} has no caption"):
         stages.evaluate(
             params,
-            line.data,
             line.root / "manifest.parquet",
             tmp_path / "captions.jsonl",
             line.root / "pipeline",
@@ -109,27 +108,40 @@ def test_a_detector_by_class_asks_for_the_class(line, tmp_path):
         found.score
         for found in detector.detect([np.array(Image.open(f)) for f in files], captions=[CAPTIONS[0]] * len(files))
     ]
-    rows = predict(files, detector, tmp_path / "out", 10**6, "ball")
-    assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-5)
+    sources, model = [str(file) for file in files], tmp_path / "d"
+    scored = score(sources, tmp_path / "out", p.Params(), model, "ball")
+    assert [row["score"] for row in scored.rows] == pytest.approx(expected, abs=1e-5)
+    table = tmp_path / "table.csv"
+    shutil.copytree(line.data.root / "ball" / "hole", tmp_path / "hole")
+    table.write_text("path,class_name\n" + "".join(f"hole/{file.name},ball\n" for file in files))
+    scored = score([str(table)], tmp_path / "by_table", p.Params(), model)
+    assert [row["score"] for row in scored.rows] == pytest.approx(expected, abs=1e-5)
     assert judge(tmp_path / "d", files, class_name="ball")["score"].tolist() == pytest.approx(expected, abs=1e-5)
     for class_name, words in ((None, "--class-name"), ("cable", "only ball, fabric")):
         with pytest.raises(InputError, match=words):
-            predict(files, detector, tmp_path / "other", 10**6, class_name)
+            score(sources, tmp_path / "other", p.Params(), model, class_name)
         assert not (tmp_path / "other").exists()
 
 
-def test_a_detector_by_image_says_that_predict_cannot_caption(line, tmp_path):
+def test_a_detector_by_image_asks_for_a_table_of_captions(line, tmp_path):
     detector = evaluate(line, tmp_path, captions="image")
     files = sorted((line.data.root / "ball" / "hole").glob("*.png"))
-    with pytest.raises(InputError, match="its own caption"):
-        predict(files, detector, tmp_path / "out", 10**6)
+    with pytest.raises(InputError, match=r"0\.png: .* table with columns path and caption"):
+        score([str(file) for file in files], tmp_path / "out", p.Params(), tmp_path / "d")
+    assert not (tmp_path / "out").exists()
     judged = judge(tmp_path / "d", files, caption=[CAPTIONS[0], CAPTIONS[1]])["score"].tolist()
     images = [np.array(Image.open(file)) for file in files]
     expected = [found.score for found in detector.detect(images, captions=[CAPTIONS[0], CAPTIONS[1]])]
     assert judged == pytest.approx(expected, abs=1e-6)
+    shutil.copytree(line.data.root / "ball" / "hole", tmp_path / "hole")
+    captioned = pd.DataFrame({"path": [f"hole/{file.name}" for file in files], "caption": CAPTIONS[:2]})
+    captioned.to_parquet(tmp_path / "table.parquet")
+    scored = score([str(tmp_path / "table.parquet")], tmp_path / "out", p.Params(), tmp_path / "d")
+    assert [row["score"] for row in scored.rows] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_detector_without_captions_refuses_a_class(line, tmp_path):
     files = sorted((line.data.root / "ball" / "hole").glob("*.png"))
+    evaluate(line, tmp_path)
     with pytest.raises(InputError, match="captions: none"):
-        predict(files, evaluate(line, tmp_path), tmp_path / "out", 10**6, "ball")
+        score([str(file) for file in files], tmp_path / "out", p.Params(), tmp_path / "d", "ball")

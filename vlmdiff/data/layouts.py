@@ -246,7 +246,7 @@ def _table(root: Path, relative: Path, columns: dict[str, str]) -> Iterator[Reco
     file = resolve(root, relative.as_posix())
     if not file.is_file():
         raise InputError(f"{file} does not exist: it lists the images for this layout")
-    rows = _rows(file)
+    rows = table_rows(file)
     _, header = next(rows, (None, []))
     if twice := {name for name in header if header.count(name) > 1}:
         raise InputError(f"{file} has more than one column {', '.join(sorted(twice))}: keep one")
@@ -287,8 +287,11 @@ def _table(root: Path, relative: Path, columns: dict[str, str]) -> Iterator[Reco
         )
 
 
-def _rows(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """The header of a table, then its rows, each with where it stands; what is absent is empty."""
+def table_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """The header of a table, then its rows, each with where it stands; what is absent is empty.
+
+    CSV, or Parquet by its suffix. Raises InputError where the file is something else.
+    """
     return _parquet_rows(file) if file.suffix.lower() == ".parquet" else _csv_rows(file)
 
 

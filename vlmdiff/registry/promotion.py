@@ -205,8 +205,13 @@ def _detector(params: Params, version: int) -> Path:
 
 def champion_folder(params: Params) -> Path:
     """The champion's detector, fetched once into the workspace's cache."""
+    return champion(params)[1]
+
+
+def champion(params: Params) -> tuple[int, Path]:
+    """The champion's version, and its detector as `champion_folder` has it. InputError where there is none."""
     with open_store(params.registry) as client:
         version = champion_version(client, params.registry)
     if version is None:
         raise InputError(f"{params.registry.model_name} has no champion: run `make demo`, or name a folder by --model")
-    return _detector(params, version)
+    return version, _detector(params, version)

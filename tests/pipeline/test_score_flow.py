@@ -1,0 +1,95 @@
+"""The flow `score` in a workspace, against a real Prefect API."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from PIL import Image
+
+FLOW = "import sys; from flows.score import score; score(['photographs'], heatmaps=True)"
+
+
+def ask(api: str, what: str) -> list[dict]:
+    request = urllib.request.Request(f"{api}/{what}/filter", b"{}", {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)
+
+
+@pytest.fixture
+def scored(workspace, prefect_api):
+    """A workspace with a champion and photographs, one of them damaged; and how to run the flow there."""
+    version = workspace.run("vlmdiff", "register").stdout.strip().splitlines()[-1].removeprefix("version ")
+    workspace.run("vlmdiff", "promote", version)
+    folder = workspace.path / "photographs"
+    folder.mkdir()
+    for i, file in enumerate(sorted((workspace.path / "data/made").glob("*/test/*/*.png"))[:6]):
+        (folder / f"{i}.png").write_bytes(file.read_bytes())
+    (folder / "text.png").write_text("no image")
+    return workspace, lambda: workspace.run(sys.executable, "-c", FLOW, check=False, PREFECT_API_URL=prefect_api)
+
+
+def test_the_flow_scores_with_the_champion_and_shows_the_worst(scored, prefect_api):
+    workspace, run = scored
+    done = run()
+    assert done.returncode == 0, done.stdout
+    frame = pd.read_parquet(workspace.path / "reports/scores/vlmdiff-1")
+    assert len(frame) == 7 and frame["error"].notna().sum() == 1 and set(frame["model"]) == {"vlmdiff/1"}
+    artifacts = {artifact["key"]: artifact for artifact in ask(prefect_api, "artifacts")}
+    shown = json.loads(artifacts["scores"]["data"])
+    assert [row["score"] for row in shown] == [f"{s:.3f}" for s in sorted(frame["score"].dropna(), reverse=True)]
+    summary = artifacts["score-summary"]["data"]
+    assert "| judged | 6 |" in summary and "| could not be read | 1 |" in summary and "text.png" in summary
+
+    assert "7 of them scored before" in run().stdout
+    pd.testing.assert_frame_equal(pd.read_parquet(workspace.path / "reports/scores/vlmdiff-1"), frame)
+    states = {run["state_type"] for run in ask(prefect_api, "flow_runs") if run["name"].startswith("score ")}
+    assert states == {"COMPLETED"}
+
+    # Where nothing can be judged the run has failed, and says so.
+    for file in (workspace.path / "photographs").glob("*.png"):
+        file.write_text("no image")
+    failed = run()
+    assert failed.returncode != 0 and "7 could not be read" in failed.stdout
+
+
+def test_a_flow_that_is_cancelled_ends_its_child(scored, prefect_api):
+    workspace, _ = scored
+    # Large ones take their time.
+    large = workspace.path / "large.png"
+    Image.effect_noise((4000, 4000), 50).save(large, compress_level=0)
+    for i in range(40):
+        os.link(large, workspace.path / "photographs" / f"{i}-large.png")
+    with (workspace.path / "output").open("w") as output:
+        flow = psutil.Popen(
+            [sys.executable, "-c", FLOW],
+            cwd=workspace.path,
+            env=os.environ | {"PREFECT_API_URL": prefect_api},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    family = [flow]
+    try:
+        lock = workspace.path / "reports/scores/vlmdiff-1/.lock"
+        deadline = time.monotonic() + 120
+        while not lock.exists():
+            assert flow.poll() is None and time.monotonic() < deadline, Path(workspace.path / "output").read_text()
+            time.sleep(0.05)
+        family += flow.children(recursive=True)
+        assert any("vlmdiff.cli" in process.cmdline() for process in family)
+        flow.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive
+    finally:
+        for process in family:
+            if process.is_running():
+                process.kill()
+    assert "another" not in (workspace.path / "output").read_text()

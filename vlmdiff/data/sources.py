@@ -1,0 +1,92 @@
+"""Where photographs to be judged lie: files, folders, patterns, tables."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vlmdiff.data.images import SUFFIXES, resolve
+from vlmdiff.data.layouts import table_rows
+from vlmdiff.errors import InputError
+
+TABLES = {".csv", ".parquet"}
+
+
+class Photograph(NamedTuple):
+    """A file, by its absolute path, and what a table says of it."""
+
+    path: str
+    class_name: str | None = None
+    caption: str | None = None
+
+
+def find_photographs(sources: Sequence[str], leave_out: Path) -> list[Photograph]:
+    """The photographs of all sources, each once, in the order of the sources and of their names in each.
+
+    A source is a photograph, a folder (images by their suffix, also in its folders), a pattern such as `new/**/*.png`,
+    or a table with a column `path`, relative to the table's folder, and, optional, `class_name` and `caption`. Hidden
+    files and what lies in the folder `leave_out` are no sources. Raises InputError where a source does not exist or
+    gives nothing, or where two rows of tables say different things of one photograph.
+    """
+    out = os.path.abspath(leave_out)
+    found: dict[str, Photograph] = {}
+    for source in sources:
+        listed = list(_photographs_of(source, out))
+        if not listed:
+            raise InputError(f"{source} gives no photographs: name images, a folder, a pattern or a table of them")
+        for photograph in listed:
+            if found.setdefault(photograph.path, photograph) != photograph:
+                raise InputError(f"{photograph.path} is listed twice, of another class or caption: keep one")
+    return list(found.values())
+
+
+def _photographs_of(source: str, out: str) -> Iterator[Photograph]:
+    if os.path.isdir(source):
+        yield from _below(source, out)
+    elif os.path.isfile(source):
+        yield from _rows(Path(source)) if _suffix(source) in TABLES else [Photograph(os.path.abspath(source))]
+    elif glob.has_magic(source):
+        for match in sorted(glob.glob(source, recursive=True)):
+            if os.path.isdir(match):
+                # `**` gives each folder and what is in it.
+                yield from _below(match, out)
+            else:
+                yield from _images([match], out)
+    else:
+        raise InputError(f"{source} does not exist: name a photograph, a folder, a pattern or a table")
+
+
+def _below(folder: str, out: str) -> Iterator[Photograph]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from _images((os.path.join(place, name) for name in sorted(files) if not name.startswith(".")), out)
+
+
+def _images(files: Iterable[str], out: str) -> Iterator[Photograph]:
+    for file in map(os.path.abspath, files):
+        if _suffix(file) in SUFFIXES and not file.startswith(out + os.sep):
+            yield Photograph(file)
+
+
+def _rows(table: Path) -> Iterator[Photograph]:
+    rows = table_rows(table)
+    _, header = next(rows, (None, []))
+    if header.count("path") != 1:
+        raise InputError(f"{table} needs one column 'path', which names the photographs: it has {', '.join(header)}")
+    for where, cells in rows:
+        if not cells:
+            continue  # an empty line
+        if len(cells) != len(header):
+            raise InputError(f"{where}: {len(cells)} cells under {len(header)} columns: the row may be truncated")
+        row = dict(zip(header, cells, strict=True))
+        try:
+            resolve(table.parent, row["path"])
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        path = os.path.abspath(table.parent / row["path"])
+        yield Photograph(path, row.get("class_name") or None, row.get("caption") or None)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
