@@ -200,6 +200,33 @@ def predict(
     Console().print(table)
 
 
+@app.command(rich_help_panel=USE)
+def monitor(
+    scores: Annotated[Path, typer.Argument(help="What `vlmdiff score` wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder for monitor.json and monitor.html.")] = w.MONITOR,
+    model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, help="How many of the newest photographs; monitor.last of them where not said.")
+    ] = None,
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """Have new photographs drifted from those that the model was calibrated on?"""
+    from rich.console import Console
+
+    from vlmdiff.monitor import check_table, monitor
+    from vlmdiff.params import load
+
+    loaded = load(params)
+    if model is None:
+        from vlmdiff.registry.promotion import champion_folder
+
+        model = champion_folder(loaded)
+    settings = loaded.monitor if last is None else loaded.monitor.model_copy(update={"last": last})
+    found = monitor(scores, model, out, settings)
+    Console().print(check_table(found))
+    print(f"{out / 'monitor.html'} shows it")
+
+
 class Truth(StrEnum):
     """What a person says of a photograph."""
 

@@ -120,9 +120,7 @@ def _check(file: Path, max_pixels: int, mask: Path | None) -> str:
     suffixes = ", ".join(sorted(SUFFIXES))
     for image in (file, mask):
         if image is not None and image.suffix.lower() not in SUFFIXES:
-            raise InputError(
-                f"{image} is called otherwise than an image: its name must end in {', '.join(sorted(SUFFIXES))}"
-            )
+            raise InputError(f"{image} is not named as an image: its name must end in {suffixes}")
     size = decode(file, max_pixels).size
     if mask is not None:
         drawn = decode(mask, max_pixels)

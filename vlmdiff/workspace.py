@@ -22,6 +22,7 @@ EVALUATION = Path("reports/evaluation")
 METRICS = EVALUATION / "metrics.json"
 GATE = Path("reports/gate.json")
 GATE_PAGE = Path("reports/gate.html")
+SCORES = Path("reports/scores")
 MONITOR = Path("reports/monitor")
 
 # What people said of photographs; a log, which no stage reads.
