@@ -36,8 +36,7 @@ def monitor(
 
     try:
         params = load()
-        settings = params.monitor if last is None else params.monitor.model_copy(update={"last": last})
-        found = monitor(Path(scores), _model(model), Path(out), settings)
+        found = monitor(Path(scores), Path(out), params, Path(model) if model else None, last)
     except InputError as error:
         return Failed(message=str(error), data=error)
     _show(found, Path(out))
@@ -51,14 +50,6 @@ def monitor(
             payload={"outcome": found.outcome, "images": found.images, "found": [asdict(test) for test in found.found]},
         )
     return Completed(message=found.outcome, data=found)
-
-
-def _model(folder: str | None) -> Path:
-    if folder:
-        return Path(folder)
-    from vlmdiff.registry.promotion import champion_folder
-
-    return champion_folder(load())
 
 
 def _show(found: Check, out: Path) -> None:

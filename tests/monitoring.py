@@ -1,5 +1,6 @@
 """Made-up calibrations and days of photographs, for the tests of the monitor."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,14 @@ def write_model(folder: Path, classes: tuple[str, ...] = tuple(CLASSES), seed: i
     return folder
 
 
-def write_scores(file: Path, rows: pd.DataFrame, model: str = "1") -> Path:
-    """What `vlmdiff score` writes of these photographs."""
+def write_scores(file: Path, rows: pd.DataFrame, model: Path | str, day: int = 1) -> Path:
+    """What `vlmdiff score` writes of these photographs, by a detector's folder or by one of that name."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, Path):
+        model = f"sha256:{hashlib.sha256((model / 'detector.json').read_bytes()).hexdigest()[:16]}"
     frame = rows.drop(columns="class_name").assign(path=rows["image_id"] + ".png", model=model)
-    frame["is_anomalous"] = frame["score"] > 0.5
-    frame["error"] = pd.Series([None] * len(frame), dtype="str")
+    frame["is_anomalous"] = (frame["score"] > 0.5).astype("boolean").where(frame["score"].notna())
+    frame["error"] = pd.Series(np.where(frame["score"].isna(), "cannot be decoded", None), dtype="string")
+    frame["scored_at"] = pd.Timestamp(2026, 1, day, tz="UTC")
     frame.to_parquet(file)
     return file

@@ -216,13 +216,7 @@ def monitor(
     from vlmdiff.monitor import check_table, monitor
     from vlmdiff.params import load
 
-    loaded = load(params)
-    if model is None:
-        from vlmdiff.registry.promotion import champion_folder
-
-        model = champion_folder(loaded)
-    settings = loaded.monitor if last is None else loaded.monitor.model_copy(update={"last": last})
-    found = monitor(scores, model, out, settings)
+    found = monitor(scores, out, load(params), model, last)
     Console().print(check_table(found))
     print(f"{out / 'monitor.html'} shows it")
 

@@ -4,6 +4,7 @@ The mix of products may be another each day, and nobody says what a photograph s
 calibration alike, is put with the class that it is nearest to in its statistics, and compared within that class only.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from vlmdiff.errors import InputError
 from vlmdiff.evaluation.judging import REFERENCE
 from vlmdiff.evaluation.plots import draw_distributions
 from vlmdiff.files import atomic_folder, write_json
-from vlmdiff.params import Monitor
+from vlmdiff.params import Monitor, Params
 
 STATISTICS = ("brightness", "contrast", "sharpness", "red", "green", "blue", "width", "height")
 MEASURED = ("score", *STATISTICS)
@@ -33,7 +34,7 @@ NEW, ALARMS = "new kinds", "alarms"
 # a class's photographs as they were, does the detector judge as it did?
 QUESTIONS = ((NEW,), STATISTICS, ("score", ALARMS))
 # A photograph of calibration is judged by the others, in so many parts; and the grid over what a rate may be.
-PARTS, GRID = 50, 200
+PARTS, GRID = 20, 200
 Verdict = Literal["drift", "no drift", "too few photographs"]
 
 
@@ -67,13 +68,17 @@ class Test:
 
 @dataclass(frozen=True)
 class Check:
-    """What a check found. `images` of today were compared with `reference` images of calibration."""
+    """What a check found. `images` of today were compared with `reference` images of calibration.
+
+    `unreadable`: of the newest photographs; `others`: judged by other models than this one, and left out.
+    """
 
     verdict: Verdict
     outcome: str
     images: int
     reference: int
     unreadable: int
+    others: int
     false_alarm_rate: float
     tests: list[Test]
 
@@ -87,51 +92,66 @@ class Check:
         return sorted((test for test in self.tests if not test.passed), key=lambda test: test.corrected)
 
 
-def monitor(scores: Path, model: Path, out: Path, params: Monitor) -> Check:
+def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, last: int | None = None) -> Check:
     """Check the newest photographs of `scores`, and write the folder `out`: `monitor.json`, `monitor.html`.
 
-    scores: the dataset that `vlmdiff score` writes; model: a detector's folder. Raises InputError where either is
-    missing or something else.
+    scores: the dataset that `vlmdiff score` writes, or a folder of several; model: a detector's folder, instead of the
+    champion; last: how many photographs, instead of `monitor.last`. Raises InputError where something is missing or
+    something else.
     """
-    recent = read_scores(scores)
-    reference, calibration = read_reference(model)
+    folder, names = _model(model, params)
+    reference, calibration = read_reference(folder)
     known = Known.of(reference)
-    newest = recent.tail(params.last)
+    rows = read_scores(scores)
+    ours = rows["model"].isin(names)
+    newest = rows[ours].tail(last or params.monitor.last)
     readable = newest[newest["error"].isna()].reset_index(drop=True)
-    found = check(readable, known, calibration, params, unreadable=len(newest) - len(readable))
+    unreadable, others = len(newest) - len(readable), int((~ours).sum())
+    found = check(readable, known, calibration, params.monitor, unreadable, others)
     with atomic_folder(out) as temporary:
         write_json(temporary / "monitor.json", {**asdict(found), "drift": found.drift})
         (temporary / "monitor.html").write_text(page(found, readable, known), encoding="utf-8")
     return found
 
 
-def read_scores(path: Path) -> pd.DataFrame:
-    """The rows of a Parquet dataset of `vlmdiff score`, in the order in which they were written, each photograph once.
+def _model(folder: Path | None, params: Params) -> tuple[Path, set[str]]:
+    """A detector's folder, and what `vlmdiff score` calls it."""
+    names = set()
+    if folder is None:
+        from vlmdiff.registry.promotion import champion_folder
+        from vlmdiff.registry.store import champion_version, open_store
 
-    Of rows by several models those of the last one count. Raises InputError where it is something else.
+        folder = champion_folder(params)
+        with open_store(params.registry) as client:
+            names.add(f"{params.registry.model_name}/{champion_version(client, params.registry)}")
+    elif not (folder / SETTINGS).is_file():
+        raise InputError(f"{folder} is not a detector's folder: it has no {SETTINGS} (the evaluate stage writes it)")
+    return folder, names | {f"sha256:{hashlib.sha256((folder / SETTINGS).read_bytes()).hexdigest()[:16]}"}
+
+
+def read_scores(path: Path) -> pd.DataFrame:
+    """The rows of what `vlmdiff score` wrote, by when they were judged, each photograph once by each model.
+
+    Raises InputError where it is something else.
     """
     found = path.rglob("*.parquet") if path.is_dir() else [path]
-    files = [file for file in found if file.is_file() and not file.name.startswith(".")]
+    files = sorted(str(file) for file in found if file.is_file() and not file.name.startswith("."))
     if not files:
         raise InputError(f"{path} has no Parquet files: name what `vlmdiff score` wrote")
-    # A folder may hold what several runs wrote, whatever they are called.
-    files = sorted(files, key=lambda file: (file.stat().st_mtime_ns, str(file)))
-    columns = ["image_id", "score", "is_anomalous", "model", "error", *STATISTICS]
+    columns = ["image_id", "score", "is_anomalous", "model", "error", "scored_at", *STATISTICS]
     try:
-        frame = pa.dataset.dataset([str(file) for file in files]).to_table(columns=columns).to_pandas()
+        frame = pa.dataset.dataset(files).to_table(columns=columns).to_pandas()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is not what `vlmdiff score` writes: {error}") from error
-    frame = frame[frame["model"].eq(frame["model"].iloc[-1])] if len(frame) else frame
-    # One photograph that comes twice is no further evidence; one that could not be read may have no hash.
-    again = frame["image_id"].notna() & frame.duplicated("image_id", keep="last")
+    frame = frame.sort_values("scored_at", kind="stable")
+    # One photograph that comes twice is no further evidence; one that does not exist has no hash.
+    again = frame["image_id"].notna() & frame.duplicated(["image_id", "model"], keep="last")
     return frame[~again].reset_index(drop=True)
 
 
 def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
     """What a detector was calibrated on, a row a photograph. Raises InputError where the folder does not say."""
     file = model / REFERENCE
-    if not (model / SETTINGS).is_file():
-        raise InputError(f"{model} is not a detector's folder: it has no {SETTINGS} (the evaluate stage writes it)")
     if not file.is_file():
         raise InputError(f"{model} has no {REFERENCE}, which says what it was calibrated on: run `vlmdiff evaluate`")
     calibration = Calibration(**json.loads((model / SETTINGS).read_text())["calibration"])
@@ -189,14 +209,16 @@ class Known:
         return cls(reference, Classes.fit(values, names), nearest, distance)
 
 
-def check(recent: pd.DataFrame, known: Known, calibration: Calibration, params: Monitor, unreadable: int = 0) -> Check:
+def check(
+    recent: pd.DataFrame, known: Known, calibration: Calibration, params: Monitor, unreadable: int = 0, others: int = 0
+) -> Check:
     """Test photographs of today, a row each, against those of calibration.
 
     Where nothing has changed but the mix of the classes, the verdict is drift in a share `false_alarm_rate` of checks
     at most, over calibrations: Bonferroni's correction holds however the tests depend on each other.
     """
-    images, reference = len(recent), len(known.rows)
-    facts = (images, reference, unreadable, params.false_alarm_rate)
+    images = len(recent)
+    facts = (images, len(known.rows), unreadable, others, params.false_alarm_rate)
     if images < params.min_images:
         outcome = f"{images} photographs are too few to say anything: monitor.min_images is {params.min_images}"
         return Check("too few photographs", outcome, *facts, [])

@@ -62,7 +62,9 @@ def line(tmp_path, monkeypatch) -> str:
 def test_the_flow_emits_an_event_with_what_has_drifted(line, prefect_api) -> None:
     from flows.monitor import monitor
 
-    write_scores(Path("reports/scores/a.parquet"), photographs(1, dict.fromkeys(CLASSES, 67), sharpness=0.2))
+    write_scores(
+        Path("reports/scores/a.parquet"), photographs(1, dict.fromkeys(CLASSES, 67), sharpness=0.2), Path("model")
+    )
     state = monitor(model="model", return_state=True)
     assert state.is_completed() and state.message.startswith("drift in the last 200 photographs: ")
     (event,) = drifts(prefect_api, line, patience=30)
@@ -81,7 +83,7 @@ def test_the_flow_emits_an_event_with_what_has_drifted(line, prefect_api) -> Non
 def test_the_flow_says_nothing_where_nothing_has_drifted(line, prefect_api) -> None:
     from flows.monitor import monitor
 
-    write_scores(Path("reports/scores/a.parquet"), photographs(1, dict.fromkeys(CLASSES, 67)))
+    write_scores(Path("reports/scores/a.parquet"), photographs(1, dict.fromkeys(CLASSES, 67)), Path("model"))
     state = monitor(model="model", return_state=True)
     assert state.is_completed() and state.message == "no drift in the last 200 photographs"
     # Events come in order: one that was emitted would be there before the run's end is.
