@@ -31,7 +31,7 @@ from vlmdiff.evaluation.judging import write_reference
 from vlmdiff.monitor import Check, Known, check, read_reference
 from vlmdiff.params import Params, load
 
-SEED, GOOD, DEFECTIVE, DRIFTED = 100, 250, 3, 80
+SEED, GOOD, DEFECTIVE, DRIFTED = 100, 250, 3, 50
 IMAGES, DAYS, DRIFT_DAYS = 200, 100, 20
 LIMIT = 10**8
 DRIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -139,7 +139,7 @@ def main() -> None:
     add("no drift, shares from Dirichlet(1)", [clean(1.0) for _ in range(days)])
     for mix in (None, 1.0):
         checks = []
-        for _ in track(range(3 * days), "calibrate anew", 3 * days):
+        for _ in track(range(days), "calibrate anew", days):
             own, others, said = anew(rng, good, len(reference), calibration)
             checks.append(clean(mix, Known.of(own), others, said))
         add(f"no drift, calibrated anew, {'equal shares' if mix is None else 'Dirichlet(1)'}", checks)

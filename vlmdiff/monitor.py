@@ -35,6 +35,7 @@ NEW, ALARMS = "new kinds", "alarms"
 QUESTIONS = ((NEW,), STATISTICS, ("score", ALARMS))
 # A photograph of calibration is judged by the others, in so many parts; and the grid over what a rate may be.
 PARTS, GRID = 20, 200
+USUAL = 0.95  # of days have no more alarms than a check calls no surprise
 Verdict = Literal["drift", "no drift", "too few photographs"]
 
 
@@ -260,10 +261,9 @@ def _shift(what: str, recent: pd.DataFrame, nearest: np.ndarray, known: Known) -
     mixed = np.average([pair[0].mean() for pair in pairs], weights=[len(pair[1]) for pair in pairs])
     mean = np.concatenate([pair[1] for pair in pairs]).mean()
     worst = int(np.argmin([one.pvalue for one in found]))
-    why = (
-        f"its mean was {mixed:.4g} in photographs of like products and is {mean:.4g}; it differs most in those like "
-        f"{names[worst]}, of which {found[worst].statistic:.0%} lie apart"
-    )
+    why = f"its mean was {mixed:.4g} in photographs of like products and is {mean:.4g}"
+    if apart := found[worst].statistic:
+        why += f"; it differs most in those like {names[worst]}, of which {apart:.0%} lie apart"
     return Answer(float(both.statistic), float(both.pvalue), float(mixed), float(mean), why)
 
 
@@ -279,7 +279,7 @@ def _new_kinds(distance: np.ndarray, known: Known) -> Answer:
     p = float(stats.betabinom.sf(count - 1, images, rank, reference + 1 - rank))
     then, now = rank / (reference + 1), count / images
     why = (
-        f"{count} of {images} photographs are less like any class than all but {rank - 1} of {reference} at "
+        f"{count} of {images} photographs are further from every class than the last {rank} of {reference} at "
         f"calibration; {then * images:.0f} are to be expected"
     )
     return Answer(float(count), p, then, now, why)
@@ -294,23 +294,24 @@ def _alarms(
     then leave possible: a beta distribution, as in `Calibration.rate_range`.
     """
     alarmed, images = (known.rows["score"] > 0.5).to_numpy(), len(recent)
-    chances, expected = np.ones(1), 0.0
+    chances = np.ones(1)
     for name in np.unique(nearest):
         count, of_class = int((nearest == name).sum()), alarmed[known.nearest == name]
         above, below = int(of_class.sum()), int((~of_class).sum())
         # Without a photograph below the threshold any rate is possible.
         rates = stats.beta.ppf((np.arange(GRID) + 0.5) / GRID, above + 1, below) if below else np.ones(1)
         rates = rates + (1 - rates) * defect_rate
-        expected += count * float(rates.mean())
         of_count = stats.binom.pmf(np.arange(count + 1)[:, None], count, rates).mean(axis=1)
         chances = np.convolve(chances, of_count)
-    alarms = int(recent["is_anomalous"].sum())
+    alarms, usual = int(recent["is_anomalous"].sum()), int(np.searchsorted(chances.cumsum(), USUAL))
     p = min(1.0, float(chances[alarms:].sum()))
+    then = calibration.guarantee + (1 - calibration.guarantee) * defect_rate
     why = (
-        f"{alarms} alarms in {images} photographs; {expected:.0f} would be no surprise in this mix of products: of all "
-        f"its good ones {calibration.guarantee:.1%} are the guarantee's limit, and {defect_rate:.1%} may be defective"
+        f"{alarms} alarms in {images} photographs; {then * images:.0f} are to be expected at most, where "
+        f"{calibration.guarantee:.1%} of good ones are guaranteed and {defect_rate:.1%} are defective; in this mix of "
+        f"products up to {usual} are no surprise"
     )
-    return Answer(float(alarms), p, expected / images, alarms / images, why)
+    return Answer(float(alarms), p, then, alarms / images, why)
 
 
 def check_table(found: Check) -> Table:

@@ -1,6 +1,7 @@
 """What `evaluate` leaves for the monitor, and the flow `monitor` against a real Prefect API."""
 
 import json
+import shutil
 import time
 import urllib.request
 from pathlib import Path
@@ -47,6 +48,21 @@ def test_the_detector_travels_with_what_it_was_calibrated_on(workspace) -> None:
     assert reference["sharpness"][0] == pytest.approx(image_statistics(images[0])["sharpness"])
     scores = [found.score for found in Detector.from_pretrained(folder).detect(images)]
     np.testing.assert_allclose(reference["score"], scores, atol=1e-6)
+
+
+def test_the_monitor_asks_the_registry_for_the_champion_and_what_it_was_calibrated_on(workspace) -> None:
+    workspace.run("vlmdiff", "register")
+    workspace.run("vlmdiff", "promote", "1")
+    shutil.rmtree(workspace.path / "models/detector")
+    rows = pd.concat([photographs(seed, dict.fromkeys(CLASSES, 20)) for seed in (1, 2)])
+    write_scores(workspace.path / "reports/scores/a.parquet", rows[:60], "vlmdiff/1")
+    write_scores(workspace.path / "reports/scores/b.parquet", rows[60:90], "vlmdiff/2")
+    output = workspace.run("vlmdiff", "monitor", "reports/scores").stdout
+    said = json.loads((workspace.path / "reports/monitor/monitor.json").read_text())
+    # The tiny line's photographs are others than these.
+    assert (said["images"], said["others"], said["verdict"]) == (60, 30, "drift") and "drift in the last 60" in output
+    held_out = manifest.read(workspace.path / "data/manifest.parquet")["split"] == "validation"
+    assert said["reference"] == held_out.sum()
 
 
 @pytest.fixture
