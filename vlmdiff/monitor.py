@@ -53,8 +53,9 @@ class Answer(NamedTuple):
 class Test:
     """A question to the photographs, and its answer.
 
-    `statistic` and `p` are as the test gives them; `corrected` is p times the number of tests, at most 1, and the test
-    is passed where that is above the false alarm rate. `then` and `now` are what it compares, `why` a sentence.
+    `statistic` and `p` are as the test gives them; `corrected` is p times the number of questions and of a question's
+    tests, at most 1, and the test is passed where that is above the false alarm rate. `then` and `now` are what it
+    compares, `why` a sentence.
     """
 
     what: str
@@ -201,7 +202,8 @@ class Known:
     def of(cls, reference: pd.DataFrame) -> "Known":
         """Each is judged by the others, as one of today is: else it would look nearer than that one."""
         values, names = _values(reference), reference["class_name"].to_numpy(str)
-        nearest, distance = np.empty_like(names), np.empty(len(names))
+        # Beside no other, none is like it, and nothing is further away.
+        nearest, distance = np.full_like(names, ""), np.full(len(names), np.inf)
         order = np.random.default_rng(0).permutation(len(names))
         for part in np.array_split(order, min(len(names), PARTS)):
             others = np.setdiff1d(order, part)
@@ -216,7 +218,8 @@ def check(
     """Test photographs of today, a row each, against those of calibration.
 
     Where nothing has changed but the mix of the classes, the verdict is drift in a share `false_alarm_rate` of checks
-    at most, over calibrations: Bonferroni's correction holds however the tests depend on each other.
+    at most, over calibrations: Bonferroni's correction holds however the tests depend on each other. Classes that look
+    alike are put together alike then and now; benchmarks/monitor.py measures what comes of it.
     """
     images = len(recent)
     facts = (images, len(known.rows), unreadable, others, params.false_alarm_rate)
