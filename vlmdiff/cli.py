@@ -2,6 +2,7 @@
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -199,6 +200,68 @@ def score(
     print(scored)
     if not scored.judged:
         raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=USE)
+def monitor(
+    scores: Annotated[Path, typer.Argument(help="What `vlmdiff score` wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder for monitor.json and monitor.html.")] = w.MONITOR,
+    model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, help="How many of the newest photographs; monitor.last of them where not said.")
+    ] = None,
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """Have new photographs drifted from those that the model was calibrated on?"""
+    from rich.console import Console
+
+    from vlmdiff.monitor import check_table, monitor
+    from vlmdiff.params import load
+
+    found = monitor(scores, out, load(params), model, last)
+    Console().print(check_table(found))
+    print(f"{out / 'monitor.html'} shows it")
+
+
+class Truth(StrEnum):
+    """What a person says of a photograph."""
+
+    NORMAL = "normal"
+    ANOMALOUS = "anomalous"
+
+
+@app.command(rich_help_panel=USE)
+def feedback(
+    truth: Annotated[Truth, typer.Argument(help="What a person has found them to be.")],
+    photographs: Annotated[list[Path], typer.Argument(help="Photographs.")],
+    class_name: Annotated[str, typer.Option(help="What they show: a class of the dataset.")],
+    defect: Annotated[
+        str | None, typer.Option(help="Kind of defect of anomalous ones.  [default: anomaly]", show_default=False)
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Where the defect is, above zero, in one anomalous photograph.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Your name.  [default: the user's]", show_default=False)] = None,
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """Add photographs to the dataset: normal ones to train on, anomalous ones to test on."""
+    import getpass
+
+    from vlmdiff.feedback import Statement, give_feedback
+    from vlmdiff.params import load
+
+    if truth is Truth.NORMAL and defect is not None:
+        raise InputError("a normal photograph has no defect: leave --defect out")
+    loaded = load(params)
+    kind = None if truth is Truth.NORMAL else defect or "anomaly"
+    added = give_feedback(photographs, Statement(class_name, kind, by or getpass.getuser()), loaded, w.FEEDBACK, mask)
+    for file in added:
+        print(file)
+    print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; {w.FEEDBACK} has who")
+    root = loaded.prepare.root
+    tracked = root.with_name(f"{root.name}.dvc")
+    first = f"`dvc add {root}`, then " if tracked.exists() else ""
+    print(f"next: {first}`make demo` (the flow `retrain`), or `dvc repro`")
 
 
 @app.command(rich_help_panel=USE)

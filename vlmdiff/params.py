@@ -1,4 +1,4 @@
-"""params.yaml as frozen, validated models: one section a stage, then the gate and the registry.
+"""params.yaml as frozen, validated models: one section a stage, then the gate, the monitor and the registry.
 
 An unknown key or a bad value is an `InputError` that names the file and the key.
 """
@@ -469,6 +469,18 @@ class Gate(Section):
     max_size_mb: PositiveFloat | None = None
 
 
+class Monitor(Section):
+    """When the photographs of today have drifted from those at calibration.
+
+    `false_alarm_rate` is of a check as a whole; `last` are the newest photographs, those that are looked at.
+    """
+
+    false_alarm_rate: Fraction = 0.01
+    min_images: Positive = 50
+    last: Positive = 200
+    defect_rate: Annotated[float, Field(ge=0, lt=1)] = 0.02
+
+
 class Registry(Section):
     """The environment's MLFLOW_TRACKING_URI, where set, comes before `tracking_uri`."""
 
@@ -486,6 +498,7 @@ class Params(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
+    monitor: Monitor = Monitor()
     registry: Registry = Registry()
 
     @model_validator(mode="after")

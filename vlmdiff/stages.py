@@ -153,7 +153,7 @@ def evaluate(
     from vlmdiff.detection.class_captions import class_captions
     from vlmdiff.detection.detector import Detector
     from vlmdiff.device import pick_device
-    from vlmdiff.evaluation.judging import captions_of, detector_captions, judge_images
+    from vlmdiff.evaluation.judging import captions_of, detector_captions, judge_images, write_reference
     from vlmdiff.model.pipeline import load_pipeline
 
     params, data = made_by.evaluate, made_by.prepare
@@ -167,11 +167,12 @@ def evaluate(
     detector = Detector(pipeline, params.detection, class_captions=of_classes)
     size = pipeline.config.image_size
     normal = [load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in held_out["path"]]
-    detector.calibrate(normal, params.batch_size, detector_captions(detector, held_out, texts))
+    scores = detector.calibrate(normal, params.batch_size, detector_captions(detector, held_out, texts))
     judged = judge_images(detector, frame, data, texts, params)
     detector.calibration = replace(detector.calibration, f1_optimal=judged.f1_optimal())
     with atomic_folder(detector_out) as temporary:
         detector.save_pretrained(temporary)
+        write_reference(temporary, held_out, scores, data)
     with atomic_folder(out) as temporary:
         judged.write(temporary, folder_mb(detector_out), provenance(made_by, frame, manifest_file, captions))
 
@@ -179,7 +180,7 @@ def evaluate(
 def provenance(made_by: p.Params, frame: pd.DataFrame, manifest_file: Path, captions: Path) -> dict[str, object]:
     """What the report says it rests on: data, captions, code, and the parameters of every stage."""
     counts = frame["split"].value_counts()
-    stages = made_by.model_dump(mode="json", by_alias=True, exclude={"gate", "registry"})
+    stages = made_by.model_dump(mode="json", by_alias=True, exclude={"gate", "monitor", "registry"})
     return {
         "data": ", ".join(f"{counts.get(split, 0)} {split}" for split in ("train", "validation", "test")),
         "manifest": sha256(manifest_file),

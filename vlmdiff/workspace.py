@@ -22,6 +22,11 @@ EVALUATION = Path("reports/evaluation")
 METRICS = EVALUATION / "metrics.json"
 GATE = Path("reports/gate.json")
 GATE_PAGE = Path("reports/gate.html")
+SCORES = Path("reports/scores")
+MONITOR = Path("reports/monitor")
+
+# What people said of photographs; a log, which no stage reads.
+FEEDBACK = Path("data/feedback.jsonl")
 
 # What must outlive a crash: DVC deletes a stage's outputs before it runs the stage.
 CAPTION_STORE = Path(".cache/captions/captions.sqlite")

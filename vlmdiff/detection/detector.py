@@ -130,10 +130,10 @@ class Detector:
 
     def calibrate(
         self, normal: Sequence[np.ndarray], batch_size: int = 32, captions: Sequence[str] | None = None
-    ) -> None:
+    ) -> np.ndarray:
         """Learn from normal images that training never saw (uint8 (H, W, 3)) what difference is normal.
 
-        captions: as for `detect`.
+        captions: as for `detect`. Returns the images' scores (N,), as `detect` gives them from now on.
         """
         found = [(maps, expected) for maps, expected, _ in self._differences(normal, batch_size, captions)]
         differences, deviations = (np.concatenate(maps) for maps in zip(*found, strict=True))
@@ -149,6 +149,7 @@ class Detector:
             images=len(scores),
             false_alarm_rate=self.params.false_alarm_rate,
         )
+        return normalised(scores, threshold)
 
     def captions_of(self, classes: Iterable[str]) -> list[str]:
         """The captions by which a detector of `captions: class` judges images of these classes.
@@ -184,7 +185,7 @@ class Detector:
         for differences, deviations, rebuilt in self._differences(images, batch_size, captions):
             raw = self._combine(self._relative(differences, deviations, calibration.deviation), calibration.scales)
             maps, scores = (
-                (values / (values + calibration.threshold)).astype(np.float32)
+                normalised(values, calibration.threshold)
                 for values in (raw, image_scores(raw, self.params.image_score))
             )
             for anomaly_map, score, reconstruction in zip(maps, scores.tolist(), rebuilt, strict=True):
@@ -266,6 +267,11 @@ class Detector:
         """(B, F, S, S) to (B, S, S): each kind of features on its normal scale, weighted, summed and smoothed."""
         weights = np.array([features.weight for features in self.params.features]) / np.maximum(scales, 1e-12)
         return smooth(np.einsum("bfhw,f->bhw", differences, weights), self.params.smoothing)
+
+
+def normalised(values: np.ndarray, threshold: float) -> np.ndarray:
+    """Values from 0 on as float32 in [0, 1): the threshold becomes 0.5."""
+    return (values / (values + threshold)).astype(np.float32)
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from vlmdiff.console import track
 from vlmdiff.data.images import load_mask, load_rgb, resolve
+from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
 from vlmdiff.detection.detector import Detector
 from vlmdiff.errors import InputError
@@ -30,6 +33,8 @@ TIMED = 10
 JUDGED, RESULTS, SAMPLES = "judged.json", "metrics.json", "samples.npz"
 # What a model is judged by later, without its images.
 EVIDENCE = (JUDGED, RESULTS, SAMPLES, CONTENT)
+# Beside the detector: what the photographs that it was calibrated on are like.
+REFERENCE = "reference.parquet"
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,18 @@ def judge_images(
     return judged
 
 
+def write_reference(folder: Path, held_out: pd.DataFrame, scores: np.ndarray, data: Prepare) -> None:
+    """Write `folder`/REFERENCE, a row an image of calibration: image_id, class_name, score, `image_statistics`.
+
+    held_out: the manifest's rows; scores: theirs, (N,). The statistics are of the photographs as they came.
+    """
+    images = _read(held_out["path"], data, None)
+    rows = [image_statistics(image) for image in track(images, "look at held-out images", len(held_out))]
+    frame = held_out[["image_id", "class_name"]].reset_index(drop=True).assign(score=scores.astype(np.float64))
+    table = pa.Table.from_pandas(frame.join(pd.DataFrame(rows)), preserve_index=False)
+    pq.write_table(table.replace_schema_metadata(), folder / REFERENCE)
+
+
 def _test_images(frame: pd.DataFrame) -> pd.DataFrame:
     """The test images of a manifest, class by class."""
     return frame[frame["split"] == "test"].sort_values("class_name", kind="stable", ignore_index=True)
@@ -196,7 +213,7 @@ def captions_of(rows: pd.DataFrame, texts: dict[str, str]) -> list[str]:
     return [texts[image_id] for image_id in rows["image_id"]]
 
 
-def _read(paths: pd.Series, data: Prepare, size: int) -> Iterator[np.ndarray]:
+def _read(paths: pd.Series, data: Prepare, size: int | None) -> Iterator[np.ndarray]:
     for path in paths:
         yield load_rgb(resolve(data.image_root, path), size, data.max_pixels)
 

@@ -132,6 +132,24 @@ def draw_histograms(rows: Rows, names: Sequence[str], columns: int = 4) -> str:
         return _svg(figure)
 
 
+def draw_distributions(
+    then: np.ndarray, now: np.ndarray, weights: np.ndarray, label: str, threshold: float | None = None
+) -> str:
+    """Two histograms of shares on one scale: of `then` (N,) by its `weights`, filled, and of `now` (M,), a line."""
+    import matplotlib.pyplot as plt
+
+    edges = np.histogram_bin_edges(np.concatenate([then, now]), BINS // 2)
+    weights = weights / weights.sum() if weights.sum() else np.full(len(then), 1 / len(then))
+    with plt.rc_context(STYLE | {"svg.hashsalt": label}):
+        figure, axes = plt.subplots(figsize=(3.4, 2.0), layout="tight")
+        axes.hist(then, edges, weights=weights, color=RULE)
+        axes.hist(now, edges, weights=np.full(len(now), 1 / len(now)), histtype="step", color=HUES[0], linewidth=1.5)
+        if threshold is not None:
+            axes.axvline(threshold, color=INK, linewidth=0.8)
+        axes.set(xlabel=label, ylabel="share")
+        return _svg(figure)
+
+
 def _svg(figure) -> str:
     """A figure as an `svg` element of an HTML page: no namespaces, no metadata, colours by their names."""
     import matplotlib.pyplot as plt

@@ -1,0 +1,184 @@
+"""`vlmdiff feedback`: what a person said of photographs becomes training and test data, once."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from vlmdiff.cli import app
+from vlmdiff.data import manifest
+from vlmdiff.errors import InputError
+from vlmdiff.params import load
+
+GOOD = {"folder": "bottle/good", "mvtec_ad": "bottle/train/good"}
+SPLIT = {"folder": "bottle/crack", "mvtec_ad": "bottle/test/crack"}
+MASK = {"folder": "bottle/masks/crack/{}.png", "mvtec_ad": "bottle/ground_truth/crack/{}_mask.png"}
+
+
+def photograph(file: Path, seed: int) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(file)
+    return file
+
+
+def mask(file: Path, shape=(12, 16), value=255) -> Path:
+    pixels = np.zeros(shape, np.uint8)
+    pixels[:3] = value
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+@pytest.fixture(params=["folder", "mvtec_ad"])
+def layout(request, tmp_path, monkeypatch) -> str:
+    """A dataset of one class with four normal images and one defective, in a workspace that is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    name = request.param
+    for seed in range(4):
+        photograph(Path("data/raw", GOOD[name], f"{seed}.png"), seed)
+    photograph(Path("data/raw", SPLIT[name], "0.png"), 10)
+    if name == "mvtec_ad":
+        photograph(Path("data/raw/bottle/test/good/0.png"), 11)
+    params = {"prepare": {"layout": name}, "validate": {"masks": "optional"}}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    return name
+
+
+def require_masks(layout: str) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump({"prepare": {"layout": layout}}))
+
+
+def give(*arguments: str, by: str | None = "Ada Lovelace") -> str:
+    """The command's output; InputError where it fails."""
+    name = [] if by is None else ["--by", by]
+    result = CliRunner().invoke(app, ["feedback", *map(str, arguments), "--class-name", "bottle", *name])
+    if result.exception:
+        raise result.exception
+    return result.output
+
+
+def tree() -> set[str]:
+    return {str(file) for file in Path("data").rglob("*") if file.is_file()}
+
+
+def refused(*arguments, words: tuple[str, ...]) -> None:
+    """The command fails with all of the words in its message, and changes no file."""
+    before = tree()
+    with pytest.raises(InputError) as caught:
+        give(*arguments)
+    for word in words:
+        assert word in str(caught.value)
+    assert tree() == before
+
+
+def records() -> dict[str, tuple[str, str | None, str | None]]:
+    params = load().prepare
+    frame = manifest.build(params, params.root)
+    return {
+        row.image_id: ("test" if row.split == "test" else "train", row.defect, row.mask_path)
+        for row in frame.itertuples()
+    }
+
+
+def test_confirmed_photographs_join_the_training_data_and_rejected_ones_the_test_data(layout) -> None:
+    before = records()
+    good, bad = photograph(Path("new/a.png"), 20), photograph(Path("new/b.PNG"), 21)
+    said = give("normal", good)
+    assert "1 added" in said and "dvc repro" in said and "dvc add" not in said
+    give("anomalous", bad, "--defect", "crack", "--mask", mask(Path("m.png")))
+
+    new = {image_id: where for image_id, where in records().items() if image_id not in before}
+    assert len(new) == 2
+    (normal,) = [image_id for image_id, where in new.items() if where[1] is None]
+    (defective,) = set(new) - {normal}
+    stem = next(Path("data/raw", SPLIT[layout]).glob(f"{defective[:16]}*")).stem
+    assert new[defective] == ("test", "crack", MASK[layout].format(stem))
+    if layout == "mvtec_ad":
+        assert new[normal][0] == "train"
+
+
+def test_the_log_says_what_was_said_and_by_whom(layout) -> None:
+    give("normal", photograph(Path("a.png"), 20))
+    give("anomalous", photograph(Path("b.png"), 21), by=None)
+    first, second = (json.loads(line) for line in Path("data/feedback.jsonl").read_text().splitlines())
+    assert (first["truth"], first["class_name"], first["by"]) == ("normal", "bottle", "Ada Lovelace")
+    assert (second["truth"], second["defect"]) == ("anomalous", "anomaly") and second["by"]
+    assert first["image_id"] in records() and second["when"] >= first["when"]
+
+
+def test_twice_is_as_good_as_once(layout) -> None:
+    file = photograph(Path("a.png"), 20)
+    copy = photograph(Path("copy.png"), 20)
+    give("normal", file, copy)
+    before = {name: Path(name).read_bytes() for name in tree()}
+    assert "0 added, 2 in the dataset already" in give("normal", file, copy)
+    assert {name: Path(name).read_bytes() for name in tree()} == before
+
+
+def test_a_killed_feedback_is_finished_by_the_same_command(layout) -> None:
+    file, drawn = photograph(Path("a.png"), 20), mask(Path("m.png"))
+    give("anomalous", file, "--defect", "crack", "--mask", drawn)
+    whole = tree()
+    for name in sorted(whole):
+        if "feedback" in name or "mask" in name or "ground_truth" in name:
+            Path(name).unlink()
+    give("anomalous", file, "--defect", "crack", "--mask", drawn)
+    assert tree() == whole
+
+
+def test_a_photograph_that_is_in_the_other_set_is_refused(layout) -> None:
+    trained_on = Path("data/raw", GOOD[layout], "1.png")
+    refused("anomalous", trained_on, words=("1.png is in the dataset already, as", "cannot be in both"))
+    tested_on = Path("data/raw", SPLIT[layout], "0.png")
+    refused("normal", photograph(Path("a.png"), 20), tested_on, words=("0.png is in the dataset already",))
+
+
+def test_a_mask_that_is_required_is_asked_for_before_anything_is_copied(layout) -> None:
+    require_masks(layout)
+    refused("anomalous", photograph(Path("a.png"), 20), words=("validate.masks is required", "--mask"))
+    assert "1 added" in give("anomalous", "a.png", "--mask", mask(Path("m.png")))
+
+
+def test_what_is_no_photograph_is_refused_and_the_ones_beside_it_are_not_copied(layout) -> None:
+    good = photograph(Path("a.png"), 20)
+    cut = Path("cut.png")
+    cut.write_bytes(good.read_bytes()[:200])
+    refused("normal", good, cut, words=("cut.png cannot be decoded",))
+    refused("normal", good, Path("none.png"), words=("none.png does not exist",))
+    good.rename("a.dat")
+    refused("normal", Path("a.dat"), words=("a.dat", "must end in"))
+
+
+def test_a_mask_that_does_not_fit_is_refused(layout) -> None:
+    file, other = photograph(Path("a.png"), 20), photograph(Path("b.png"), 21)
+    refused("anomalous", file, "--mask", mask(Path("small.png"), (6, 8)), words=("8 x 6", "16 x 12"))
+    refused("anomalous", file, "--mask", mask(Path("black.png"), value=0), words=("black.png is no mask",))
+    refused("anomalous", file, "--mask", other, words=("b.png is no mask",))
+    fitting = mask(Path("m.png"))
+    refused("anomalous", file, other, "--mask", fitting, words=("one photograph, and there are 2",))
+    refused("normal", file, "--mask", fitting, words=("a normal photograph has no mask",))
+
+
+@pytest.mark.parametrize("name", ["good", "masks", "../else", ".hidden", " "])
+def test_a_defect_that_cannot_be_a_folder_of_its_own_is_refused(layout, name) -> None:
+    refused("anomalous", photograph(Path("a.png"), 20), "--defect", name, words=(repr(name),))
+
+
+def test_an_unknown_class_is_refused_with_the_known_ones(layout) -> None:
+    photograph(Path("a.png"), 20)
+    result = CliRunner().invoke(app, ["feedback", "normal", "a.png", "--class-name", "botle"])
+    assert "no class 'botle', only bottle" in str(result.exception)
+
+
+def test_a_layout_that_is_a_list_is_refused_with_those_that_are_folders(layout) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump({"prepare": {"layout": "visa"}}))
+    refused("normal", photograph(Path("a.png"), 20), words=("prepare.layout is visa", "folder and mvtec_ad"))
+
+
+def test_data_that_dvc_tracks_by_itself_is_to_be_added_again(layout) -> None:
+    Path("data/raw.dvc").write_text("outs: []\n")
+    assert f"`dvc add {os.path.join('data', 'raw')}`" in give("normal", photograph(Path("a.png"), 20))
