@@ -264,6 +264,39 @@ def feedback(
     print(f"next: {first}`make demo` (the flow `retrain`), or `dvc repro`")
 
 
+@app.command("inspect", rich_help_panel=USE)
+def inspect_(
+    model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
+    address: Annotated[
+        str, typer.Option(help="Where it listens; other machines reach it by another one.")
+    ] = "127.0.0.1",
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """A page for the inspector: drop in a photograph, see what the champion says, and say what you think."""
+    from vlmdiff.params import load
+
+    loaded = load(params)
+    if model is None:
+        from vlmdiff.registry.promotion import champion_folder
+
+        model = champion_folder(loaded)
+    settings = {
+        "server.address": address,
+        "server.port": port,
+        "server.headless": "true",
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": "false",
+        "client.toolbarMode": "minimal",
+    }
+    print(f"the inspector's page: http://{address}:{port}", flush=True)
+    page = str(Path(__file__).with_name("inspector.py"))
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "streamlit", "run", page, *options, "--", str(model)]
+    # Its process takes this one's place: who ends this command ends the page.
+    os.execv(sys.executable, command)
+
+
 @app.command(rich_help_panel=USE)
 def results() -> None:
     """The last evaluation's table and the gate's last verdict."""
