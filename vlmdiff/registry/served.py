@@ -9,7 +9,10 @@ import io
 import math
 import os
 import threading
+from collections import deque
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,8 +58,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
         self.detector = Detector.from_pretrained(context.artifacts["detector"])
         self.max_pixels = context.model_config["max_pixels"]
         self.max_rows, self.root = _max_rows(), _image_root()
-        # MLflow's server asks from many threads: one batch at a time is judged, in the memory of one.
-        self.lock = threading.Lock()
+        self.lock, self.waiting = threading.Lock(), deque()
 
     def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """A row a photograph: `score` in [0, 1); `is_anomalous`, whether it is above `threshold`; `regions`, and on
@@ -91,11 +93,33 @@ class Inspector(mlflow.pyfunc.PythonModel):
         for batch in batches(zip(range(len(frame)), *columns, strict=True), BATCH):
             photographs = [self._read(number, image, path, draw) for number, image, path in batch]
             texts = captions and captions[len(rows) : len(rows) + len(batch)]
-            with self.lock:
-                found = self.detector.detect([p.judged for p in photographs], BATCH, texts)
+            found = self._detect([p.judged for p in photographs], texts)
             rows += [_row(p, detection.at(threshold)) for p, detection in zip(photographs, found, strict=True)]
         names = ["score", "is_anomalous", "regions"]
         return pd.DataFrame(rows, columns=[*names, "heatmap"] if draw else names)
+
+    def _detect(self, images: list[Image.Image], captions: list[str] | None) -> list[Detection]:
+        """Judge at most BATCH images. MLflow's server asks from many threads: one batch at a time is judged, in the
+        memory of one, and what waited meanwhile is judged together, which takes less time.
+        """
+        mine = Future()
+        self.waiting.append((images, captions, mine))
+        with self.lock:
+            # Whoever was in here before may have taken this along.
+            while not mine.done():
+                taken, size = [], 0
+                while self.waiting and size + len(self.waiting[0][0]) <= BATCH:
+                    taken.append(self.waiting.popleft())
+                    size += len(taken[-1][0])
+                try:
+                    texts = captions and [text for _, captions, _ in taken for text in captions]
+                    found = iter(self.detector.detect([i for images, _, _ in taken for i in images], BATCH, texts))
+                    for images, _, future in taken:
+                        future.set_result(list(islice(found, len(images))))
+                except Exception as error:
+                    for _, _, future in taken:
+                        future.set_exception(error)
+        return mine.result()
 
     def _captions(self, frame: pd.DataFrame) -> list[str] | None:
         kind = self.detector.params.captions
