@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from flows.processes import end_group
-from tests.pipeline.test_line import empty_store, made_store, register, registry, set_metrics  # noqa: F401
+from tests.pipeline.test_line import empty_store, made_store, registry, set_metrics  # noqa: F401
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
 
@@ -319,52 +319,65 @@ def test_the_card_travels_with_the_model_and_stands_in_the_registry(champion):
     assert str(champion.path) not in card
 
 
+# What takes MLflow and torch seconds to import is asked in one process.
+COMMANDS = """
+import json, sys
+from vlmdiff.cli import app
+from vlmdiff.errors import InputError
+for command in json.loads(sys.argv[1]):
+    try:
+        app(command, standalone_mode=False)
+    except InputError as error:
+        print("error:", error)
+"""
+ROLLBACK = ["rollback", "--reason", "misses cracks", "--by", "Ada"]
+
+
+def commands(workspace, *lines: list[str]) -> str:
+    """Run commands of ours one after another, and return what they print."""
+    return workspace.run(sys.executable, "-c", COMMANDS, json.dumps(lines)).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("empty_store")
 def test_a_rollback_puts_the_previous_champion_back_for_good(workspace):
-    def rollback(check: bool = True) -> subprocess.CompletedProcess[str]:
-        return workspace.run("vlmdiff", "rollback", "--reason", "misses cracks", "--by", "Ada", check=check)
-
-    for said in ("has no champion", "none was before it"):
-        refused = rollback(check=False)
-        assert refused.returncode == 1 and said in refused.stdout
-        if said == "has no champion":
-            set_metrics(workspace, au_pro=0.80)
-            workspace.run("vlmdiff", "promote", register(workspace))
-    for better in (0.85, 0.90):
-        set_metrics(workspace, au_pro=better)
-        workspace.run("vlmdiff", "promote", register(workspace))
+    set_metrics(workspace, au_pro=0.80)
+    output = commands(workspace, ["register"], ROLLBACK, ["promote", "1"], ROLLBACK)
+    assert "vlmdiff has no champion" in output and "none was before it" in output
+    set_metrics(workspace, au_pro=0.85)
+    commands(workspace, ["register"], ["promote", "2"])
+    set_metrics(workspace, au_pro=0.90)
     # That an old one is judged against a newer champion does not make that one its predecessor.
-    workspace.run("vlmdiff", "promote", "1")
-    assert registry(workspace)["champion"] == "3" and registry(workspace)["tags"]["1"]["gate.champion"] == "3"
+    commands(workspace, ["register"], ["promote", "3"], ["promote", "1"])
+    found = registry(workspace)
+    assert found["champion"] == "3" and found["tags"]["1"]["gate.champion"] == "3"
 
     # Two at once go two back: neither acts on what it read before the other.
-    command = ["vlmdiff", "rollback", "--reason", "misses cracks", "--by", "Ada"]
-    running = [subprocess.Popen(command, cwd=workspace.path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    running = [
+        subprocess.Popen(["vlmdiff", *ROLLBACK], cwd=workspace.path, stdout=subprocess.DEVNULL) for _ in range(2)
+    ]
     assert [process.wait() for process in running] == [0, 0]
     found = registry(workspace)
     assert found["champion"] == "1"
+    said = {"by": "Ada", "reason": "misses cracks"}
     for gone, back in (("3", "2"), ("2", "1")):
-        said = {"by": "Ada", "reason": "misses cracks"}
-        assert {key: found["tags"][gone][f"rollback.{key}"] for key in ("by", "reason", "to")} == said | {"to": back}
-        assert {key: found["tags"][back][f"restored.{key}"] for key in ("by", "reason", "from")} == said | {
-            "from": gone
-        }
-    assert "none was before it" in rollback(check=False).stdout
+        tags = found["tags"][gone], found["tags"][back]
+        assert {key: tags[0][f"rollback.{key}"] for key in ("by", "reason", "to")} == said | {"to": back}
+        assert {key: tags[1][f"restored.{key}"] for key in ("by", "reason", "from")} == said | {"from": gone}
 
     # The next retrain makes the same model, and the gate knows it.
-    assert register(workspace) == "3"
-    assert workspace.run("vlmdiff", "gate", "3", check=False).returncode == 1
-    assert "version 1 is champion" in workspace.run("vlmdiff", "promote", "3").stdout
+    output = commands(workspace, ROLLBACK, ["register"], ["promote", "3"])
+    assert "none was before it" in output and "this model is version 3 already" in output
+    assert "version 3 does not pass the gate; version 1 is champion" in output
     found = registry(workspace)
     assert found["champion"] == "1" and found["tags"]["3"]["gate.verdict"] == "failed"
     assert "version 3 was rolled back by Ada: misses cracks" in found["tags"]["3"]["gate.reasons"]
 
     # A person may think better of it.
-    workspace.run("vlmdiff", "promote", "3", "--override", "Grace", "--reason", "it was the camera")
+    commands(workspace, ["promote", "3", "--override", "Grace", "--reason", "it was the camera"])
     found = registry(workspace)
     assert found["champion"] == "3" and not [key for key in found["tags"]["3"] if key.startswith("rollback.")]
-    assert "version 1 is champion again, version 3 was rolled back by Ada" in rollback().stdout
+    assert "version 1 is champion again, version 3 was rolled back by Ada" in commands(workspace, ROLLBACK)
     assert registry(workspace)["champion"] == "1"
 
 

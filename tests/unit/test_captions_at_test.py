@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from tests.tiny import CAPTIONS, SIZE, tiny_pipeline
@@ -97,7 +98,7 @@ def judge(model, images, **columns):
     from vlmdiff.registry.served import Inspector
 
     inspector = Inspector()
-    inspector.load_context(SimpleNamespace(artifacts={"detector": str(model)}))
+    inspector.load_context(SimpleNamespace(artifacts={"detector": str(model)}, model_config={"max_pixels": 10**6}))
     encoded = [base64.b64encode(file.read_bytes()).decode() for file in images]
     return inspector.predict(None, pd.DataFrame({"image": encoded, **columns}))
 
@@ -116,6 +117,8 @@ def test_a_detector_by_class_asks_for_the_class(line, tmp_path):
         with pytest.raises(InputError, match=words):
             predict(files, detector, tmp_path / "other", 10**6, class_name)
         assert not (tmp_path / "other").exists()
+    with pytest.raises(MlflowException, match="only ball, fabric"):
+        judge(tmp_path / "d", files, class_name="cable")
 
 
 def test_a_detector_by_image_says_that_predict_cannot_caption(line, tmp_path):
@@ -127,6 +130,8 @@ def test_a_detector_by_image_says_that_predict_cannot_caption(line, tmp_path):
     images = [np.array(Image.open(file)) for file in files]
     expected = [found.score for found in detector.detect(images, captions=[CAPTIONS[0], CAPTIONS[1]])]
     assert judged == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(MlflowException, match="row 1: `caption` must be text"):
+        judge(tmp_path / "d", files, caption=[CAPTIONS[0], None])
 
 
 def test_a_detector_without_captions_refuses_a_class(line, tmp_path):
