@@ -47,10 +47,10 @@ def line(tmp_path_factory):
 
 
 def evaluate(line, out, **detection):
-    params = p.Evaluate(detection=p.Detection(noise_level=700, samples=1, guidance=3.0, **detection), examples=1)
-    root = line.root
+    params = p.Evaluate(detection=p.Detection(noise_level=300, samples=1, guidance=3.0, **detection), examples=1)
+    root, made_by = line.root, p.Params(prepare=line.data, evaluate=params)
     stages.evaluate(
-        params, line.data, root / "manifest.parquet", root / "captions.jsonl", root / "pipeline", out / "d", out / "e"
+        made_by, root / "manifest.parquet", root / "captions.jsonl", root / "pipeline", out / "d", out / "e"
     )
     return Detector.from_pretrained(out / "d")
 
@@ -83,8 +83,7 @@ def test_evaluate_names_the_image_that_has_no_caption(line, tmp_path):
     params = p.Evaluate(detection=p.Detection(captions="image"))
     with pytest.raises(InputError, match=f"{gone['path']} has no caption"):
         stages.evaluate(
-            params,
-            line.data,
+            p.Params(prepare=line.data, evaluate=params),
             line.root / "manifest.parquet",
             tmp_path / "captions.jsonl",
             line.root / "pipeline",
