@@ -167,6 +167,28 @@ def promote(
     Console().print(verdict_table(promote(load(params), version, person)))
 
 
+@app.command(rich_help_panel=HANDOVER)
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why. It is recorded with both versions.", show_default=False)],
+    by: Annotated[str | None, typer.Option(help="Your name, instead of that of your login.")] = None,
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """Put the previous champion back; the gate does not let the other one pass again, but for an override."""
+    import getpass
+
+    from vlmdiff.params import load
+    from vlmdiff.registry.promotion import rollback
+
+    if not reason.strip() or (by is not None and not by.strip()):
+        raise InputError("a rollback takes a reason, and a name where --by is given: --reason WHY --by NAME")
+    try:
+        person = by or getpass.getuser()
+    except (KeyError, OSError):
+        raise InputError("your login has no name here: say who you are by --by NAME") from None
+    was, now = rollback(load(params), person.strip(), reason.strip())
+    print(f"version {now} is champion again, version {was} was rolled back by {person.strip()}: {reason.strip()}")
+
+
 @app.command(rich_help_panel=USE)
 def score(
     sources: Annotated[

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from tests.tiny import CAPTIONS, SIZE, tiny_pipeline
@@ -96,7 +97,7 @@ def judge(model, images, **columns):
     from vlmdiff.registry.served import Inspector
 
     inspector = Inspector()
-    inspector.load_context(SimpleNamespace(artifacts={"detector": str(model)}))
+    inspector.load_context(SimpleNamespace(artifacts={"detector": str(model)}, model_config={"max_pixels": 10**6}))
     encoded = [base64.b64encode(file.read_bytes()).decode() for file in images]
     return inspector.predict(None, pd.DataFrame({"image": encoded, **columns}))
 
@@ -121,6 +122,8 @@ def test_a_detector_by_class_asks_for_the_class(line, tmp_path):
         with pytest.raises(InputError, match=words):
             score(sources, tmp_path / "other", p.Params(), model, class_name)
         assert not (tmp_path / "other").exists()
+    with pytest.raises(MlflowException, match="only ball, fabric"):
+        judge(tmp_path / "d", files, class_name="cable")
 
 
 def test_a_detector_by_image_asks_for_a_table_of_captions(line, tmp_path):
@@ -138,6 +141,8 @@ def test_a_detector_by_image_asks_for_a_table_of_captions(line, tmp_path):
     captioned.to_parquet(tmp_path / "table.parquet")
     scored = score([str(tmp_path / "table.parquet")], tmp_path / "out", p.Params(), tmp_path / "d")
     assert [row["score"] for row in scored.rows] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(MlflowException, match="row 1: `caption` must be text"):
+        judge(tmp_path / "d", files, caption=[CAPTIONS[0], None])
 
 
 def test_a_detector_without_captions_refuses_a_class(line, tmp_path):

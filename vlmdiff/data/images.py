@@ -1,6 +1,7 @@
 """Reading photographs and masks from files that nobody vouches for."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -24,14 +25,19 @@ def resolve(root: Path, relative: str) -> Path:
     return file
 
 
-def decode(file: Path | BinaryIO, max_pixels: int, name: str | None = None) -> Image.Image:
-    """A fully decoded image in its own mode. Raises InputError naming the file, or calling it `name`."""
+def decode(
+    file: Path | BinaryIO, max_pixels: int, name: str | None = None, formats: Sequence[str] | None = None
+) -> Image.Image:
+    """A fully decoded image in its own mode. Raises InputError naming the file, or calling it `name`.
+
+    formats: those that are tried, as Pillow calls them; None for all that it knows.
+    """
     path = name or file
     try:
         with warnings.catch_warnings():
             # Our own limit judges the size, from the header, before anything is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=formats) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise InputError(
@@ -45,7 +51,8 @@ def decode(file: Path | BinaryIO, max_pixels: int, name: str | None = None) -> I
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is a decompression bomb: {error}") from error
     except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image, whatever its name says") from None
+        kinds = f", of those that are taken: {', '.join(formats)}" if formats else ", whatever its name says"
+        raise InputError(f"{path} is not an image{kinds}") from None
     # Pillow's decoders raise any of these for damaged files.
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(f"{path} cannot be decoded, it may be truncated: {error}") from error

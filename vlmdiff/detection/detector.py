@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -50,6 +50,13 @@ class Detection:
     anomaly_map: np.ndarray
     regions: list[Region]
     reconstruction: np.ndarray
+
+    def at(self, threshold: float) -> "Detection":
+        """The same photograph judged at another threshold: is_anomalous and the regions follow it."""
+        is_anomalous = self.score > threshold
+        # Where the score is not the map's maximum, a normal image's map may exceed the threshold.
+        regions = find_regions(self.anomaly_map, threshold) if is_anomalous else []
+        return replace(self, is_anomalous=is_anomalous, regions=regions)
 
     def scaled_regions(self, width: int, height: int) -> list[Region]:
         """The regions in pixels of the photograph as it came, `width` x `height`."""
@@ -189,10 +196,7 @@ class Detector:
                 for values in (raw, image_scores(raw, self.params.image_score))
             )
             for anomaly_map, score, reconstruction in zip(maps, scores.tolist(), rebuilt, strict=True):
-                is_anomalous = score > 0.5
-                # Where the score is not the map's maximum, a normal image's map may exceed the threshold.
-                regions = find_regions(anomaly_map) if is_anomalous else []
-                yield Detection(score, is_anomalous, anomaly_map, regions, reconstruction)
+                yield Detection(score, False, anomaly_map, [], reconstruction).at(0.5)
 
     def reconstruct(
         self, latents: torch.Tensor, images: torch.Tensor, seed: int, captions: Sequence[str] | None = None
@@ -281,9 +285,9 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def find_regions(anomaly_map: np.ndarray) -> list[Region]:
-    """The 8-connected parts of a map (H, W) above 0.5, the highest peak first."""
-    labels, _ = ndimage.label(anomaly_map > 0.5, np.ones((3, 3)))
+def find_regions(anomaly_map: np.ndarray, threshold: float = 0.5) -> list[Region]:
+    """The 8-connected parts of a map (H, W) above the threshold, the highest peak first."""
+    labels, _ = ndimage.label(anomaly_map > threshold, np.ones((3, 3)))
     regions = []
     for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
         inside = labels[rows, columns] == label

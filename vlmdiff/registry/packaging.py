@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import mlflow
 import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Object, Property
 from PIL import Image
 
@@ -23,12 +24,13 @@ from vlmdiff.console import say
 from vlmdiff.data import manifest
 from vlmdiff.data.images import read_image, resolve
 from vlmdiff.evaluation.judging import Evidence
-from vlmdiff.evaluation.metrics import METRICS, Results
+from vlmdiff.evaluation.metrics import Results
 from vlmdiff.params import Params
 from vlmdiff.registry import served
+from vlmdiff.registry.card import model_card
 from vlmdiff.registry.store import open_store
 
-# What the detector imports: no Prefect, no DVC, no Great Expectations where the model serves.
+# What the served model imports: no Prefect, no DVC, no Great Expectations where the model serves.
 REQUIREMENTS = (
     "torch",
     "diffusers",
@@ -38,6 +40,7 @@ REQUIREMENTS = (
     "numpy",
     "scipy",
     "pandas",
+    "matplotlib",
     "pillow",
     "pydantic",
     "pyyaml",
@@ -51,11 +54,21 @@ OUTPUTS = Schema(
         ColSpec(DataType.double, "score"),
         ColSpec(DataType.boolean, "is_anomalous"),
         ColSpec(Array(REGION), "regions"),
+        ColSpec(DataType.string, "heatmap", required=False),
+    ]
+)
+PARAMETERS = ParamSchema(
+    [
+        ParamSpec("heatmap", DataType.boolean, served.DEFAULTS["heatmap"]),
+        ParamSpec("threshold", DataType.double, served.DEFAULTS["threshold"]),
     ]
 )
 EXAMPLE_SIDE = 256
 # On versions and on runs alike.
 FINGERPRINT = "fingerprint"
+CARD = "model_card.md"
+# What a version's description may have, of characters: MLflow on PostgreSQL takes no more.
+DESCRIPTION = 5000
 
 
 def register(params: Params) -> int:
@@ -83,14 +96,7 @@ def register(params: Params) -> int:
                 say(f"register: this model is version {version.version} already")
                 return int(version.version)
         run_id, model_uri = _find_run(client, params, fingerprint) or _log_run(params, results, tags)
-        summary = ", ".join(f"{title} {results.mean[key]:.3f}" for key, title in METRICS.items())
-        version = client.create_model_version(
-            name,
-            model_uri,
-            run_id,
-            tags,
-            description=f"Means over {len(results.classes)} classes: {summary}.",
-        )
+        version = client.create_model_version(name, model_uri, run_id, tags, description=_description(params))
     say(f"register: version {version.version} of {name}")
     return int(version.version)
 
@@ -125,17 +131,38 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
         mlflow.log_artifacts(str(w.EVALUATION), "evaluation")
         for file in (w.PARAMS, w.DVC_LOCK, w.MANIFEST, w.CAPTIONS):
             mlflow.log_artifact(str(file), "lineage")
-        model = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=served.__file__,
-            artifacts={"detector": str(w.DETECTOR)},
-            code_paths=[str(Path(vlmdiff.__file__).parent)],
-            signature=ModelSignature(Schema([ColSpec(DataType.string, name) for name in example]), OUTPUTS),
-            input_example=pd.DataFrame([example]),
-            pip_requirements=[f"{name}=={metadata.version(name)}" for name in ("mlflow", *REQUIREMENTS)],
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            card = Path(folder, CARD)
+            card.write_text(model_card(params), encoding="utf-8")
+            model = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=served.__file__,
+                artifacts={"detector": str(w.DETECTOR), "card": str(card)},
+                code_paths=[str(Path(vlmdiff.__file__).parent)],
+                model_config={"max_pixels": params.prepare.max_pixels},
+                signature=ModelSignature(_inputs(params), OUTPUTS, PARAMETERS),
+                input_example=pd.DataFrame([example]),
+                pip_requirements=[f"{name}=={metadata.version(name)}" for name in ("mlflow", *REQUIREMENTS)],
+            )
         mlflow.set_tag("model_uri", model.model_uri)
     return run.info.run_id, model.model_uri
+
+
+def _inputs(params: Params) -> Schema:
+    """A photograph, as its file's base64 (or bytes: MLflow lets them pass) or as a path; and the caption it needs."""
+    columns = [ColSpec(DataType.string, name, required=False) for name in ("image", "path")]
+    kind = params.evaluate.detection.captions
+    if kind != "none":
+        columns.append(ColSpec(DataType.string, served.CAPTION_COLUMNS[kind]))
+    return Schema(columns)
+
+
+def _description(params: Params) -> str:
+    """The model card, without the table of classes where that makes it too long for the registry."""
+    card = model_card(params)
+    if len(card) > DESCRIPTION:
+        card = model_card(params, by_class=False)
+    return card[:DESCRIPTION]
 
 
 def _example(params: Params) -> dict[str, str]:

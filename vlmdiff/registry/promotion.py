@@ -13,7 +13,7 @@ from vlmdiff.console import say
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
 from vlmdiff.errors import InputError
-from vlmdiff.evaluation.gate import Override, Verdict, judge
+from vlmdiff.evaluation.gate import Criterion, Override, Verdict, judge
 from vlmdiff.evaluation.judging import EVIDENCE, Evidence, hash_test_set, judge_images
 from vlmdiff.evaluation.report import read_content, render
 from vlmdiff.files import atomic_folder, atomic_path, folder_mb
@@ -23,6 +23,11 @@ from vlmdiff.registry.store import CHAMPION, champion_version, open_store
 # Tags of a version: the gate's word, its reasons, the champion that it was judged against, who overrode it and why.
 VERDICT, REASONS, AGAINST = "gate.verdict", "gate.reasons", "gate.champion"
 OVERRIDE_BY, OVERRIDE_REASON = "gate.override.by", "gate.override.reason"
+# Who was champion before it became that, which stays when it is judged again.
+BEFORE = "champion.before"
+# Why a champion was taken back, by whom, and in whose favour; and the same on the one that was put back.
+ROLLBACK_BY, ROLLBACK_REASON, ROLLBACK_TO = ROLLBACK = "rollback.by", "rollback.reason", "rollback.to"
+RESTORED_BY, RESTORED_REASON, RESTORED_FROM = "restored.by", "restored.reason", "restored.from"
 NONE = "none"
 TAG_LENGTH = 5000
 
@@ -36,7 +41,7 @@ def gate(params: Params, version: int | None = None) -> Verdict:
         tags = {} if version is None else _tags(client, params, version)
         champion = champion_version(client, params.registry)
     against, override = _opponent(version, champion, tags)
-    case = _hear(params, version, against)
+    case = _hear(params, version, against, tags)
     is_champion = version is not None and version == champion
     verdict = replace(case.verdict(params, version, against), is_champion=is_champion, override=override)
     case.publish(verdict)
@@ -47,8 +52,9 @@ def promote(params: Params, version: int, override: Override | None = None) -> V
     """Judge a version by the gate; where it passes, it becomes champion. Twice is as good as once.
 
     The version's tags and its run get the verdict, with the files that `gate` writes. An `override` makes champion what
-    the gate does not, and is recorded with it. The champion itself is judged against the one before it, and stays
-    champion whatever comes out: only a better version takes its place.
+    the gate does not, and is recorded with it; that the version was once rolled back is then forgotten. The champion
+    itself is judged against the one before it, and stays champion whatever comes out: only a better version takes its
+    place.
     """
     name = params.registry.model_name
     while True:
@@ -57,7 +63,7 @@ def promote(params: Params, version: int, override: Override | None = None) -> V
             champion = champion_version(client, params.registry)
         against, before = _opponent(version, champion, tags)
         # It may have to judge images, which takes its time: nobody is kept from the store meanwhile.
-        case = _hear(params, version, against)
+        case = _hear(params, version, against, tags)
         verdict = case.verdict(params, version, against)
         if not verdict.passed:
             verdict = replace(verdict, override=override or before)
@@ -66,34 +72,91 @@ def promote(params: Params, version: int, override: Override | None = None) -> V
             if champion_version(client, params.registry) != champion:
                 say("promote: there is another champion by now: judging against that one")
                 continue
+            if _rollback_of(_tags(client, params, version)) != _rollback_of(tags):
+                say("promote: it was rolled back by now: judging again")
+                continue
             case.publish(verdict)
+            becomes = verdict.is_champion and champion != version
             # The tags first: who is killed before the alias runs again and ends the same.
-            for key, value in _as_tags(verdict).items():
+            written = _as_tags(verdict) | ({BEFORE: str(champion or NONE)} if becomes else {})
+            for key, value in written.items():
                 client.set_model_version_tag(name, str(version), key, value)
+            if becomes:
+                for key in tags.keys() & set(ROLLBACK):
+                    client.delete_model_version_tag(name, str(version), key)
             run = client.get_model_version(name, str(version)).run_id
             for file in (w.GATE, w.GATE_PAGE):
                 client.log_artifact(run, str(file), "gate")
-            if verdict.is_champion and champion != version:
+            if becomes:
                 client.set_registered_model_alias(name, CHAMPION, str(version))
         return verdict
 
 
+def rollback(params: Params, by: str, reason: str) -> tuple[int, int]:
+    """Put the previous champion back; the version that was champion and the one that is now.
+
+    Both get tags that say why, by whom, and which the other is. The one that goes does not pass the gate again, but for
+    an override. Another rollback goes one further back; versions that were rolled back themselves are passed over.
+    Raises InputError where there is no champion, or none before it.
+    """
+    name = params.registry.model_name
+    # All of it alone with the store: a promotion that goes on meanwhile finds another champion, and judges again.
+    with open_store(params.registry) as client:
+        champion = champion_version(client, params.registry)
+        if champion is None:
+            raise InputError(f"{name} has no champion: there is nothing to roll back")
+        known, seen = _versions(client, params), {champion}
+        before = _champion_before(known[champion])
+        while before is not None and before not in seen and _rollback_of(known.get(before, {})):
+            seen.add(before)
+            before = _champion_before(known[before])
+        if before is None or before in seen:
+            raise InputError(f"version {champion} is champion, and none was before it: there is nothing to go back to")
+        if before not in known:
+            raise InputError(f"version {before}, champion before version {champion}, is no longer in the registry")
+        # The tags first, as in `promote`.
+        why = reason[:TAG_LENGTH]
+        for version, written in (
+            (champion, {ROLLBACK_BY: by, ROLLBACK_REASON: why, ROLLBACK_TO: str(before)}),
+            (before, {RESTORED_BY: by, RESTORED_REASON: why, RESTORED_FROM: str(champion)}),
+        ):
+            for key, value in written.items():
+                client.set_model_version_tag(name, str(version), key, value)
+        client.set_registered_model_alias(name, CHAMPION, str(before))
+    return champion, before
+
+
+def _versions(client: MlflowClient, params: Params) -> dict[int, dict[str, str]]:
+    """Every version's tags."""
+    return {int(v.version): v.tags for v in client.search_model_versions(f"name = '{params.registry.model_name}'")}
+
+
 def _tags(client: MlflowClient, params: Params, version: int) -> dict[str, str]:
     """The tags of a version. InputError where there is no such version."""
-    name = params.registry.model_name
-    found = {int(v.version): v.tags for v in client.search_model_versions(f"name = '{name}'")}
+    found = _versions(client, params)
     if version not in found:
         known = ", ".join(map(str, sorted(found))) or "none"
-        raise InputError(f"{name} has no version {version}: known versions are {known}")
+        raise InputError(f"{params.registry.model_name} has no version {version}: known versions are {known}")
     return found[version]
+
+
+def _champion_before(tags: dict[str, str]) -> int | None:
+    """The champion that this one took the place of; of one of an earlier release, that it was judged against."""
+    before = tags.get(BEFORE, tags.get(AGAINST, NONE))
+    return None if before == NONE else int(before)
+
+
+def _rollback_of(tags: dict[str, str]) -> str | None:
+    """Who rolled a version back and why, in a sentence's rest; None where nobody did."""
+    return f"rolled back by {tags[ROLLBACK_BY]}: {tags[ROLLBACK_REASON]}" if set(ROLLBACK) <= tags.keys() else None
 
 
 def _opponent(version: int | None, champion: int | None, tags: dict[str, str]) -> tuple[int | None, Override | None]:
     """Against whom a version is judged, and who overrode the gate when it became champion."""
     if version is None or version != champion:
         return champion, None
-    before, by = tags.get(AGAINST, NONE), tags.get(OVERRIDE_BY)
-    return None if before == NONE else int(before), by and Override(by, tags.get(OVERRIDE_REASON, ""))
+    by = tags.get(OVERRIDE_BY)
+    return _champion_before(tags), by and Override(by, tags.get(OVERRIDE_REASON, ""))
 
 
 def _as_tags(verdict: Verdict) -> dict[str, str]:
@@ -106,17 +169,24 @@ def _as_tags(verdict: Verdict) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model before the gate, and the champion that it is judged against; folders are those of their evaluations."""
+    """A model before the gate, and the champion that it is judged against; folders are those of their evaluations.
+
+    rolled_back: by whom and why it was taken back when it was champion, where it was.
+    """
 
     folder: Path
     model: Evidence
+    rolled_back: str | None = None
     champion_folder: Path | None = None
     champion: Evidence | InputError | None = None
 
     def verdict(self, params: Params, version: int | None, against: int | None) -> Verdict:
         """The gate's word, before anybody became champion."""
         rejudged = self.champion_folder is not None and w.JUDGED_AGAIN in self.champion_folder.parents
-        return Verdict(version, against, rejudged, False, judge(self.model, self.champion, params.gate))
+        criteria = judge(self.model, self.champion, params.gate)
+        if self.rolled_back:
+            criteria.append(Criterion("rollbacks", 1.0, "at most", 0.0, f"version {version} was {self.rolled_back}"))
+        return Verdict(version, against, rejudged, False, criteria)
 
     def publish(self, verdict: Verdict) -> None:
         """Write the verdict's file, and the page on which the model's report follows it."""
@@ -128,20 +198,20 @@ class Case:
         verdict.write(w.GATE)
 
 
-def _hear(params: Params, version: int | None, against: int | None) -> Case:
+def _hear(params: Params, version: int | None, against: int | None, tags: dict[str, str]) -> Case:
     """Read what is known of a version (None: of this workspace's model) and of the champion on the same test images."""
     folder = w.EVALUATION if version is None else _evaluation(params, version)
-    model = Evidence.read(folder)
+    model, rolled_back = Evidence.read(folder), _rollback_of(tags)
     if against is None:
-        return Case(folder, model)
+        return Case(folder, model, rolled_back)
     try:
         champion_folder = _evaluation_on(params, against, model.test_set)
-        return Case(folder, model, champion_folder, Evidence.read(champion_folder))
+        return Case(folder, model, rolled_back, champion_folder, Evidence.read(champion_folder))
     except InputError as error:
         # Is it the champion, or does the store no longer answer? That one is no verdict, but an error.
         with open_store(params.registry) as client:
             champion_version(client, params.registry)
-        return Case(folder, model, None, error)
+        return Case(folder, model, rolled_back, None, error)
 
 
 def _evaluation(params: Params, version: int) -> Path:
