@@ -99,7 +99,11 @@ def register() -> int:
     page = store if store.startswith("http") else server and server.url
     with _published():
         create_table_artifact(rows, key="metrics", description="Metrics by class; a dash where not defined.")
-        create_markdown_artifact(_heatmaps(results), key="heatmaps", description="Of each class, the worst first.")
+        create_markdown_artifact(
+            _heatmaps(results),
+            key="heatmaps",
+            description="Photograph, reconstruction, anomaly map and truth; the hardest class first.",
+        )
         create_link_artifact(_address(REPORT), link_text="Report of the evaluation", key="report")
         create_link_artifact(_address(DATA_DOCS), link_text="Data Docs", key="data-docs")
         if page:

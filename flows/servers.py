@@ -141,7 +141,9 @@ def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port =
         print(f"prefect is not ours to start: {ours}")
     else:
         command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)]
-        _up("prefect", prefect_port, "/api/health", command, PREFECT_SERVER)
+        # Its pages would ask at port 4200.
+        pages = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{prefect_port}/api"}
+        _up("prefect", prefect_port, "/api/health", command, PREFECT_SERVER | pages)
     if store.startswith("http"):
         print(f"mlflow is not ours to start: {store}")
     else:
