@@ -153,9 +153,9 @@ def test_every_import_is_declared_as_a_dependency() -> None:
 
 
 def test_public_functions_of_the_flows_say_what_they_do() -> None:
-    from flows import dvc, processes, retrain, servers
+    from flows import deployments, dvc, processes, retrain, servers
 
-    for module in (dvc, processes, retrain, servers):
+    for module in (deployments, dvc, processes, retrain, servers):
         for name, value in vars(module).items():
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
                 assert value.__doc__ or name == "main", f"{module.__name__}.{name} has no docstring"
