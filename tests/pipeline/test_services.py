@@ -91,7 +91,7 @@ def test_a_run_asked_for_through_the_api_ends_with_a_champion_and_explains_itsel
     assert f":{up.ports['mlflow']}/#/models/vlmdiff/versions/1" in shown["registry"]
 
     client = MlflowClient(f"http://127.0.0.1:{up.ports['mlflow']}")
-    assert client.get_model_version_by_alias("vlmdiff", "champion").version == 1
+    assert client.get_model_version_by_alias("vlmdiff", "champion").version == "1"
 
 
 def test_the_next_runs_of_a_schedule_are_listed(up):
