@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
+REPORTS_PORT ?= 5080
 
 BIN := $(CURDIR)/.venv/bin
 INSTALLED := .venv/.installed
@@ -30,10 +31,11 @@ test: $(INSTALLED) ## Run the tests
 lint: $(INSTALLED) ## Check style and unused code
 	@ruff check .
 
-up: $(INSTALLED) ## Start the Prefect server and the MLflow page on loopback
-	@python -m flows.servers up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+up: $(INSTALLED) ## Start servers and a worker on loopback, deploy the flows
+	@python -m flows.servers up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT) \
+		--reports-port $(REPORTS_PORT)
 
-down: $(INSTALLED) ## End the servers that `make up` started
+down: $(INSTALLED) ## End what `make up` started
 	@python -m flows.servers down
 
 bench: $(INSTALLED) ## Run the benchmarks

@@ -27,13 +27,16 @@ def stage_names(file: Path = Path("dvc.yaml")) -> list[str]:
     return list(yaml.safe_load(file.read_text())["stages"])
 
 
-def run_stage(name: str, log: Callable[[str], None]) -> Outcome:
+def run_stage(name: str, log: Callable[[str], None], force: bool = False) -> Outcome:
     """Bring a stage of the workspace up to date, as DVC decides; `log` hears every line it prints.
 
+    `force` runs it even where it is up to date.
     Whatever ends this function early (Ctrl-C, a cancelled run, SIGTERM) ends the stage too.
     Raises StageFailed.
     """
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
+    if force:
+        command.append("--force")
     outcome: Outcome = "up to date"
     last_lines: deque[str] = deque(maxlen=LAST_LINES)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from vlmdiff import lifeline
+from vlmdiff.lifeline import is_alive
 
 GRACE = 10.0
 # What a failure quotes of what was printed.
@@ -51,6 +52,25 @@ def end_group(group: int) -> None:
             os.killpg(group, number)
         deadline = time.monotonic() + GRACE
         while _is_alive(group):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        else:
+            return
+
+
+def end_family(leader: int) -> None:
+    """End a process group, and whatever its processes started in groups of their own."""
+    family = psutil.Process(leader).children(recursive=True)
+    end_group(leader)
+    for signal_ in (None, signal.SIGTERM, signal.SIGKILL):
+        # Most end by themselves once the one who started them is gone.
+        deadline = time.monotonic() + (GRACE / 2)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if signal_ is not None:
+                    process.send_signal(signal_)
+        while family := [process for process in family if is_alive(process)]:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)

@@ -1,15 +1,32 @@
 """The flow `retrain`: every stage of dvc.yaml, then the registry and the gate."""
 
+import base64
+import contextlib
+import io
+import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
+import httpx
 from filelock import FileLock, Timeout
+from PIL import Image
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed
 from prefect.tasks import Task
@@ -17,16 +34,27 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows import servers
+from flows.deployments import GPU
 from flows.dvc import StageDisturbed, run_stage, stage_names
+from vlmdiff import lifeline
 from vlmdiff import workspace as w
 from vlmdiff.errors import InputError
 from vlmdiff.evaluation.gate import Verdict, verdict_table
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.evaluation.results import results_table
+from vlmdiff.files import write_json
 from vlmdiff.params import load
 
 LOCK = Path(".cache/retrain.lock")
+HOLDER = Path(".cache/retrain.json")
 REPORT = w.EVALUATION / "report.html"
+DATA_DOCS = w.DATA_REPORT / "docs/index.html"
+# These compute on the GPU, where there is one: of all workspaces of a Prefect server one at a time.
+TRAINING = {"first_stage", "encode", "train", "evaluate"}
+LEASE = 60.0  # seconds after which the GPU of a run that died is free again
+# Where a contract is judged, by stage.
+CONTRACTS = {"validate": w.DATA_REPORT, "caption": w.CAPTION_REPORT}
+PICTURES, PICTURE_WIDTH = 8, 720
 
 
 def _disturbed(task: Task, run: TaskRun, state: State) -> bool:
@@ -34,24 +62,53 @@ def _disturbed(task: Task, run: TaskRun, state: State) -> bool:
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=30, retry_condition_fn=_disturbed)
-def stage(name: str) -> State:
+def stage(name: str, force: bool = False) -> State:
     """Bring one stage up to date."""
-    return Completed(message=run_stage(name, get_run_logger().info))
+    log = get_run_logger().info
+    with _gpu(log) if name in TRAINING else contextlib.nullcontext():
+        return Completed(message=run_stage(name, log, force))
+
+
+@contextlib.contextmanager
+def _gpu(log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the GPU among the workspaces of this Prefect server, once it is free; one without such a limit has none."""
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(GPU)
+        except ObjectNotFound:
+            yield
+            return
+    if limit.active_slots >= limit.limit:
+        log(f"another run trains: waiting for the limit {GPU!r} of the Prefect server")
+    with concurrency(GPU, lease_duration=LEASE):
+        yield
 
 
 @task(task_run_name="register", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=30)
 def register() -> int:
     """Log and register the model; once, however often it is asked."""
     from vlmdiff.registry.packaging import register
+    from vlmdiff.registry.store import tracking_uri
 
-    version = register(load())
+    params = load()
+    version = register(params)
     results = Results.read(w.METRICS)
     rows = [{"class": name, **_shown(values)} for name, values in [*results.classes.items(), ("mean", results.mean)]]
-    create_table_artifact(rows, key="metrics", description="Metrics by class; a dash where not defined.")
-    create_link_artifact(REPORT.absolute().as_uri(), link_text="Report of the evaluation", key="report")
-    if server := servers.find("mlflow"):
-        link = f"{server.url}/#/models/{load().registry.model_name}/versions/{version}"
-        create_link_artifact(link, link_text=f"Version {version} in the registry", key="registry")
+    store = tracking_uri(params.registry)
+    server = servers.find("mlflow")
+    page = store if store.startswith("http") else server and server.url
+    with _published():
+        create_table_artifact(rows, key="metrics", description="Metrics by class; a dash where not defined.")
+        create_markdown_artifact(
+            _heatmaps(results),
+            key="heatmaps",
+            description="Photograph, reconstruction, anomaly map and truth; the hardest class first.",
+        )
+        create_link_artifact(_address(REPORT), link_text="Report of the evaluation", key="report")
+        create_link_artifact(_address(DATA_DOCS), link_text="Data Docs", key="data-docs")
+        if page:
+            link = f"{page}/#/models/{params.registry.model_name}/versions/{version}"
+            create_link_artifact(link, link_text=f"Version {version} in the registry", key="registry")
     return version
 
 
@@ -71,8 +128,9 @@ def promote(version: int) -> Verdict:
         }
         for criterion in sorted(verdict.criteria, key=lambda criterion: criterion.passed)
     ]
-    create_table_artifact(rows, key="gate", description=f"**{verdict.outcome}**")
-    create_link_artifact(w.GATE_PAGE.absolute().as_uri(), link_text=verdict.outcome, key="verdict")
+    with _published():
+        create_table_artifact(rows, key="gate", description=f"**{verdict.outcome}**")
+        create_link_artifact(_address(w.GATE_PAGE), link_text=verdict.outcome, key="verdict")
     return verdict
 
 
@@ -80,22 +138,130 @@ def _shown(values: dict[str, float]) -> dict[str, str]:
     return {title: f"{values[key]:.3f}" if values[key] == values[key] else "-" for key, title in METRICS.items()}
 
 
-@flow(flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
-def retrain(promote_model: bool = True) -> Verdict | State | None:
-    """Bring the experiment up to date, register the model, and let the gate decide on promoting it."""
+def _heatmaps(results: Results) -> str:
+    """Photograph, map and truth of the classes that are hardest, as Markdown; a class without an AU-PRO comes last."""
+    files = {file.stem: file for file in (w.EVALUATION / "heatmaps").glob("*.png")}
+
+    def hardest(name: str) -> tuple[bool, float, str]:
+        value = results.classes[name]["au_pro"]
+        return value != value, value, name
+
+    parts = []
+    for name in sorted(files.keys() & results.classes.keys(), key=hardest)[:PICTURES]:
+        with Image.open(files[name]) as picture:
+            picture.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH))
+            data = io.BytesIO()
+            picture.convert("RGB").save(data, "JPEG", quality=85)
+        encoded = base64.b64encode(data.getvalue()).decode()
+        title = f"{name}: AU-PRO {_shown(results.classes[name])[METRICS['au_pro']]}"
+        parts.append(f"**{title}**\n\n![{title}](data:image/jpeg;base64,{encoded})")
+    return "\n\n".join(parts) or "No class has an anomalous test image."
+
+
+def _address(page: Path) -> str:
+    """Where a browser finds a page of reports/: at the server of `make up` or, without it, the file."""
+    if server := servers.find("reports"):
+        return f"{server.url}/{page.relative_to(servers.REPORTS).as_posix()}"
+    return page.absolute().as_uri()
+
+
+@contextlib.contextmanager
+def _published() -> Iterator[None]:
+    """For what a person sees of a run: that Prefect's server is away ends no run."""
+    try:
+        yield
+    except (httpx.TransportError, PrefectHTTPStatusError) as error:
+        get_run_logger().warning(f"Prefect's server did not take what the run has to show: {error}")
+
+
+class Progress:
+    """How far the run is, in Prefect's pages: a step is a stage, or one of the last two."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done, self.artifact = steps, 0, None
+        with _published():
+            self.artifact = create_progress_artifact(0.0, key="progress", description=f"0 of {steps} steps")
+
+    def step(self, name: str) -> None:
+        """Count a step that is done."""
+        self.done += 1
+        with _published():
+            if self.artifact:
+                said = f"{self.done} of {self.steps} steps; last: {name}"
+                update_progress_artifact(self.artifact, 100 * self.done / self.steps, said)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hold the workspace; InputError that says who has it where another run does."""
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(LOCK, timeout=0):
-            for name in stage_names():
-                state = stage.with_options(name=name, task_run_name=name)(name, return_state=True)
+            now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+            write_json(HOLDER, {"run": flow_run.get_name(), "pid": os.getpid(), "since": now})
+            yield
+    except Timeout:
+        who = "another run"
+        # It writes its name right after it has the lock.
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            holder = json.loads(HOLDER.read_text())
+            who = f"the run {holder['run']!r} (process {holder['pid']}, since {holder['since']})"
+        raise InputError(f"{who} holds this workspace: wait for it, or cancel it") from None
+
+
+@flow(flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
+def retrain(promote_model: bool = True, force: bool = False) -> Verdict | State | None:
+    """Bring the experiment up to date, register the model, and let the gate decide on promoting it.
+
+    Args:
+        promote_model: Let the gate decide whether the new version becomes champion. Off, it is registered only.
+        force: Run every stage, also those that are up to date.
+    """
+    # Under a worker: end with it, and leave no training behind that nobody can cancel.
+    lifeline.watch()
+    try:
+        with _alone():
+            names = stage_names()
+            progress = Progress(len(names) + 2)
+            for name in names:
+                state = stage.with_options(name=name, task_run_name=name)(name, force, return_state=True)
                 if not state.is_completed():
+                    _show_contract(name)
                     error = state.result(raise_on_failure=False)
                     return Failed(message=str(error), data=error)
+                progress.step(name)
             version = register()
-            return promote(version) if promote_model else None
-    except Timeout:
-        error = InputError("another retrain runs in this workspace: wait for it")
+            progress.step("register")
+            verdict = promote(version) if promote_model else None
+            progress.step("promote")
+            return verdict
+    except InputError as error:
         return Failed(message=str(error), data=error)
+
+
+def _show_contract(stage: str) -> None:
+    """Where a stage failed on a contract: what is broken, by which files."""
+    file = CONTRACTS.get(stage, Path()) / "validation.json"
+    if not file.is_file():
+        return
+    broken = [finding for finding in json.loads(file.read_text())["findings"] if not finding["passed"]]
+    rows = [
+        {
+            "rule": finding["rule"],
+            "severity": finding["severity"],
+            "what holds of good data": finding["what"],
+            "broken by": finding["count"],
+            "files": ", ".join(finding["files"]) + (", …" if finding["count"] > len(finding["files"]) else ""),
+            "to do": finding["remedy"],
+        }
+        for finding in sorted(broken, key=lambda finding: finding["severity"])
+    ]
+    if rows:
+        with _published():
+            create_table_artifact(rows, key="contract", description=f"What stage {stage!r} found in the data.")
+            create_link_artifact(
+                _address(file.with_name("docs") / "index.html"), link_text="Data Docs", key="data-docs"
+            )
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,14 +18,19 @@ from typing import Annotated
 import psutil
 import typer
 
-from flows.processes import end_group
+from flows.processes import end_family, end_group
+from vlmdiff import lifeline
 from vlmdiff.errors import InputError
 from vlmdiff.files import write_json
 from vlmdiff.lifeline import is_alive
 from vlmdiff.params import load
 
 STATE = Path(".cache/servers")
+REPORTS = Path("reports")
+WORKER = "worker"
 START_TIMEOUT = 120.0
+# The slots of a limit are in the database: leases in memory would leave them taken when the server dies.
+PREFECT_SERVER = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 Port = Annotated[int, typer.Option(min=1, max=65535)]
@@ -63,21 +70,21 @@ def prefect_settings() -> dict[str, str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "flows.servers", "api", str(port), str(os.getpid())]
-    _start("prefect-api", command, f"http://127.0.0.1:{port}/api/health")
+    _start("prefect-api", command, lambda: _answers(f"http://127.0.0.1:{port}/api/health"))
     # It has no pages to link to.
     return {"api.url": f"http://127.0.0.1:{port}/api", "ui_url": ""}
 
 
-def _start(name: str, command: list[str], health: str) -> subprocess.Popen:
-    """Start a server as the leader of its own process group; InputError where `health` does not answer."""
+def _start(
+    name: str, command: list[str], ready: Callable[[], bool], environment: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """Start a server as the leader of its own process group; InputError where it does not become `ready`."""
     STATE.mkdir(parents=True, exist_ok=True)
     log = STATE / f"{name}.log"
-    # The page only shows: MLflow needs none of the processes that evaluate language models for it.
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
-            env=environment,
+            env=os.environ | (environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -85,7 +92,7 @@ def _start(name: str, command: list[str], health: str) -> subprocess.Popen:
         )
     deadline = time.monotonic() + START_TIMEOUT
     try:
-        while not _answers(health):
+        while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise InputError(f"{name} did not start; {log} says why:\n{log.read_text()[-2000:]}")
             time.sleep(0.1)
@@ -123,19 +130,69 @@ def api(port: int, owner: int) -> None:
 
 
 @app.command()
-def up(prefect_port: Port = 4200, mlflow_port: Port = 5000) -> None:
-    """Start what does not run yet, wait until it answers, and say where."""
-    _up("prefect", prefect_port, "/api/health", ["prefect", "server", "start"])
+def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port = 5080) -> None:
+    """Start what does not run yet, deploy the flows of prefect.yaml, and say where everything is.
+
+    A server that the environment names, by PREFECT_API_URL or MLFLOW_TRACKING_URI, is used and not started.
+    """
     store = os.environ.get("MLFLOW_TRACKING_URI") or load().registry.tracking_uri
+    ours = os.environ.get("PREFECT_API_URL")
+    if ours:
+        print(f"prefect is not ours to start: {ours}")
+    else:
+        command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)]
+        # Its pages would ask at port 4200.
+        pages = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{prefect_port}/api"}
+        _up("prefect", prefect_port, "/api/health", command, PREFECT_SERVER | pages)
     if store.startswith("http"):
         print(f"mlflow is not ours to start: {store}")
     else:
         # One worker: several that open a fresh SQLite store at once would break it.
-        command = ["mlflow", "server", "--workers", "1", "--backend-store-uri", store]
-        _up("mlflow", mlflow_port, "/health", command)
+        command = ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(mlflow_port)]
+        # The address by the environment: it may hold a password. The page only shows: MLflow needs none of the
+        # processes that evaluate language models for it.
+        settings = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        _up("mlflow", mlflow_port, "/health", command, settings)
+    # A browser follows no link from a server's page to a file.
+    REPORTS.mkdir(exist_ok=True)
+    command = ["http.server", str(reports_port), "--bind", "127.0.0.1", "--directory", str(REPORTS)]
+    _up("reports", reports_port, "/", command)
+    _deploy(ours or f"{find('prefect').url}/api")
 
 
-def _up(name: str, port: int, health: str, command: list[str]) -> None:
+def _deploy(api: str) -> None:
+    """Install deployments, limit and automations in the server, and start a worker for each pool of processes."""
+    # Prefect takes a second to import, and its settings from the environment.
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+    from prefect.workers.process import ProcessWorker
+
+    from flows import deployments
+
+    # A run starts in a folder of its own before it comes here.
+    environment = {"PREFECT_API_URL": api, "PREFECT_HOME": str(PREFECT_HOME.value().absolute())}
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        names, pools = deployments.install(client, os.environ | environment)
+        print(f"deployed: {', '.join(names)}")
+        for pool in pools:
+            page = f"{api.removesuffix('/api')}/work-pools/work-pool/{pool.name}"
+            if pool.type != ProcessWorker.type:
+                print(f"a worker for pool {pool.name} is not ours to start: it is of type {pool.type}")
+            elif worker := find(f"{WORKER}-{pool.name}"):
+                print(f"{worker.name} is already up: {worker.url}")
+            else:
+                name = f"{WORKER}-{uuid.uuid4().hex[:8]}"
+                command = ["prefect", "worker", "start", "--pool", pool.name, "--name", name, "--type", pool.type]
+
+                def is_polling(pool: str = pool.name, name: str = name) -> bool:
+                    return any(
+                        worker.name == name for worker in client.read_workers_for_work_pool(pool, limit=200, offset=0)
+                    )
+
+                _keep(f"{WORKER}-{pool.name}", page, command, is_polling, environment, ends_with_it=True)
+
+
+def _up(name: str, port: int, health: str, command: list[str], environment: dict[str, str] | None = None) -> None:
     if server := find(name):
         print(f"{name} is already up: {server.url}")
         return
@@ -147,18 +204,34 @@ def _up(name: str, port: int, health: str, command: list[str]) -> None:
             other = f"make up {name.upper()}_PORT={port + 1}"
             raise InputError(f"port {port} is taken: choose another, as in `{other}`") from error
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)]
-    process = _start(name, command, url + health)
+    _keep(name, url, command, lambda: _answers(url + health), environment)
+
+
+def _keep(
+    name: str,
+    url: str,
+    module: list[str],
+    ready: Callable[[], bool],
+    environment: dict[str, str] | None,
+    ends_with_it: bool = False,
+) -> None:
+    """Start a Python module in the background and note it for `find` and `down`.
+
+    With `ends_with_it`, what the process starts ends with it, even where it is killed with -9 (vlmdiff/lifeline.py).
+    """
+    command = [sys.executable, "-m", *module]
+    prefix = ["sh", "-c", f'{lifeline.OWNER}=$$ exec "$@"', "sh"] if ends_with_it else []
+    process = _start(name, prefix + command, ready, environment)
     write_json(STATE / f"{name}.json", asdict(Server(name, url, process.pid, command)))
     print(f"{name} is up: {url}")
 
 
 @app.command()
 def down() -> None:
-    """End the servers that `up` started."""
-    for file in sorted(STATE.glob("*.json")):
+    """End what `up` started, and the runs under way: the worker first, while it can still tell the server."""
+    for file in sorted(STATE.glob("*.json"), key=lambda file: (not file.stem.startswith(WORKER), file.stem)):
         if server := find(file.stem):
-            end_group(server.pid)
+            end_family(server.pid)
             print(f"{server.name} is down")
         file.unlink()
 

@@ -26,6 +26,31 @@ BEFORE, STAGES, HANDOVER, USE = "Before a run", "Stages, in order (dvc.yaml runs
 
 
 @app.command(rich_help_panel=BEFORE)
+def init(
+    data: Annotated[Path, typer.Option(help="The folder with the photographs.", show_default=False)],
+    layout: Annotated[str | None, typer.Option(help="How they lie in it, where that is not to be guessed.")] = None,
+    preset: Annotated[Path | None, typer.Option(help="Parameters to start from, instead of those here.")] = None,
+) -> None:
+    """Look at a folder of photographs, write params.yaml for it, put it under DVC. Again, for photographs that came."""
+    from rich.console import Console
+
+    from vlmdiff.init import look, table, track, write_params
+    from vlmdiff.params import load
+
+    here, there = Path.cwd().resolve(), data.resolve()
+    root = there.relative_to(here) if there != here and there.is_relative_to(here) else there
+    template = preset or (w.PARAMS if w.PARAMS.is_file() else None)
+    if template is None:
+        raise InputError(f"{w.PARAMS} does not exist: name a file to start from by --preset")
+    found = look(root, load(template).prepare, layout)
+    console = Console()
+    console.print(table(found))
+    for words in (write_params(found, preset), track(root)):
+        console.print(words, markup=False, highlight=False)
+    console.print("Next: vlmdiff doctor, then make demo", markup=False, highlight=False)
+
+
+@app.command(rich_help_panel=BEFORE)
 def doctor(params: Annotated[Path, typer.Argument(help="The experiment, such as a preset.")] = w.PARAMS) -> None:
     """What the experiment needs and whether it is there: dataset, models, memory, disk, time. Exit status 1 if not."""
     from rich.console import Console

@@ -153,9 +153,9 @@ def test_every_import_is_declared_as_a_dependency() -> None:
 
 
 def test_public_functions_of_the_flows_say_what_they_do() -> None:
-    from flows import dvc, monitor, processes, retrain, score, servers
+    from flows import deployments, dvc, monitor, processes, retrain, score, servers
 
-    for module in (dvc, monitor, processes, retrain, score, servers):
+    for module in (deployments, dvc, monitor, processes, retrain, score, servers):
         for name, value in vars(module).items():
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
                 assert value.__doc__ or name == "main", f"{module.__name__}.{name} has no docstring"

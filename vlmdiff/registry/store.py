@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +44,14 @@ def open_store(params: Registry) -> Iterator[MlflowClient]:
             yield MlflowClient(uri)
         except MlflowException as error:
             raise InputError(
-                f"MLflow at {uri} did not do as asked: {error}\n"
+                f"MLflow at {shown(uri)} did not do as asked: {shown(str(error))}\n"
                 "Run the same command again once it answers: nothing needs to be trained anew."
             ) from error
+
+
+def shown(text: str) -> str:
+    """Text in which an address may stand, without the address's password."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
 
 
 def _lock_file(uri: str) -> Path:

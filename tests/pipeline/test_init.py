@@ -1,0 +1,108 @@
+"""`vlmdiff init` on folders of photographs: what it finds, what it writes, what it leaves alone."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.conftest import ROOT, Workspace
+
+
+@pytest.fixture
+def fresh(new_workspace) -> Workspace:
+    """A workspace as it is cloned: params.yaml is the demo's, nothing has run."""
+    workspace = new_workspace()
+    shutil.copy(ROOT / "params.yaml", workspace.path)
+    workspace.commit()
+    return workspace
+
+
+def photographs(folder: Path, good: int = 6, first: int = 0) -> Path:
+    """A dataset in layout `folder`: two classes, good ones and one kind of defect with masks; sizes differ."""
+    for i, name in enumerate(("bolt", "nut")):
+        for kind, count in (("good", good), ("scratch", 2), ("masks/scratch", 2)):
+            (folder / name / kind).mkdir(parents=True, exist_ok=True)
+            for number in range(first if kind == "good" else 0, count):
+                colour = (number * 20 + i, 100, len(kind) * 10)
+                Image.new("RGB", (64 + 16 * i, 48), colour).save(folder / name / kind / f"{number}.png")
+    return folder
+
+
+def init(workspace: Workspace, *options: object, check: bool = True) -> str:
+    return workspace.run("vlmdiff", "init", *map(str, options), check=check).stdout
+
+
+def comments(text: str) -> list[str]:
+    return [line.partition("#")[2] for line in text.splitlines() if "#" in line]
+
+
+def test_a_folder_becomes_parameters_and_data_under_dvc(fresh):
+    photographs(fresh.path / "data/raw/parts")
+    before = (fresh.path / "params.yaml").read_text()
+
+    said = init(fresh, "--data", "data/raw/parts")
+
+    assert "layout folder" in said and "16 images of 2 classes" in said and "2 of 2" in said
+    assert "64 × 48" in said and "80 × 48" in said and "vlmdiff doctor" in said
+    after = (fresh.path / "params.yaml").read_text()
+    assert comments(after) == comments(before)
+    changed = {a for a, b in zip(after.splitlines(), before.splitlines(), strict=True) if a != b}
+    assert {line.partition("#")[0].strip() for line in changed} == {"layout: folder", "root: data/raw/parts"}
+    assert fresh.run("git", "status", "--short").stdout.split() == ["M", "params.yaml", "??", "data/raw/parts.dvc"]
+    assert "16 images of 2 classes" in fresh.run("dvc", "repro", "prepare").stdout
+
+
+def test_grown_data_is_taken_in_and_edits_stay(fresh):
+    photographs(fresh.path / "data/raw/parts")
+    init(fresh, "--data", "data/raw/parts")
+    fresh.run("dvc", "repro", "prepare")
+    file = fresh.path / "params.yaml"
+    file.write_text(file.read_text().replace("steps: 420", "steps: 421"))
+    edited = file.read_text()
+    tracked = (fresh.path / "data/raw/parts.dvc").read_text()
+
+    photographs(fresh.path / "data/raw/parts", good=9, first=6)
+    said = init(fresh, "--data", "data/raw/parts", "--preset", ROOT / "presets/photographs.yaml")
+
+    assert "since the last run of prepare 6 came and 0 went" in said
+    assert "train.steps: 421, where this would be 1500" in said
+    assert file.read_text() == edited
+    assert (fresh.path / "data/raw/parts.dvc").read_text() != tracked
+
+
+def test_a_preset_is_written_with_the_folder_in_its_place(fresh):
+    photographs(fresh.path / "data/raw/parts")
+    init(fresh, "--data", "data/raw/parts", "--preset", ROOT / "presets/photographs.yaml")
+    written, preset = (
+        yaml.safe_load(file.read_text()) for file in (fresh.path / "params.yaml", ROOT / "presets/photographs.yaml")
+    )
+    assert written == preset | {"prepare": {"layout": "folder", "root": "data/raw/parts"}}
+    again = init(fresh, "--data", "data/raw/parts", "--preset", ROOT / "presets/photographs.yaml")
+    assert "says so already" in again
+
+
+def test_a_folder_elsewhere_is_read_in_place_and_followed(fresh, tmp_path):
+    outside = photographs(tmp_path / "elsewhere/my parts")
+    said = init(fresh, "--data", outside)
+    assert "outside of this workspace" in said.replace("\n", " ")
+    assert "16 images of 2 classes" in fresh.run("dvc", "repro", "prepare").stdout
+    photographs(outside, good=7, first=6)
+    assert "18 images of 2 classes" in fresh.run("dvc", "repro", "prepare").stdout
+
+
+def test_what_fits_no_layout_is_told_layout_by_layout(fresh):
+    (fresh.path / "data/raw/parts/bolt/fine").mkdir(parents=True)
+    said = init(fresh, "--data", "data/raw/parts", check=False)
+    assert "is of no layout that is known" in said and "folder: data/raw/parts/bolt has no good" in said
+    assert "data/raw/nowhere is not a folder" in init(fresh, "--data", "data/raw/nowhere", check=False)
+    assert "choose one of" in init(fresh, "--data", "data/raw/parts", "--layout", "heap", check=False)
+    assert yaml.safe_load((fresh.path / "params.yaml").read_text())["prepare"]["layout"] == "demo"
+
+
+def test_the_folder_whose_readme_git_tracks_is_read_and_not_taken_in(fresh):
+    photographs(fresh.path / "data/raw")
+    said = init(fresh, "--data", "data/raw").replace("\n", " ")
+    assert "data/raw/README.md" in said and "does not push it" in said
+    assert not list((fresh.path / "data").glob("**/*.dvc"))
