@@ -139,11 +139,14 @@ def test_sources_are_photographs_folders_patterns_and_tables_each_photograph_onc
         ("outside.csv", r"outside\.csv, line 2: \.\./x\.png leaves"),
         ("nameless.csv", r"nameless\.csv needs one column 'path'.*it has file"),
         ("twice.csv", r"good0\.png is listed twice"),
+        ("odd", r"\\udcff\.png' is no name in UTF-8"),
         ("short.csv", r"short\.csv, line 2: 1 cells under 2 columns"),
     ],
 )
 def test_a_source_that_cannot_be_meant_is_refused_and_nothing_is_written(place, model, source, words):
     Path("empty").mkdir()
+    Path("odd").mkdir()
+    Path("odd", os.fsdecode(b"\xff.png")).touch()
     Path("outside.csv").write_text("path\n../x.png\n")
     Path("nameless.csv").write_text("file\nnew/good0.png\n")
     Path("twice.csv").write_text("path,class_name\nnew/good0.png,nut\nnew/good0.png,bolt\n")

@@ -27,7 +27,7 @@ def find_photographs(sources: Sequence[str], leave_out: Path) -> list[Photograph
     A source is a photograph, a folder (images by their suffix, also in its folders), a pattern such as `new/**/*.png`,
     or a table with a column `path`, relative to the table's folder, and, optional, `class_name` and `caption`. Hidden
     files and what lies in the folder `leave_out` are no sources. Raises InputError where a source does not exist or
-    gives nothing, or where two rows of tables say different things of one photograph.
+    gives nothing, a name is not in UTF-8, or where two rows of tables say different things of one photograph.
     """
     out = os.path.abspath(leave_out)
     found: dict[str, Photograph] = {}
@@ -36,6 +36,8 @@ def find_photographs(sources: Sequence[str], leave_out: Path) -> list[Photograph
         if not listed:
             raise InputError(f"{source} gives no photographs: name images, a folder, a pattern or a table of them")
         for photograph in listed:
+            if not _is_text(photograph.path):
+                raise InputError(f"{photograph.path!r} is no name in UTF-8, which tables need: rename the file")
             if found.setdefault(photograph.path, photograph) != photograph:
                 raise InputError(f"{photograph.path} is listed twice, of another class or caption: keep one")
     return list(found.values())
@@ -86,6 +88,14 @@ def _rows(table: Path) -> Iterator[Photograph]:
             raise InputError(f"{where}: {error}") from None
         path = os.path.abspath(table.parent / row["path"])
         yield Photograph(path, row.get("class_name") or None, row.get("caption") or None)
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _suffix(path: str) -> str:
