@@ -115,7 +115,7 @@ def test_evaluate_holds_the_maps_of_one_class_at_a_time(photographs) -> None:
         some = pd.concat([some] * -(-count // len(some)))[:count]
         parts = [frame[frame["split"] != "test"], *(some.assign(class_name=f"nut {i}") for i in range(classes))]
         manifest.write(pd.concat(parts), root / "more.parquet")
-        params = p.Evaluate(detection=p.Detection(noise_level=500, samples=1, steps=1), examples=1)
+        params = p.Evaluate(detection=p.Detection(samples=1), examples=1)
         files = ("more.parquet", "captions.jsonl", "pipeline", "detector", "evaluation")
         tracemalloc.start()
         try:
