@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import pandas as pd
 import psutil
@@ -36,35 +36,44 @@ LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no"]
 DEFECTIVE = 0.1
 
 
-def megabytes(process: psutil.Process) -> float:
-    """Of the largest of the processes that judge."""
+class Moment(NamedTuple):
+    """When so many images were judged: memory of the largest process, and CPU seconds of all until then."""
+
+    images: int
+    mebibytes: float
+    seconds: float
+
+
+def look(process: psutil.Process, images: int) -> Moment:
     family = [process, *process.children(recursive=True)]
-    return max(each.memory_info().rss for each in family) / 2**20
+    seconds = sum(each.cpu_times().user + each.cpu_times().system for each in family)
+    return Moment(images, max(each.memory_info().rss for each in family) / 2**20, seconds)
 
 
-def score(launcher: list[str], arguments: list[str]) -> tuple[float, list[tuple[int, float]]]:
-    """Images a second, and memory whenever the main process has written a part, with how many images there were."""
+def score(launcher: list[str], arguments: list[str]) -> tuple[float, list[Moment]]:
+    """Images a second, and the moments at which the main process has written a part."""
     process = psutil.Popen(
         [*launcher, "-m", "vlmdiff.cli", "score", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )
-    memory, line = [], ""
+    moments, line = [], ""
     for line in process.stdout:
         if found := re.match(r"score: (\d+) of about", line):
-            memory.append((int(found[1]), megabytes(process)))
+            moments.append(look(process, int(found[1])))
     if process.wait():
         sys.exit(f"it did not score: {line}")
-    return float(re.search(r"([\d.]+) images a second", line)[1]), memory
+    return float(re.search(r"([\d.]+) images a second", line)[1]), moments
 
 
 def main(
     images: Annotated[int, typer.Option(min=240, help="About so many photographs.")] = 2000,
     model: Annotated[Path, typer.Option(help="A detector's folder.")] = w.DETECTOR,
+    processes: Annotated[list[int], typer.Option(help="By so many processes.")] = (1, 2),
 ) -> None:
     table = Table(title=f"vlmdiff score, {images} photographs of {Demo().size} x {Demo().size}")
-    for column in ("processes", "images a second", "MiB at a tenth", "MiB at the end"):
+    for column in ("processes", "images a second", "a CPU second", "MiB at a tenth", "MiB at the end"):
         table.add_column(column, justify="right")
     defects = sum(len(kinds) for _, kinds in PRODUCTS.values())
     per_defect = round(DEFECTIVE * images / defects)
@@ -72,18 +81,21 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         photographs = Path(folder, "photographs")
         make_demo(photographs, seed=1, train=0, test_good=good, test_per_defect=per_defect, size=Demo().size)
-        for count in (1, 2):
+        for count in processes:
             out = Path(folder, f"by_{count}")
             launcher = ALONE if count == 1 else [*LAUNCH, f"--num_processes={count}"]
             parameters = Path(folder, "params.yaml")
             parameters.write_text("{}\n")
             arguments = [f"{photographs}/*/test/*/*.png", "--out", str(out), "--model", str(model)]
-            speed, memory = score(launcher, [*arguments, "--params", str(parameters)])
+            speed, moments = score(launcher, [*arguments, "--params", str(parameters)])
             written = pd.read_parquet(out, columns=["path", "error"])
             assert written["path"].is_unique and written["error"].isna().all()
             assert len(written) == good * len(PRODUCTS) + per_defect * defects
-            early = next(size for done, size in memory if done >= images / 10)
-            table.add_row(str(count), f"{speed:.1f}", f"{early:.0f}", f"{memory[-1][1]:.0f}")
+            early, last = next(m for m in moments if m.images >= images / 10), moments[-1]
+            # On a machine that has other things to do, CPU seconds say more; without those of starting.
+            work = (last.images - moments[0].images) / (last.seconds - moments[0].seconds)
+            sizes = (f"{early.mebibytes:.0f}", f"{last.mebibytes:.0f}")
+            table.add_row(str(count), f"{speed:.1f}", f"{work:.1f}", *sizes)
     Console().print(table)
 
 

@@ -158,7 +158,17 @@ Found = TypeVar("Found")
 
 def _from_main(here: PartialState, find: Callable[[], Found]) -> Found:
     """What the main process finds, in every process: a folder or the registry may be another a moment later."""
-    return broadcast_object_list([find() if here.is_main_process else None])[0]
+    found: tuple[Found | None, InputError | None] = None, None
+    if here.is_main_process:
+        try:
+            found = find(), None
+        except InputError as error:
+            # The others wait for an answer.
+            found = None, error
+    value, error = broadcast_object_list([found])[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def _model(folder: Path | None, params: Params) -> tuple[Path, str | None]:
