@@ -107,5 +107,13 @@ def _automate(client: SyncPrefectClient, automation: AutomationCore) -> None:
     if not present:
         client.create_automation(automation)
     for old in present:
-        # What else this version says of it, and not whether a person wants it.
-        client.update_automation(old.id, automation.model_copy(update={"enabled": old.enabled}))
+        # To update it is to forget whom it waits for: only where this version says something else. Whether a person
+        # wants it stays as it is.
+        if _said(old) != _said(automation):
+            client.update_automation(old.id, automation.model_copy(update={"enabled": old.enabled}))
+
+
+def _said(automation: AutomationCore) -> dict:
+    said = automation.model_dump(mode="json", include={"name", "description", "trigger", "actions"})
+    said["trigger"].pop("id", None)
+    return {**said, "trigger": {key: sorted(v) if isinstance(v, list) else v for key, v in said["trigger"].items()}}

@@ -102,7 +102,7 @@ class Services:
         with self.client() as client:
             return client.read_flow_run(run)
 
-    def end(self, run: UUID, seconds: float = 150) -> FlowRun:
+    def end(self, run: UUID, seconds: float = 200) -> FlowRun:
         """The run at its end."""
         wait_for(lambda: self.run(run).state.is_final(), seconds, lambda: (self.run(run).state, self.logs(run)[-3000:]))
         return self.run(run)
