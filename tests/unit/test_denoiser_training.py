@@ -83,7 +83,7 @@ def test_levels_that_the_checkpoints_schedule_has_not_are_refused(checkpoint, tm
     file = tmp_path / "short/scheduler/scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": 500}))
     with pytest.raises(InputError, match=r"0 to 499: set train\.noise_levels"):
-        start(tmp_path / "short", settings(tmp_path / "short"))
+        start(tmp_path / "short", settings(tmp_path / "short", noise_levels=(450, 550)))
 
 
 def test_a_pretrained_start_has_the_weights_and_the_schedule_of_the_checkpoint(checkpoint):

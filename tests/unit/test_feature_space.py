@@ -141,7 +141,7 @@ def test_a_detector_compares_predicted_features_with_those_of_the_photograph(sav
     with torch.no_grad():
         x = from_uint8(photographs(5)[:1], CPU)
         z = detector.pipeline.encode_images(x)
-        mean = sum(detector.pipeline(x, noise_level=500, steps=1, seed=seed).latents for seed in (0, 1)) / 2
+        mean = sum(detector.pipeline(x, noise_level=300, steps=1, seed=seed).latents for seed in (0, 1)) / 2
     difference = torch.nn.functional.interpolate(
         (z - mean).square().mean(1, keepdim=True).sqrt(), GIVEN, mode="bilinear"
     )
