@@ -17,16 +17,19 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint up down bench
+.PHONY: help demo test services lint up down bench
 
 help: ## List what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(INSTALLED) ## From photographs to a promoted model: the flow `retrain` on params.yaml
 	@python -m flows.retrain
 
 test: $(INSTALLED) ## Run the tests
 	@pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+services: $(INSTALLED) ## Run the tests that bring up servers and a worker, and kill them
+	@pytest -m services
 
 lint: $(INSTALLED) ## Check style and unused code
 	@ruff check .

@@ -15,6 +15,8 @@ from mlflow.tracking import MlflowClient
 
 from tests.services import Services, free_ports, is_gone, services, wait_for
 
+pytestmark = pytest.mark.services
+
 FLOW = (sys.executable, "-m", "flows.retrain")
 STEPS = 150
 

@@ -12,6 +12,8 @@ import pytest
 
 from tests.services import free_ports, services
 
+pytestmark = pytest.mark.services
+
 FLOW = (sys.executable, "-m", "flows.retrain")
 PASSWORD = "not-to-be-shown"
 

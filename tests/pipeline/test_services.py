@@ -18,6 +18,8 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.services import Services, services, wait_for
 
+pytestmark = pytest.mark.services
+
 FLOW = (sys.executable, "-m", "flows.retrain")
 HOLD = """
 import sys, time
