@@ -72,7 +72,7 @@ def test_an_inspector_sees_what_the_detector_says_and_says_what_it_is(workspace,
     with elsewhere.open("ab") as stream:
         stream.write(b"\0")  # other bytes: another photograph
     drop(page, elsewhere)
-    expect(page.get_by_text("taken.png").last).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("taken.png, sha256")).to_be_visible(timeout=PATIENCE)  # the whole page is the new one's
     page.get_by_role("button", name="It is normal: learn from it").click()
     expect(page.get_by_text("the next retrain has it")).to_be_visible(timeout=PATIENCE)
     assert (workspace.path / "data/feedback.jsonl").read_text().count('"normal"') == 1
