@@ -96,7 +96,11 @@ def register(params: Params) -> int:
                 say(f"register: this model is version {version.version} already")
                 return int(version.version)
         run_id, model_uri = _find_run(client, params, fingerprint) or _log_run(params, results, tags)
-        version = client.create_model_version(name, model_uri, run_id, tags, description=_description(params))
+        # A server asks for the id that the address ends with; a store that is opened directly does without.
+        model_id = model_uri.removeprefix("models:/")
+        version = client.create_model_version(
+            name, model_uri, run_id, tags, description=_description(params), model_id=model_id
+        )
     say(f"register: version {version.version} of {name}")
     return int(version.version)
 
