@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock
+from sqlalchemy.exc import SQLAlchemyError
 
 from vlmdiff.errors import InputError
 from vlmdiff.params import Registry
@@ -42,7 +43,7 @@ def open_store(params: Registry) -> Iterator[MlflowClient]:
         mlflow.set_tracking_uri(uri)
         try:
             yield MlflowClient(uri)
-        except MlflowException as error:
+        except (MlflowException, SQLAlchemyError) as error:
             raise InputError(
                 f"MLflow at {shown(uri)} did not do as asked: {shown(str(error))}\n"
                 "Run the same command again once it answers: nothing needs to be trained anew."
