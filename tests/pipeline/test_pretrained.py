@@ -13,7 +13,7 @@ from vlmdiff import stages
 from vlmdiff import workspace as w
 from vlmdiff.detection.detector import Detector
 from vlmdiff.model.pipeline import VLMDiffPipeline
-from vlmdiff.params import Encode, Evaluate, FirstStage, Prepare, Train
+from vlmdiff.params import Encode, Evaluate, FirstStage, Params, Prepare, Train
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -76,7 +76,7 @@ def test_stages_work_in_the_features_of_a_backbone_and_end_in_a_detector_that_ha
     assert not (w.ENCODED / "std.npy").exists()
     stages.train(train, w.ENCODED, w.FIRST_STAGE, state, w.PIPELINE, w.TRAIN_REPORT)
     evaluate = Evaluate(detection={"features": [{"kind": "latents"}], "samples": 2})
-    stages.evaluate(evaluate, data, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
+    stages.evaluate(Params(prepare=data, evaluate=evaluate), w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
     assert (w.EVALUATION / "report.html").is_file()
 
     shutil.rmtree(folder)
