@@ -42,6 +42,7 @@ down: $(INSTALLED) ## End what `make up` started
 	@python -m flows.servers down
 
 bench: $(INSTALLED) ## Run the benchmarks
+	@$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[test,bench]'
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; python $$file; done
 
 $(INSTALLED): pyproject.toml constraints.txt
