@@ -76,7 +76,8 @@ def test_stages_work_in_the_features_of_a_backbone_and_end_in_a_detector_that_ha
     assert not (w.ENCODED / "std.npy").exists()
     stages.train(train, w.ENCODED, w.FIRST_STAGE, state, w.PIPELINE, w.TRAIN_REPORT)
     evaluate = Evaluate(detection={"features": [{"kind": "latents"}], "samples": 2})
-    stages.evaluate(Params(prepare=data, evaluate=evaluate), w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
+    made_by = Params(prepare=data, evaluate=evaluate)
+    stages.evaluate(made_by, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
     assert (w.EVALUATION / "report.html").is_file()
 
     shutil.rmtree(folder)
