@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import httpx
 from filelock import FileLock, Timeout
@@ -33,9 +34,9 @@ from prefect.tasks import Task
 from rich.console import Console
 from rich.markup import escape
 
-from flows import servers
+from flows import dvc, servers
 from flows.deployments import GPU
-from flows.dvc import StageDisturbed, run_stage, stage_names
+from flows.dvc import DvcFailed, StageDisturbed, default_remote, run_stage, stage_names, take_in
 from vlmdiff import lifeline
 from vlmdiff import workspace as w
 from vlmdiff.errors import InputError
@@ -43,6 +44,8 @@ from vlmdiff.evaluation.gate import Verdict, verdict_table
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.evaluation.results import results_table
 from vlmdiff.files import write_json
+from vlmdiff.init import use_preset
+from vlmdiff.lineage import commit_workspace
 from vlmdiff.params import load
 
 LOCK = Path(".cache/retrain.lock")
@@ -55,18 +58,31 @@ LEASE = 60.0  # seconds after which the GPU of a run that died is free again
 # Where a contract is judged, by stage.
 CONTRACTS = {"validate": w.DATA_REPORT, "caption": w.CAPTION_REPORT}
 PICTURES, PICTURE_WIDTH = 8, 720
+PRESETS = {file.stem: file for file in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
+# What the form of Prefect's page offers.
+Preset = Literal[*PRESETS] if PRESETS else str
 
 
 def _disturbed(task: Task, run: TaskRun, state: State) -> bool:
     return isinstance(state.result(raise_on_failure=False), StageDisturbed)
 
 
+def _dvc_failed(task: Task, run: TaskRun, state: State) -> bool:
+    return isinstance(state.result(raise_on_failure=False), DvcFailed)
+
+
+@task(task_run_name="data", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=30, retry_condition_fn=_dvc_failed)
+def data(remote: str | None) -> None:
+    """Pull the data that are not here, add to DVC what has grown."""
+    take_in(get_run_logger().info, remote)
+
+
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=30, retry_condition_fn=_disturbed)
-def stage(name: str, force: bool = False) -> State:
+def stage(name: str, force: bool = False, pull: bool = False) -> State:
     """Bring one stage up to date."""
     log = get_run_logger().info
     with _gpu(log) if name in TRAINING else contextlib.nullcontext():
-        return Completed(message=run_stage(name, log, force))
+        return Completed(message=run_stage(name, log, force, pull))
 
 
 @contextlib.contextmanager
@@ -84,14 +100,30 @@ def _gpu(log: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+@task(task_run_name="push", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=30)
+def push() -> None:
+    """Bring data, models and reports to DVC's remote."""
+    dvc.push(get_run_logger().info)
+
+
+@task(task_run_name="commit", cache_policy=NO_CACHE)
+def commit(branch: str) -> dict[str, str]:
+    """Commit dvc.lock, and the workspace that it is of, on a branch of its own."""
+    mean = Results.read(w.METRICS).mean
+    numbers = [f"{title}: {mean[key]:.4f}" for key, title in METRICS.items() if mean[key] == mean[key]]
+    made = commit_workspace(branch, "\n".join([flow_run.get_name() or "retrain", "", *numbers]))
+    get_run_logger().info(f"branch {branch} is at {made['git.revision']}")
+    return made
+
+
 @task(task_run_name="register", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=30)
-def register() -> int:
+def register(code: dict[str, str] | None = None) -> int:
     """Log and register the model; once, however often it is asked."""
     from vlmdiff.registry.packaging import register
     from vlmdiff.registry.store import tracking_uri
 
     params = load()
-    version = register(params)
+    version = register(params, code)
     results = Results.read(w.METRICS)
     rows = [{"class": name, **_shown(values)} for name, values in [*results.classes.items(), ("mean", results.mean)]]
     store = tracking_uri(params.registry)
@@ -210,32 +242,50 @@ def _alone() -> Iterator[None]:
 
 
 @flow(flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
-def retrain(promote_model: bool = True, force: bool = False) -> Verdict | State | None:
+def retrain(
+    promote_model: bool = True, force: bool = False, preset: Preset | None = None, branch: str = ""
+) -> Verdict | State | None:
     """Bring the experiment up to date, register the model, and let the gate decide on promoting it.
 
     Args:
         promote_model: Let the gate decide whether the new version becomes champion. Off, it is registered only.
         force: Run every stage, also those that are up to date.
+        preset: Have the model of a file in `presets/` from now on: params.yaml gets its sections `caption`,
+            `first_stage`, `encode`, `train` and `evaluate`. Empty, params.yaml is followed as it is.
+        branch: Commit `dvc.lock`, and the workspace that it is of, on this git branch, which nobody has checked out.
+            Empty, nothing is committed.
     """
     # Under a worker: end with it, and leave no training behind that nobody can cancel.
     lifeline.watch()
     try:
         with _alone():
-            names = stage_names()
-            progress = Progress(len(names) + 2)
+            if preset:
+                use_preset(PRESETS[preset])
+            load()
+            names, remote = stage_names(), default_remote()
+            progress = Progress(1 + len(names) + bool(remote) + bool(branch) + 2)
+            data(remote)
+            progress.step("data")
             for name in names:
-                state = stage.with_options(name=name, task_run_name=name)(name, force, return_state=True)
+                state = stage.with_options(name=name, task_run_name=name)(name, force, bool(remote), return_state=True)
                 if not state.is_completed():
                     _show_contract(name)
                     error = state.result(raise_on_failure=False)
                     return Failed(message=str(error), data=error)
                 progress.step(name)
-            version = register()
+            if remote:
+                push()
+                progress.step("push")
+            code = None
+            if branch:
+                code = commit(branch)
+                progress.step("commit")
+            version = register(code)
             progress.step("register")
             verdict = promote(version) if promote_model else None
             progress.step("promote")
             return verdict
-    except InputError as error:
+    except (InputError, DvcFailed) as error:
         return Failed(message=str(error), data=error)
 
 

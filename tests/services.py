@@ -126,7 +126,7 @@ class Services:
 def services(path: Path, line: Workspace, **environment: str) -> Iterator[Services]:
     """A copy of a workspace, with the flows and what deploys them; nothing of it runs afterwards."""
     shutil.copytree(line.path, path, symlinks=True)
-    for name in ("flows", "prefect.yaml", "pyproject.toml"):
+    for name in ("flows", "presets", "prefect.yaml", "pyproject.toml"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:

@@ -28,6 +28,8 @@ TRIED = [name for name in ("table", "visa", "real_iad", "coco_ad", "cifar") if n
 TRIED += [name for name in LAYOUTS if name not in ("demo", *TRIED)]
 LOOKED_AT = 50  # images of a class whose sizes are read
 NAMED = 10
+# The sections of params.yaml that make the model; the others are of the data and of what is asked of it.
+MODEL = ("caption", "first_stage", "encode", "train", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,35 @@ def write_params(found: Found, preset: Path | None, out: Path = w.PARAMS) -> str
     return f"{out} is written, from {template}" if preset else f"{out} has the layout and the root"
 
 
+def use_preset(preset: Path, out: Path = w.PARAMS) -> None:
+    """Give params.yaml the model of a preset, comments too; its data, gate, monitor and registry stay as they are.
+
+    Raises InputError where either is not what it should be; then the file stays as it was.
+    """
+    load(preset)
+    theirs, text = preset.read_text(), out.read_text()
+    for name in MODEL:
+        found = _section(theirs, name)
+        section = found[0].rstrip("\n") + "\n\n" if found else f"{name}: {{}}\n\n"
+        if there := _section(text, name):
+            text = text[: there.start()] + section + text[there.end() :]
+        else:
+            text = text.rstrip("\n") + "\n\n" + section
+    with atomic_path(out) as temporary:
+        temporary.write_text(text.rstrip("\n") + "\n")
+        load(temporary)
+
+
+def _section(text: str, name: str) -> re.Match | None:
+    """A section of YAML text, up to the next one."""
+    return re.search(rf"^{name}:[^\n]*\n(?:(?:[ #][^\n]*)?\n)*", text, re.MULTILINE)
+
+
 def _set(text: str, file: Path, key: str, value: str) -> str:
     """Set a key of the section `prepare` in YAML text, and leave all else, comments too."""
     if not re.fullmatch(r"[\w./-]+", value):
         value = json.dumps(value, ensure_ascii=False)
-    section = re.search(r"^prepare:[^\n]*\n(?:(?:[ #][^\n]*)?\n)*", text, re.MULTILINE)
+    section = _section(text, "prepare")
     if section is None:
         raise InputError(f"{file} has no section prepare: add `prepare:` with a layout and a root")
     pattern = rf"^(  {key}: *)(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s#]+)( *)"

@@ -4,11 +4,16 @@ import hashlib
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import yaml
 
+from vlmdiff import workspace as w
 from vlmdiff.errors import InputError
+
+# Of commits that no person makes.
+COMMITTER = {"NAME": "vlmdiff", "EMAIL": "vlmdiff@localhost"}
 
 
 def read_lock(lock: Path) -> dict[str, str]:
@@ -45,17 +50,55 @@ def _md5(file: Path) -> str:
 
 def code_revision() -> dict[str, str]:
     """Git's revision of the workspace, and the tracked files that differ from it; empty outside of git."""
-    revision = _git("rev-parse", "HEAD")
-    if revision is None:
+    try:
+        revision = _git("rev-parse", "HEAD")
+    except InputError:
         return {}
-    changed = (_git("diff", "--name-only", "HEAD") or "").splitlines()
-    return {"git.revision": revision, "git.changed": ", ".join(changed) or "nothing"}
+    return {
+        "git.revision": revision,
+        "git.changed": ", ".join(_git("diff", "--name-only", "HEAD").splitlines()) or "nothing",
+    }
 
 
-def _git(*arguments: str) -> str | None:
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+def commit_workspace(branch: str, message: str) -> dict[str, str]:
+    """Commit the workspace on a branch of its own: tracked files as they are here, dvc.lock and .dvc files.
+
+    What is checked out, the index and the files stay as they are. The branch is made where there is none; else it grows
+    by a commit, of HEAD too where it has not got that; a workspace that it has already adds nothing. Returns what
+    `code_revision` does, of the branch. Raises InputError where git does not do it, or the branch is checked out.
+    """
+    ref = f"refs/heads/{_git('check-ref-format', '--branch', branch)}"
+    if where := _git("for-each-ref", "--format=%(worktreepath)", ref):
+        raise InputError(f"branch {branch} is checked out in {where}: name another one, of its own")
+    head = _git("rev-parse", "HEAD")
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
+        _git("read-tree", head, **index)
+        _git("add", "--update", ":/", **index)
+        new = _git("ls-files", "--others", "--exclude-standard", "--", str(w.DVC_LOCK), "*.dvc", **index).splitlines()
+        if new:
+            _git("add", "--", *new, **index)
+        tree = _git("write-tree", **index)
+    tip = _git("for-each-ref", "--format=%(objectname)", ref)
+    shared = _git("merge-base", tip, head) if tip else None
+    # Whichever has the other's commits; neither where both went on by themselves.
+    newest = head if shared == (tip or None) else tip if shared == head else None
+    if newest is None or _git("rev-parse", f"{newest}^{{tree}}") != tree:
+        parents = [option for parent in ([newest] if newest else [tip, head]) for option in ("-p", parent)]
+        who = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in COMMITTER.items()}
+        newest = _git("commit-tree", tree, *parents, "-m", message, **who)
+    # Only if nobody has moved it meanwhile.
+    _git("update-ref", ref, newest, tip or "0" * len(head))
+    return {"git.revision": newest, "git.branch": branch, "git.changed": "nothing"}
+
+
+def _git(*arguments: str, **environment: str) -> str:
+    """What a git command prints. Raises InputError with git's words where it fails, or there is no git."""
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", **environment}
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, env=environment)
     except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        raise InputError("there is no git here: install it") from None
+    if done.returncode:
+        raise InputError(f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    return done.stdout.strip()

@@ -9,7 +9,6 @@ MADE = Path("data/made")
 MANIFEST = Path("data/manifest.parquet")
 CAPTIONS = Path("data/captions/captions.jsonl")
 ENCODED = Path("data/encoded")
-FEEDBACK = Path("data/feedback.jsonl")
 
 FIRST_STAGE = Path("models/first_stage")
 PIPELINE = Path("models/vlmdiff")

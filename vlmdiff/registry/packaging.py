@@ -71,9 +71,10 @@ CARD = "model_card.md"
 DESCRIPTION = 5000
 
 
-def register(params: Params) -> int:
+def register(params: Params, code: dict[str, str] | None = None) -> int:
     """Log the evaluated model of this workspace and register it; its version, the one there is where there is one.
 
+    code: tags that say what code made it, where not that of git's HEAD.
     A version is the detector's and its metrics' hashes: to register twice changes nothing, and who was killed on the
     way goes on. Raises InputError where the stages have not run, their outputs are not what dvc.lock records, or the
     store does not answer.
@@ -83,7 +84,7 @@ def register(params: Params) -> int:
     fingerprint = f"{detector.removesuffix('.dir')}-{lineage.check_output(w.METRICS, recorded)}"
     tags = {
         FINGERPRINT: fingerprint,
-        **lineage.code_revision(),
+        **(lineage.code_revision() if code is None else code),
         **{f"dvc.{k}": v for k, v in recorded.items()},
     }
     results = Results.read(w.METRICS)

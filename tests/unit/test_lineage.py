@@ -1,0 +1,96 @@
+"""A workspace committed on a branch of its own, while nothing of what a person has checked out moves."""
+
+import subprocess
+
+import pytest
+
+from vlmdiff.errors import InputError
+from vlmdiff.lineage import code_revision, commit_workspace
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A repository with a committed file, one that is staged, one that is changed, and what the stages made."""
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet", "--initial-branch", "main")
+    (tmp_path / ".gitignore").write_text("models/\n")
+    (tmp_path / "params.yaml").write_text("steps: 1\n")
+    (tmp_path / "code.py").write_text("")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "first")
+    (tmp_path / "params.yaml").write_text("steps: 2\n")
+    (tmp_path / "code.py").write_text("staged\n")
+    git("add", "code.py")
+    (tmp_path / "dvc.lock").write_text("lock\n")
+    (tmp_path / "photos.dvc").write_text("outs\n")
+    (tmp_path / "notes.txt").write_text("mine\n")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/weights.dvc").write_text("ignored\n")
+    return tmp_path
+
+
+def state() -> tuple[str, ...]:
+    return git("rev-parse", "HEAD"), git("status", "--porcelain"), git("diff"), git("diff", "--cached")
+
+
+def test_the_commit_is_the_workspace_and_what_is_checked_out_stays(here):
+    before = state()
+    made = commit_workspace("retrained", "retrain of today\n\nAU-PRO: 0.9")
+    assert state() == before
+    assert made == {"git.revision": git("rev-parse", "retrained"), "git.branch": "retrained", "git.changed": "nothing"}
+    listed = git("ls-tree", "-r", "--name-only", "retrained").splitlines()
+    # Nobody's notes, and nothing that git ignores.
+    assert listed == [".gitignore", "code.py", "dvc.lock", "params.yaml", "photos.dvc"]
+    assert git("show", "retrained:params.yaml") == "steps: 2" and git("show", "retrained:code.py") == "staged"
+    assert git("log", "-1", "--format=%s|%an", "retrained") == "retrain of today|vlmdiff"
+    assert git("rev-parse", "retrained^") == git("rev-parse", "main")
+
+
+def test_the_same_workspace_adds_no_commit_and_another_one_does(here):
+    first = commit_workspace("retrained", "once")
+    assert commit_workspace("retrained", "twice") == first
+    (here / "dvc.lock").write_text("another\n")
+    second = commit_workspace("retrained", "thrice")
+    assert git("rev-list", "--count", "main..retrained") == "2"
+    assert git("rev-parse", f"{second['git.revision']}^") == first["git.revision"]
+
+
+def test_the_branch_takes_in_what_was_committed_meanwhile(here):
+    commit_workspace("retrained", "once")
+    git("commit", "--quiet", "--all", "--message", "second")
+    made = commit_workspace("retrained", "twice")
+    parents = git("rev-list", "--parents", "-1", made["git.revision"]).split()[1:]
+    assert len(parents) == 2 and parents[1] == git("rev-parse", "main")
+    assert commit_workspace("retrained", "again") == made
+
+
+def test_a_clean_workspace_is_its_own_commit(here):
+    git("add", "dvc.lock", "photos.dvc")
+    git("commit", "--quiet", "--all", "--message", "second")
+    made = commit_workspace("retrained", "once")
+    assert made["git.revision"] == git("rev-parse", "main") == code_revision()["git.revision"]
+    # And where a branch is behind, it moves on without a commit of its own.
+    git("commit", "--quiet", "--allow-empty", "--message", "third")
+    assert commit_workspace("retrained", "twice")["git.revision"] == git("rev-parse", "main")
+
+
+@pytest.mark.parametrize(
+    "branch, words", [("main", "is checked out in"), ("no..name", "check-ref-format"), ("@{-1}", "check-ref-format")]
+)
+def test_a_branch_that_is_in_use_or_none_is_refused(here, branch, words):
+    before = state()
+    with pytest.raises(InputError, match=words):
+        commit_workspace(branch, "never")
+    assert state() == before
+
+
+def test_outside_of_git_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="not a git repository"):
+        commit_workspace("retrained", "never")
+    assert code_revision() == {}
