@@ -10,6 +10,8 @@ from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed, Failed
 
+from flows import servers
+from vlmdiff import lifeline
 from vlmdiff import workspace as w
 from vlmdiff.errors import InputError
 from vlmdiff.monitor import Check
@@ -34,6 +36,8 @@ def monitor(
     """
     from vlmdiff.monitor import monitor
 
+    # Under a worker: end with it.
+    lifeline.watch()
     try:
         params = load()
         found = monitor(Path(scores), Path(out), params, Path(model) if model else None, last)
@@ -65,5 +69,4 @@ def _show(found: Check, out: Path) -> None:
         for test in sorted(found.tests, key=lambda test: test.corrected)
     ]
     create_table_artifact(rows, key="monitor", description=f"**{found.outcome}**")
-    page = (out / "monitor.html").absolute().as_uri()
-    create_link_artifact(page, link_text=found.outcome, key="monitor-page")
+    create_link_artifact(servers.address(out / "monitor.html"), link_text=found.outcome, key="monitor-page")

@@ -136,8 +136,8 @@ def register(code: dict[str, str] | None = None) -> int:
             key="heatmaps",
             description="Photograph, reconstruction, anomaly map and truth; the hardest class first.",
         )
-        create_link_artifact(_address(REPORT), link_text="Report of the evaluation", key="report")
-        create_link_artifact(_address(DATA_DOCS), link_text="Data Docs", key="data-docs")
+        create_link_artifact(servers.address(REPORT), link_text="Report of the evaluation", key="report")
+        create_link_artifact(servers.address(DATA_DOCS), link_text="Data Docs", key="data-docs")
         if page:
             link = f"{page}/#/models/{params.registry.model_name}/versions/{version}"
             create_link_artifact(link, link_text=f"Version {version} in the registry", key="registry")
@@ -162,7 +162,7 @@ def promote(version: int) -> Verdict:
     ]
     with _published():
         create_table_artifact(rows, key="gate", description=f"**{verdict.outcome}**")
-        create_link_artifact(_address(w.GATE_PAGE), link_text=verdict.outcome, key="verdict")
+        create_link_artifact(servers.address(w.GATE_PAGE), link_text=verdict.outcome, key="verdict")
     return verdict
 
 
@@ -188,13 +188,6 @@ def _heatmaps(results: Results) -> str:
         title = f"{name}: AU-PRO {_shown(results.classes[name])[METRICS['au_pro']]}"
         parts.append(f"**{title}**\n\n![{title}](data:image/jpeg;base64,{encoded})")
     return "\n\n".join(parts) or "No class has an anomalous test image."
-
-
-def _address(page: Path) -> str:
-    """Where a browser finds a page of reports/: at the server of `make up` or, without it, the file."""
-    if server := servers.find("reports"):
-        return f"{server.url}/{page.relative_to(servers.REPORTS).as_posix()}"
-    return page.absolute().as_uri()
 
 
 @contextlib.contextmanager
@@ -310,7 +303,7 @@ def _show_contract(stage: str) -> None:
         with _published():
             create_table_artifact(rows, key="contract", description=f"What stage {stage!r} found in the data.")
             create_link_artifact(
-                _address(file.with_name("docs") / "index.html"), link_text="Data Docs", key="data-docs"
+                servers.address(file.with_name("docs") / "index.html"), link_text="Data Docs", key="data-docs"
             )
 
 

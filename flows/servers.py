@@ -62,6 +62,14 @@ def find(name: str) -> Server | None:
     return server if server and server.is_up else None
 
 
+def address(page: Path) -> str:
+    """Where a browser finds a page of reports/: at the server of `make up` or, without it, the file."""
+    page = page.absolute()
+    if (server := find("reports")) and page.is_relative_to(REPORTS.absolute()):
+        return f"{server.url}/{page.relative_to(REPORTS.absolute()).as_posix()}"
+    return page.as_uri()
+
+
 def prefect_settings() -> dict[str, str]:
     """Settings for the server of `make up` where it runs, else for an API of this process, which ends with it."""
     if server := find("prefect"):

@@ -8,6 +8,9 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT, Workspace
+from vlmdiff.errors import InputError
+from vlmdiff.init import use_preset
+from vlmdiff.params import load
 
 
 @pytest.fixture
@@ -106,3 +109,30 @@ def test_the_folder_whose_readme_git_tracks_is_read_and_not_taken_in(fresh):
     said = init(fresh, "--data", "data/raw").replace("\n", " ")
     assert "data/raw/README.md" in said and "does not push it" in said
     assert not list((fresh.path / "data").glob("**/*.dvc"))
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_presets_model_for_the_data_that_are_there(tmp_path, preset):
+    file = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", file)
+    ours, theirs = load(file), load(preset)
+    use_preset(preset, file)
+    now = load(file)
+    for section in type(now).model_fields:
+        source = theirs if section in ("caption", "first_stage", "encode", "train", "evaluate") else ours
+        assert getattr(now, section) == getattr(source, section), section
+    # Sections are where they were, with the comments of where they come from.
+    assert list(yaml.safe_load(file.read_text())) == list(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    assert set(comments(preset.read_text().partition("train:")[2].partition("evaluate:")[0])) <= set(
+        comments(file.read_text())
+    )
+
+
+def test_a_preset_that_is_none_leaves_params_as_they_are(tmp_path):
+    file, preset = tmp_path / "params.yaml", tmp_path / "preset.yaml"
+    shutil.copy(ROOT / "params.yaml", file)
+    before = file.read_text()
+    preset.write_text("train: {stepps: 3}\n")
+    with pytest.raises(InputError, match="stepps"):
+        use_preset(preset, file)
+    assert file.read_text() == before and sorted(tmp_path.iterdir()) == [file, preset]
