@@ -40,6 +40,8 @@ def started(folder: Path, command: list[str], **environment: str) -> Iterator[ps
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            # As in a terminal's foreground: tests that run in the background of a shell have Ctrl-C ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     family = [process]
     try:
