@@ -30,14 +30,19 @@ ROUNDING = 1e-10
 
 def bins_of(scores: np.ndarray) -> np.ndarray:
     """The bin of each finite score, in the order of the scores: int32, of the same shape."""
-    single = np.clip(scores, -np.finfo(np.float32).max, np.finfo(np.float32).max).astype(np.float32, copy=False)
-    bits = np.ascontiguousarray(single).view(np.int32)
-    magnitude = (bits & 0x7FFFFFFF) >> (23 - MANTISSA)
-    magnitude -= ((127 + LOWEST) << MANTISSA) - 1
-    np.clip(magnitude, 0, HALF - 1, out=magnitude)
-    np.negative(magnitude, out=magnitude, where=bits < 0)
-    magnitude += HALF
-    return magnitude
+    if scores.dtype != np.float32:
+        scores = np.clip(scores, -np.finfo(np.float32).max, np.finfo(np.float32).max).astype(np.float32)
+    bits = np.ascontiguousarray(scores).view(np.int32)
+    # In place: memory of a size that is new to the process costs more than what is computed.
+    bins = bits & 0x7FFFFFFF
+    bins >>= 23 - MANTISSA
+    bins -= ((127 + LOWEST) << MANTISSA) - 1
+    np.maximum(bins, 0, out=bins)
+    np.minimum(bins, HALF - 1, out=bins)
+    if (negative := bits < 0).any():
+        np.negative(bins, out=bins, where=negative)
+    bins += HALF
+    return bins
 
 
 class Counts:
@@ -97,11 +102,11 @@ class StreamingMetrics:
             return
         bins = bins_of(anomaly_map)
         if not mask.any():
-            _count(counts.normal, bins.ravel())
+            np.add.at(counts.normal, bins.ravel(), 1)
             return
         inside = bins[mask]
-        _count(counts.normal, bins[~mask])
-        _count(counts.anomalous, inside)
+        np.add.at(counts.normal, bins[~mask], 1)
+        np.add.at(counts.anomalous, inside, 1)
         labels, regions = regions_of(mask)
         counts.regions += regions
         _add_overlap(counts.overlap, inside, labels)
@@ -115,36 +120,29 @@ class StreamingMetrics:
 
     def results(self) -> Results:
         """The metrics of each class, classes in the order of their names; scores of a bin are taken as ties."""
-        return Results(
-            {name: {key: value for key, (value, _) in self._judge(self.classes[name]).items()} for name in self._names}
-        )
+        return Results({name: self._values(_Falling(self.classes[name])) for name in self._names})
 
     def errors(self) -> dict[str, dict[str, float]]:
         """How far each metric of `results` may be from that of the very scores; NaN where it is not defined."""
-        return {
-            name: {key: error for key, (_, error) in self._judge(self.classes[name]).items()} for name in self._names
-        }
+        return {name: self._errors(_Falling(self.classes[name])) for name in self._names}
 
     @property
     def _names(self) -> list[str]:
         return sorted(self.classes)
 
-    def _judge(self, counts: Counts) -> dict[str, tuple[float, float]]:
-        """Each metric and how far it may be off."""
-        normal, overlap = _falling(counts.normal, counts.overlap)
-        shares = overlap / (WHOLE * counts.regions) if counts.regions else np.full(len(overlap), math.nan)
-        values = {"au_pro": binned.area(normal, shares, self.max_fpr)}
-        ranges = {"au_pro": binned.area_range(normal, shares, self.max_fpr)}
-        for kind, both in (
-            ("pixel", (counts.anomalous, counts.normal)),
-            ("image", (counts.anomalous_images, counts.normal_images)),
-        ):
-            found = _falling(*both)
+    def _values(self, counts: "_Falling") -> dict[str, float]:
+        values = {"au_pro": binned.area(*counts.regions, self.max_fpr)}
+        for kind, found in counts.kinds.items():
             values |= {f"{kind}_{metric}": value for metric, value in binned.detection(*found).items()}
+        return {metric: float(values[metric]) for metric in METRICS}
+
+    def _errors(self, counts: "_Falling") -> dict[str, float]:
+        values = self._values(counts)
+        ranges = {"au_pro": binned.area_range(*counts.regions, self.max_fpr)}
+        for kind, found in counts.kinds.items():
             ranges |= {f"{kind}_{metric}": pair for metric, pair in binned.detection_range(*found).items()}
         return {
-            metric: (float(values[metric]), float(np.max(np.abs(ranges[metric] - values[metric]))) + ROUNDING)
-            for metric in METRICS
+            metric: float(np.max(np.abs(np.subtract(ranges[metric], values[metric])))) + ROUNDING for metric in METRICS
         }
 
     def save(self, file: Path) -> None:
@@ -175,11 +173,19 @@ class StreamingMetrics:
         return metrics
 
 
-def _count(into: np.ndarray, bins: np.ndarray) -> None:
-    if len(bins):
-        low = int(bins.min())
-        found = np.bincount(bins - low)
-        into[low : low + len(found)] += found
+class _Falling:
+    """Counts of the bins in which anything is, from the highest scores down, as vlmdiff/evaluation/binned.py has them.
+
+    regions: normal pixels, shares of the mean overlap. kinds: anomalous and normal ones, of pixels and of images.
+    """
+
+    def __init__(self, counts: Counts):
+        normal, overlap = _falling(counts.normal, counts.overlap)
+        self.regions = normal, overlap / (WHOLE * counts.regions) if counts.regions else np.full(len(overlap), math.nan)
+        self.kinds = {
+            "pixel": _falling(counts.anomalous, counts.normal),
+            "image": _falling(counts.anomalous_images, counts.normal_images),
+        }
 
 
 def _add_overlap(into: np.ndarray, bins: np.ndarray, labels: np.ndarray) -> None:
