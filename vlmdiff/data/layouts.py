@@ -246,22 +246,14 @@ def _table(root: Path, relative: Path, columns: dict[str, str]) -> Iterator[Reco
     file = resolve(root, relative.as_posix())
     if not file.is_file():
         raise InputError(f"{file} does not exist: it lists the images for this layout")
-    rows = table_rows(file)
-    _, header = next(rows, (None, []))
-    if twice := {name for name in header if header.count(name) > 1}:
-        raise InputError(f"{file} has more than one column {', '.join(sorted(twice))}: keep one")
+    header, rows = read_table(file)
     for name in ("path", "class_name"):
         if columns[name] not in header:
             raise InputError(f"{file} has no column {columns[name]!r}: its columns are {', '.join(header)}")
     truths = [columns[name] for name in ("is_anomalous", "label") if columns.get(name) in header]
     if len(truths) != 1:
         raise InputError(f"{file} needs one of the columns is_anomalous and label: it has {', '.join(header)}")
-    for where, cells in rows:
-        if not cells:
-            continue  # an empty line
-        if len(cells) != len(header):
-            raise InputError(f"{where}: {len(cells)} cells under {len(header)} columns: the row may be truncated")
-        row = dict(zip(header, cells, strict=True))
+    for where, row in rows:
         values = {name: row.get(column, "") for name, column in columns.items()}
         is_anomalous = ANOMALOUS.get(row[truths[0]].lower())
         if is_anomalous is None:
@@ -287,12 +279,26 @@ def _table(root: Path, relative: Path, columns: dict[str, str]) -> Iterator[Reco
         )
 
 
-def table_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """The header of a table, then its rows, each with where it stands; what is absent is empty.
+def read_table(file: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """The columns of a table, and its rows, each with where it stands; what is absent is empty.
 
-    CSV, or Parquet by its suffix. Raises InputError where the file is something else.
+    CSV, or Parquet by its suffix. Raises InputError where the file is something else, a column is there twice, or, on
+    the way, a row has not a cell for each column.
     """
-    return _parquet_rows(file) if file.suffix.lower() == ".parquet" else _csv_rows(file)
+    rows = _parquet_rows(file) if file.suffix.lower() == ".parquet" else _csv_rows(file)
+    _, header = next(rows, (None, []))
+    if twice := {name for name in header if header.count(name) > 1}:
+        raise InputError(f"{file} has more than one column {', '.join(sorted(twice))}: keep one")
+    return header, _named(header, rows)
+
+
+def _named(header: list[str], rows: Iterator[tuple[str, list[str]]]) -> Iterator[tuple[str, dict[str, str]]]:
+    for where, cells in rows:
+        if not cells:
+            continue  # an empty line
+        if len(cells) != len(header):
+            raise InputError(f"{where}: {len(cells)} cells under {len(header)} columns: the row may be truncated")
+        yield where, dict(zip(header, cells, strict=True))
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, list[str]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmdiff.data.images import SUFFIXES, resolve
-from vlmdiff.data.layouts import table_rows
+from vlmdiff.data.layouts import read_table
 from vlmdiff.errors import InputError
 
 TABLES = {".csv", ".parquet"}
@@ -72,16 +72,10 @@ def _images(files: Iterable[str], out: str) -> Iterator[Photograph]:
 
 
 def _rows(table: Path) -> Iterator[Photograph]:
-    rows = table_rows(table)
-    _, header = next(rows, (None, []))
-    if header.count("path") != 1:
+    header, rows = read_table(table)
+    if "path" not in header:
         raise InputError(f"{table} needs one column 'path', which names the photographs: it has {', '.join(header)}")
-    for where, cells in rows:
-        if not cells:
-            continue  # an empty line
-        if len(cells) != len(header):
-            raise InputError(f"{where}: {len(cells)} cells under {len(header)} columns: the row may be truncated")
-        row = dict(zip(header, cells, strict=True))
+    for where, row in rows:
         try:
             resolve(table.parent, row["path"])
         except InputError as error:
