@@ -22,6 +22,7 @@ from sklearn.covariance import ledoit_wolf
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.detector import SETTINGS
 from vlmdiff.errors import InputError
+from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.judging import REFERENCE
 from vlmdiff.evaluation.plots import draw_distributions
 from vlmdiff.files import atomic_folder, write_json
@@ -329,15 +330,6 @@ def check_table(found: Check) -> Table:
 
 def page(found: Check, recent: pd.DataFrame, known: Known) -> str:
     """The check as one HTML page that needs neither a network nor a script."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vlmdiff.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     charts = {}
     if found.tests:
         nearest, _ = known.classes.nearest(_values(recent))
@@ -347,4 +339,4 @@ def page(found: Check, recent: pd.DataFrame, known: Known) -> str:
         for what in sorted(MEASURED, key=order.index):
             then, now = known.rows[what].to_numpy(np.float64), recent[what].to_numpy(np.float64)
             charts[what] = draw_distributions(then, now, weights, what, 0.5 if what == "score" else None)
-    return environment.get_template("monitor.html").render(check=found, charts=charts)
+    return pages.page("monitor.html", check=found, charts=charts)

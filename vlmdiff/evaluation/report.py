@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.errors import InputError
+from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.evaluation.metrics import METRICS, PER_CLASS, Results
 from vlmdiff.evaluation.plots import DASHES, HUES, Curves, draw_curve, draw_histograms, histograms
@@ -154,17 +155,9 @@ def render(
 
     champion: its content, where the two were compared; difference: of their samples, this model's less the champion's.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vlmdiff.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = list(content["results"][PER_CLASS])
-    return environment.get_template("report.html").render(
+    return pages.page(
+        "report.html",
         metrics=METRICS,
         content=content,
         names=names,
