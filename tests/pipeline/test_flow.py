@@ -6,6 +6,9 @@ import urllib.request
 
 import yaml
 
+from tests.conftest import ROOT
+from vlmdiff.params import load
+
 FLOW = (sys.executable, "-m", "flows.retrain")
 
 
@@ -51,3 +54,15 @@ def test_a_model_that_misses_a_floor_ends_well_without_a_champion(workspace, pre
     workspace.set_params(gate={"floors": {"au_pro": {"mean": 1.0}}})
     output = workspace.run(*FLOW, PREFECT_API_URL=prefect_api).stdout
     assert "does not pass the gate; there is no champion" in output and "at least 1 required" in output
+
+
+def test_a_preset_is_followed_from_now_on(workspace, prefect_api):
+    # The line ends at the contract: nothing is trained.
+    workspace.set_params(validate={"min_side": 1000})
+    before = load(workspace.path / "params.yaml")
+    command = "from flows.retrain import retrain; retrain(preset='visa_fast', return_state=True)"
+    output = workspace.run(sys.executable, "-c", command, PREFECT_API_URL=prefect_api).stdout
+    assert "stage 'validate' failed" in output
+    now, preset = load(workspace.path / "params.yaml"), load(ROOT / "presets/visa_fast.yaml")
+    assert now.first_stage == preset.first_stage and now.train == preset.train
+    assert now.prepare == before.prepare and now.gate == before.gate
