@@ -69,4 +69,5 @@ def _show(found: Check, out: Path) -> None:
         for test in sorted(found.tests, key=lambda test: test.corrected)
     ]
     create_table_artifact(rows, key="monitor", description=f"**{found.outcome}**")
-    create_link_artifact(servers.address(out / "monitor.html"), link_text=found.outcome, key="monitor-page")
+    page = servers.address(out / "monitor.html")
+    create_link_artifact(page, link_text=found.outcome, key="monitor-page", description="Then and now, as a page.")

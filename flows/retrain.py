@@ -136,11 +136,11 @@ def register(code: dict[str, str] | None = None) -> int:
             key="heatmaps",
             description="Photograph, reconstruction, anomaly map and truth; the hardest class first.",
         )
-        create_link_artifact(servers.address(REPORT), link_text="Report of the evaluation", key="report")
-        create_link_artifact(servers.address(DATA_DOCS), link_text="Data Docs", key="data-docs")
+        _link("report", "Report of the evaluation", servers.address(REPORT), "Metrics by class, curves, photographs.")
+        _link("data-docs", "Data Docs", servers.address(DATA_DOCS), "What was asked of the photographs, rule by rule.")
         if page:
             link = f"{page}/#/models/{params.registry.model_name}/versions/{version}"
-            create_link_artifact(link, link_text=f"Version {version} in the registry", key="registry")
+            _link("registry", f"Version {version} in the registry", link, "Its model card, what made it, its files.")
     return version
 
 
@@ -162,8 +162,12 @@ def promote(version: int) -> Verdict:
     ]
     with _published():
         create_table_artifact(rows, key="gate", description=f"**{verdict.outcome}**")
-        create_link_artifact(servers.address(w.GATE_PAGE), link_text=verdict.outcome, key="verdict")
+        _link("verdict", verdict.outcome, servers.address(w.GATE_PAGE), "The verdict and its reasons, as a page.")
     return verdict
+
+
+def _link(key: str, text: str, address: str, description: str) -> None:
+    create_link_artifact(address, link_text=text, key=key, description=description)
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:
@@ -302,9 +306,7 @@ def _show_contract(stage: str) -> None:
     if rows:
         with _published():
             create_table_artifact(rows, key="contract", description=f"What stage {stage!r} found in the data.")
-            create_link_artifact(
-                servers.address(file.with_name("docs") / "index.html"), link_text="Data Docs", key="data-docs"
-            )
+            _link("data-docs", "Data Docs", servers.address(file.with_name("docs") / "index.html"), "Rule by rule.")
 
 
 def main() -> None:

@@ -85,7 +85,8 @@ def register(params: Params, code: dict[str, str] | None = None) -> int:
     tags = {
         FINGERPRINT: fingerprint,
         **(lineage.code_revision() if code is None else code),
-        **{f"dvc.{k}": v for k, v in recorded.items()},
+        # Of the reports, the run's files and dvc.lock there tell.
+        **{f"dvc.{path}": value for path, value in recorded.items() if not path.startswith("reports/")},
     }
     results = Results.read(w.METRICS)
     name = params.registry.model_name
