@@ -323,11 +323,12 @@ def inspect_(
     """A page for the inspector: drop in a photograph, see what the champion says, and say what you think."""
     from vlmdiff.params import load
 
-    loaded = load(params)
+    loaded, called = load(params), str(model)
     if model is None:
-        from vlmdiff.registry.promotion import champion_folder
+        from vlmdiff.registry.promotion import champion
 
-        model = champion_folder(loaded)
+        version, model = champion(loaded)
+        called = f"version {version} of {loaded.registry.model_name}, the champion"
     settings = {
         "server.address": address,
         "server.port": port,
@@ -339,7 +340,7 @@ def inspect_(
     print(f"the inspector's page: http://{address}:{port}", flush=True)
     page = str(Path(__file__).with_name("inspector.py"))
     options = [f"--{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "streamlit", "run", page, *options, "--", str(model)]
+    command = [sys.executable, "-m", "streamlit", "run", page, *options, "--", str(model), called]
     # Its process takes this one's place: who ends this command ends the page.
     os.execv(sys.executable, command)
 

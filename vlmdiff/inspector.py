@@ -1,6 +1,6 @@
 """The inspector's page, by Streamlit: a photograph in, what the model says of it, and what the inspector says of that.
 
-`vlmdiff inspect` runs it in a workspace; its argument is the detector's folder.
+`vlmdiff inspect` runs it in a workspace; its arguments are the detector's folder and what to call it.
 """
 
 import getpass
@@ -147,9 +147,7 @@ def ask_for_feedback(upload, similar: str | None, params: Params) -> None:
     """What the inspector says of the photograph goes where training and test find it."""
     st.subheader("Your verdict")
     if params.prepare.layout not in PLACES:
-        st.caption(
-            f"Feedback can be added to data of the layouts {' and '.join(PLACES)}, not to {params.prepare.layout}."
-        )
+        st.caption(f"Data of the layout {params.prepare.layout} take no feedback; those of {' and '.join(PLACES)} do.")
         return
     classes = manifest.read(w.MANIFEST).set_index("path")["class_name"]
     names = sorted(set(classes))
@@ -176,8 +174,8 @@ def ask_for_feedback(upload, similar: str | None, params: Params) -> None:
     st.success(f"Added as {added[0]}; the next retrain has it." if added else "The dataset has it already.")
 
 
-def page(folder: str) -> None:
-    st.set_page_config("vlmdiff inspector", ":material/search:", "wide")
+def page(folder: str, name: str) -> None:
+    st.set_page_config("vlmdiff inspector", layout="wide")
     st.title("Inspector")
     params, stamp = load(w.PARAMS), stamp_of(Path(folder, "detector.json"))
     detector = load_detector(folder, stamp)
@@ -193,8 +191,8 @@ def page(folder: str) -> None:
     similar = most_similar(detector, image)
     show(image, detection, similar, params)
     ask_for_feedback(upload, similar, params)
-    st.caption(f"{upload.name}, sha256 {hashlib.sha256(upload.getvalue()).hexdigest()[:16]}; judged by {Path(folder)}")
+    st.caption(f"{upload.name}, sha256 {hashlib.sha256(upload.getvalue()).hexdigest()[:16]}; judged by {name}")
 
 
 if __name__ == "__main__":
-    page(sys.argv[1])
+    page(*sys.argv[1:])

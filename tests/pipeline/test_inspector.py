@@ -1,21 +1,15 @@
 """The inspector's page in a real browser."""
 
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from tests.browser import CHROMIUM, PATIENCE, chromium, inspector, open_page
 from vlmdiff.data.images import load_rgb
 from vlmdiff.detection.detector import Detector
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
-PATIENCE = 60_000
 
 
 @pytest.fixture
@@ -23,29 +17,10 @@ def page(workspace):
     """The page of the workspace's detector; its data are as those of somebody's own."""
     shutil.copytree(workspace.path / "data/made", workspace.path / "data/raw/photos")
     workspace.set_params(prepare={"layout": "mvtec_ad", "root": "data/raw/photos"}, validate={"masks": "optional"})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "vlmdiff.cli", "inspect", "--model", "models/detector", "--port", port]
-    server = subprocess.Popen(command, cwd=workspace.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, server.stdout.read().decode()
-                time.sleep(0.1)
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 1200})
-            page.set_default_timeout(PATIENCE)
-            page.goto(f"http://127.0.0.1:{port}")
-            yield page
-            browser.close()
-    finally:
-        server.terminate()
-        server.wait(30)
+    with inspector(workspace, "--model", "models/detector") as url, chromium() as browser:
+        page = open_page(browser)
+        page.goto(url)
+        yield page
 
 
 def drop(page: Page, file) -> None:

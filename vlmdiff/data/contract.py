@@ -1,5 +1,6 @@
 """The data contract: what must hold of a dataset before anything is trained on it, judged by Great Expectations."""
 
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ import great_expectations.expectations as gxe
 import imagehash
 import numpy as np
 import pandas as pd
+from great_expectations.core.run_identifier import RunIdentifier
 
 from vlmdiff.console import say, track
+from vlmdiff.data.docs import VIEW
 from vlmdiff.data.images import decode, read_image, resolve
 from vlmdiff.data.layouts import LABEL_MAPS, SPLITS
 from vlmdiff.errors import InputError
@@ -96,9 +99,13 @@ def check(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]]], out
             "class_name": "TupleFilesystemStoreBackend",
             "base_directory": str((temporary / "docs").resolve()),
         }
-        index = {"class_name": "DefaultSiteIndexBuilder"}
-        site = {"class_name": "SiteBuilder", "site_index_builder": index, "store_backend": store}
-        context.add_data_docs_site(site_name="docs", site_config=site)
+        site = {
+            "class_name": "SiteBuilder",
+            "site_index_builder": {"class_name": "DefaultSiteIndexBuilder", "view": VIEW},
+            "site_section_builders": {section: {"view": VIEW} for section in ("expectations", "validations")},
+            "store_backend": store,
+        }
+        context.add_data_docs_site(site_name=name, site_config=site)
         source = context.data_sources.add_pandas(name)
         findings = []
         for title, (table, rules) in tables.items():
@@ -108,13 +115,16 @@ def check(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]]], out
             checkpoint = gx.Checkpoint(
                 name=title,
                 validation_definitions=[run],
-                actions=[gx.checkpoint.UpdateDataDocsAction(name="docs", site_names=["docs"])],
+                actions=[gx.checkpoint.UpdateDataDocsAction(name="docs", site_names=[name])],
                 result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["path"]},
             )
-            outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": table})
+            named = RunIdentifier(run_name=name)
+            outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": table}, run_id=named)
             (judged,) = outcome.run_results.values()
             results = {result.expectation_config.meta["rule"]: result for result in judged.results}
             findings += [_finding(rule, results[rule.name]) for rule in rules]
+        # Fonts and pictures of the pages that VIEW takes the place of.
+        shutil.rmtree(temporary / "docs/static")
         verdict = Verdict(findings, out / "docs/index.html")
         rows = [asdict(finding) for finding in findings]
         write_json(temporary / "validation.json", {"passed": verdict.passed, "findings": rows})

@@ -37,7 +37,7 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"text": _text, "number": _number}
-    return environment.get_template("model_card.md").render(
+    card = environment.get_template("model_card.md").render(
         name=params.registry.model_name,
         by_class=by_class,
         metrics=METRICS,
@@ -58,6 +58,8 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         parts=list(_parts(params)),
         served=served,
     )
+    # MLflow's page shows a table without space between its columns.
+    return re.sub(r" \| (?!---)", " | &ensp;", card)
 
 
 def _count(frame: pd.DataFrame) -> dict[str, int]:

@@ -1,0 +1,15 @@
+"""Great Expectations' Data Docs as pages that ask nothing of the internet."""
+
+from great_expectations.render.view import DefaultJinjaPageView
+from jinja2 import ChoiceLoader, PackageLoader
+
+
+class Page(DefaultJinjaPageView):
+    """A page of Data Docs: templates of ours take the place of those that load styles, scripts and a logo."""
+
+    def __init__(self, custom_styles_directory: str | None = None, custom_views_directory: str | None = None) -> None:
+        super().__init__(custom_styles_directory, custom_views_directory)
+        self.env.loader = ChoiceLoader([PackageLoader("vlmdiff.data"), self.env.loader])
+
+
+VIEW = {"module_name": __name__, "class_name": Page.__name__}
