@@ -60,7 +60,8 @@ CONTRACTS = {"validate": w.DATA_REPORT, "caption": w.CAPTION_REPORT}
 PICTURES, PICTURE_WIDTH = 8, 720
 PRESETS = {file.stem: file for file in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
 # What the form of Prefect's page offers.
-Preset = Literal[*PRESETS] if PRESETS else str
+AS_IT_IS = "as it is"
+Preset = Literal[AS_IT_IS, *PRESETS]
 
 
 def _disturbed(task: Task, run: TaskRun, state: State) -> bool:
@@ -139,7 +140,7 @@ def register(code: dict[str, str] | None = None) -> int:
         _link("report", "Report of the evaluation", servers.address(REPORT), "Metrics by class, curves, photographs.")
         _link("data-docs", "Data Docs", servers.address(DATA_DOCS), "What was asked of the photographs, rule by rule.")
         if page:
-            link = f"{page}/#/models/{params.registry.model_name}/versions/{version}"
+            link = f"{page}/#/models/{params.registry.model_name}/versions/{version}?workflowType=machine_learning"
             _link("registry", f"Version {version} in the registry", link, "Its model card, what made it, its files.")
     return version
 
@@ -240,23 +241,21 @@ def _alone() -> Iterator[None]:
 
 @flow(flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}")
 def retrain(
-    promote_model: bool = True, force: bool = False, preset: Preset | None = None, branch: str = ""
+    promote_model: bool = True, force: bool = False, preset: Preset = AS_IT_IS, branch: str = ""
 ) -> Verdict | State | None:
     """Bring the experiment up to date, register the model, and let the gate decide on promoting it.
 
     Args:
         promote_model: Let the gate decide whether the new version becomes champion. Off, it is registered only.
         force: Run every stage, also those that are up to date.
-        preset: Have the model of a file in `presets/` from now on: params.yaml gets its sections `caption`,
-            `first_stage`, `encode`, `train` and `evaluate`. Empty, params.yaml is followed as it is.
-        branch: Commit `dvc.lock`, and the workspace that it is of, on this git branch, which nobody has checked out.
-            Empty, nothing is committed.
+        preset: Have another model from now on: params.yaml gets what a file of presets/ says of it.
+        branch: Commit dvc.lock, with the workspace as it is, on this git branch of its own. Empty, on none.
     """
     # Under a worker: end with it, and leave no training behind that nobody can cancel.
     lifeline.watch()
     try:
         with _alone():
-            if preset:
+            if preset != AS_IT_IS:
                 use_preset(PRESETS[preset])
             load()
             names, remote = stage_names(), default_remote()

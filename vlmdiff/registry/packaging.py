@@ -14,6 +14,7 @@ from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Object, Property
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS, MLFLOW_SOURCE_NAME
 from PIL import Image
 
 import vlmdiff
@@ -103,6 +104,9 @@ def register(params: Params, code: dict[str, str] | None = None) -> int:
         version = client.create_model_version(
             name, model_uri, run_id, tags, description=_description(params), model_id=model_id
         )
+        # As `mlflow.register_model` does: else the model's page says that it is not registered.
+        known = json.dumps([{"name": name, "version": version.version}])
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: known})
     say(f"register: version {version.version} of {name}")
     return int(version.version)
 
@@ -125,7 +129,8 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
     """Log everything to a new run; its id and the model's address."""
     example = _example(params)
     mlflow.set_experiment(params.registry.experiment)
-    with mlflow.start_run(tags=tags) as run:
+    title = f"{params.registry.model_name} {tags[FINGERPRINT][:8]}"
+    with mlflow.start_run(run_name=title, tags=tags | {MLFLOW_SOURCE_NAME: "vlmdiff"}) as run:
         mlflow.log_params(_flat(params.model_dump(mode="json", by_alias=True)))
         evidence = Evidence.read(w.EVALUATION)
         cost = {"latency_ms": evidence.latency_ms, "size_mb": evidence.size_mb}
@@ -164,11 +169,16 @@ def _inputs(params: Params) -> Schema:
 
 
 def _description(params: Params) -> str:
-    """The model card, without the table of classes where that makes it too long for the registry."""
-    card = model_card(params)
+    """The model card without its title, and without the table of classes where that makes it too long for MLflow."""
+    card = _untitled(model_card(params))
     if len(card) > DESCRIPTION:
-        card = model_card(params, by_class=False)
+        card = _untitled(model_card(params, by_class=False))
     return card[:DESCRIPTION]
+
+
+def _untitled(card: str) -> str:
+    """MLflow's list of versions shows the first line."""
+    return card.partition("\n\n")[2]
 
 
 def _example(params: Params) -> dict[str, str]:
