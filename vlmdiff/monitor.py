@@ -121,12 +121,10 @@ def _model(folder: Path | None, params: Params) -> tuple[Path, set[str]]:
     """A detector's folder, and what `vlmdiff score` calls it."""
     names = set()
     if folder is None:
-        from vlmdiff.registry.promotion import champion_folder
-        from vlmdiff.registry.store import champion_version, open_store
+        from vlmdiff.registry.promotion import champion
 
-        folder = champion_folder(params)
-        with open_store(params.registry) as client:
-            names.add(f"{params.registry.model_name}/{champion_version(client, params.registry)}")
+        version, folder = champion(params)
+        names.add(f"{params.registry.model_name}/{version}")
     elif not (folder / SETTINGS).is_file():
         raise InputError(f"{folder} is not a detector's folder: it has no {SETTINGS} (the evaluate stage writes it)")
     return folder, names | {f"sha256:{hashlib.sha256((folder / SETTINGS).read_bytes()).hexdigest()[:16]}"}

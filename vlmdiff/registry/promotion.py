@@ -273,13 +273,8 @@ def _detector(params: Params, version: int) -> Path:
     return found[0].parent
 
 
-def champion_folder(params: Params) -> Path:
-    """The champion's detector, fetched once into the workspace's cache."""
-    return champion(params)[1]
-
-
 def champion(params: Params) -> tuple[int, Path]:
-    """The champion's version, and its detector as `champion_folder` has it. InputError where there is none."""
+    """The champion's version, and its detector, fetched once into the workspace's cache. InputError where there is none."""
     with open_store(params.registry) as client:
         version = champion_version(client, params.registry)
     if version is None:
