@@ -274,7 +274,7 @@ def _detector(params: Params, version: int) -> Path:
 
 
 def champion(params: Params) -> tuple[int, Path]:
-    """The champion's version, and its detector, fetched once into the workspace's cache. InputError where there is none."""
+    """The champion's version, and its detector, fetched once into the cache. InputError where there is none."""
     with open_store(params.registry) as client:
         version = champion_version(client, params.registry)
     if version is None:
