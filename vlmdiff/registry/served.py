@@ -8,9 +8,8 @@ import binascii
 import io
 import math
 import os
-import threading
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -58,7 +57,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
         self.detector = Detector.from_pretrained(context.artifacts["detector"])
         self.max_pixels = context.model_config["max_pixels"]
         self.max_rows, self.root = _max_rows(), _image_root()
-        self.lock, self.waiting = threading.Lock(), deque()
+        self.judge, self.waiting = ThreadPoolExecutor(1), deque()
 
     def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """A row a photograph: `score` in [0, 1); `is_anomalous`, whether it is above `threshold`; `regions`, and on
@@ -99,27 +98,29 @@ class Inspector(mlflow.pyfunc.PythonModel):
         return pd.DataFrame(rows, columns=[*names, "heatmap"] if draw else names)
 
     def _detect(self, images: list[Image.Image], captions: list[str] | None) -> list[Detection]:
-        """Judge at most BATCH images. MLflow's server asks from many threads: one batch at a time is judged, in the
-        memory of one, and what waited meanwhile is judged together, which takes less time.
+        """Judge at most BATCH images. MLflow's server asks from many threads: one thread judges, and what waited
+        meanwhile it judges together, which takes less time. Of many, each would bring threads of its own to the cores.
         """
-        mine = Future()
+        mine: Future[list[Detection]] = Future()
         self.waiting.append((images, captions, mine))
-        with self.lock:
-            # Whoever was in here before may have taken this along.
-            while not mine.done():
-                taken, size = [], 0
-                while self.waiting and size + len(self.waiting[0][0]) <= BATCH:
-                    taken.append(self.waiting.popleft())
-                    size += len(taken[-1][0])
-                try:
-                    texts = captions and [text for _, captions, _ in taken for text in captions]
-                    found = iter(self.detector.detect([i for images, _, _ in taken for i in images], BATCH, texts))
-                    for images, _, future in taken:
-                        future.set_result(list(islice(found, len(images))))
-                except Exception as error:
-                    for _, _, future in taken:
-                        future.set_exception(error)
+        self.judge.submit(self._detect_waiting)
         return mine.result()
+
+    def _detect_waiting(self) -> None:
+        taken, size = [], 0
+        while self.waiting and size + len(self.waiting[0][0]) <= BATCH:
+            taken.append(self.waiting.popleft())
+            size += len(taken[-1][0])
+        if not taken:  # an earlier call took it along
+            return
+        try:
+            texts = [text for _, captions, _ in taken for text in captions or ()] or None
+            found = iter(self.detector.detect([i for images, _, _ in taken for i in images], BATCH, texts))
+            for images, _, future in taken:
+                future.set_result(list(islice(found, len(images))))
+        except Exception as error:
+            for _, _, future in taken:
+                future.set_exception(error)
 
     def _captions(self, frame: pd.DataFrame) -> list[str] | None:
         kind = self.detector.params.captions
