@@ -34,6 +34,15 @@ def check_output(path: Path, recorded: dict[str, str]) -> str:
     return recorded[path.as_posix()]
 
 
+def fingerprint(recorded: dict[str, str]) -> str:
+    """By what a version knows its model: the hashes of this workspace's detector and of its metrics.
+
+    Raises InputError where they are not what dvc.lock records.
+    """
+    detector, metrics = (check_output(path, recorded) for path in (w.DETECTOR, w.METRICS))
+    return f"{detector.removesuffix('.dir')}-{metrics}"
+
+
 def dvc_hash(path: Path) -> str:
     """The hash that DVC gives a file, or a folder: that of the JSON list of its files' hashes and paths."""
     if path.is_file():

@@ -374,6 +374,9 @@ def test_a_rollback_puts_the_previous_champion_back_for_good(workspace):
     assert found["champion"] == "1" and found["tags"]["3"]["gate.verdict"] == "failed"
     assert "version 3 was rolled back by Ada: misses cracks" in found["tags"]["3"]["gate.reasons"]
 
+    assert workspace.run("vlmdiff", "gate", check=False).returncode == 1
+    assert "the model was rolled back by Ada: misses cracks" in (workspace.path / "reports/gate.json").read_text()
+
     # A person may think better of it.
     commands(workspace, ["promote", "3", "--override", "Grace", "--reason", "it was the camera"])
     found = registry(workspace)

@@ -29,7 +29,7 @@ from vlmdiff.evaluation.metrics import Results
 from vlmdiff.params import Params
 from vlmdiff.registry import served
 from vlmdiff.registry.card import model_card
-from vlmdiff.registry.store import open_store
+from vlmdiff.registry.store import FINGERPRINT, open_store
 
 # What the served model imports: no Prefect, no DVC, no Great Expectations where the model serves.
 REQUIREMENTS = (
@@ -65,8 +65,6 @@ PARAMETERS = ParamSchema(
     ]
 )
 EXAMPLE_SIDE = 256
-# On versions and on runs alike.
-FINGERPRINT = "fingerprint"
 CARD = "model_card.md"
 # What a version's description may have, of characters: MLflow on PostgreSQL takes no more.
 DESCRIPTION = 5000
@@ -81,8 +79,7 @@ def register(params: Params, code: dict[str, str] | None = None) -> int:
     store does not answer.
     """
     recorded = lineage.read_lock(w.DVC_LOCK)
-    detector = lineage.check_output(w.DETECTOR, recorded)
-    fingerprint = f"{detector.removesuffix('.dir')}-{lineage.check_output(w.METRICS, recorded)}"
+    fingerprint = lineage.fingerprint(recorded)
     tags = {
         FINGERPRINT: fingerprint,
         **(lineage.code_revision() if code is None else code),

@@ -7,6 +7,7 @@ import mlflow
 from mlflow.tracking import MlflowClient
 from safetensors import SafetensorError
 
+from vlmdiff import lineage
 from vlmdiff import workspace as w
 from vlmdiff.captions.files import read_captions
 from vlmdiff.console import say
@@ -18,7 +19,7 @@ from vlmdiff.evaluation.judging import EVIDENCE, Evidence, hash_test_set, judge_
 from vlmdiff.evaluation.report import read_content, render
 from vlmdiff.files import atomic_folder, atomic_path, folder_mb
 from vlmdiff.params import Params
-from vlmdiff.registry.store import CHAMPION, champion_version, open_store
+from vlmdiff.registry.store import CHAMPION, FINGERPRINT, champion_version, open_store
 
 # Tags of a version: the gate's word, its reasons, the champion that it was judged against, who overrode it and why.
 VERDICT, REASONS, AGAINST = "gate.verdict", "gate.reasons", "gate.champion"
@@ -38,7 +39,7 @@ def gate(params: Params, version: int | None = None) -> Verdict:
     `reports/gate.json` has the verdict, and `reports/gate.html` is the report with it.
     """
     with open_store(params.registry) as client:
-        tags = {} if version is None else _tags(client, params, version)
+        tags = _tags_here(client, params) if version is None else _tags(client, params, version)
         champion = champion_version(client, params.registry)
     against, override = _opponent(version, champion, tags)
     case = _hear(params, version, against, tags)
@@ -140,6 +141,15 @@ def _tags(client: MlflowClient, params: Params, version: int) -> dict[str, str]:
     return found[version]
 
 
+def _tags_here(client: MlflowClient, params: Params) -> dict[str, str]:
+    """The tags of the version that this workspace's model is, if it is one."""
+    try:
+        model = lineage.fingerprint(lineage.read_lock(w.DVC_LOCK))
+    except InputError:
+        return {}
+    return next((tags for tags in _versions(client, params).values() if tags.get(FINGERPRINT) == model), {})
+
+
 def _champion_before(tags: dict[str, str]) -> int | None:
     """The champion that this one took the place of; of one of an earlier release, that it was judged against."""
     before = tags.get(BEFORE, tags.get(AGAINST, NONE))
@@ -185,7 +195,8 @@ class Case:
         rejudged = self.champion_folder is not None and w.JUDGED_AGAIN in self.champion_folder.parents
         criteria = judge(self.model, self.champion, params.gate)
         if self.rolled_back:
-            criteria.append(Criterion("rollbacks", 1.0, "at most", 0.0, f"version {version} was {self.rolled_back}"))
+            model = "the model" if version is None else f"version {version}"
+            criteria.append(Criterion("rollbacks", 1.0, "at most", 0.0, f"{model} was {self.rolled_back}"))
         return Verdict(version, against, rejudged, False, criteria)
 
     def publish(self, verdict: Verdict) -> None:

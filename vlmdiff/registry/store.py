@@ -24,6 +24,8 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 CHAMPION = "champion"
+# A tag of versions and of runs alike: which model it is.
+FINGERPRINT = "fingerprint"
 
 
 def tracking_uri(params: Registry) -> str:
