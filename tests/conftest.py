@@ -7,9 +7,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from filelock import FileLock
@@ -194,3 +196,14 @@ def prefect_api() -> Iterator[str]:
 
     with prefect_test_harness(server_startup_timeout=60):
         yield PREFECT_API_URL.value()
+
+
+@pytest.fixture
+def recorded(prefect_api: str) -> Callable[[str], list[dict[str, Any]]]:
+    """What Prefect has of the flow runs that this test began, and of no other's: `recorded("artifacts")`."""
+    question = {"flow_runs": {"start_time": {"after_": datetime.now(UTC).isoformat()}}}
+
+    def ask(what: str) -> list[dict[str, Any]]:
+        return httpx.post(f"{prefect_api}/{what}/filter", json=question).raise_for_status().json()
+
+    return ask

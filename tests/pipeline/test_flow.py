@@ -1,8 +1,6 @@
 """The flow `retrain` in a workspace, against a real Prefect API."""
 
-import json
 import sys
-import urllib.request
 
 import yaml
 
@@ -12,13 +10,7 @@ from vlmdiff.params import load
 FLOW = (sys.executable, "-m", "flows.retrain")
 
 
-def ask(api: str, what: str) -> list[dict]:
-    request = urllib.request.Request(f"{api}/{what}/filter", b"{}", {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as response:
-        return json.load(response)
-
-
-def test_the_flow_ends_with_a_champion_and_run_again_changes_nothing(workspace, prefect_api):
+def test_the_flow_ends_with_a_champion_and_run_again_changes_nothing(workspace, prefect_api, recorded):
     first = workspace.run(*FLOW, PREFECT_API_URL=prefect_api).stdout
     assert "version 1 passes the gate and is champion" in first
     for shown in (
@@ -33,10 +25,10 @@ def test_the_flow_ends_with_a_champion_and_run_again_changes_nothing(workspace, 
     assert "this model is version 1 already" in second and "version 1 passes the gate and is champion" in second
     assert "Running stage" not in second
 
-    tasks = sorted(ask(prefect_api, "task_runs"), key=lambda run: run["start_time"])
+    tasks = sorted(recorded("task_runs"), key=lambda run: run["start_time"])
     stages = list(yaml.safe_load((workspace.path / "dvc.yaml").read_text())["stages"])
     assert [run["name"] for run in tasks][-9:] == [*stages, "register", "promote"]
-    artifacts = {artifact["key"] for artifact in ask(prefect_api, "artifacts")}
+    artifacts = {artifact["key"] for artifact in recorded("artifacts")}
     assert {"metrics", "report", "gate", "verdict"} <= artifacts
 
 

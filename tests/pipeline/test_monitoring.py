@@ -3,9 +3,9 @@
 import json
 import shutil
 import time
-import urllib.request
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,22 +17,18 @@ from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.detector import Detector
 
 
-def ask(api: str, what: str, question: dict) -> list[dict]:
-    request = urllib.request.Request(
-        f"{api}/{what}/filter", json.dumps(question).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as response:
-        answer = json.load(response)
-    return answer["events"] if what == "events" else answer
+def events(api: str, **question: dict) -> list[dict]:
+    """The events of this `event` and this `resource`, as Prefect filters them."""
+    return httpx.post(f"{api}/events/filter", json={"filter": question}).raise_for_status().json()["events"]
 
 
 def drifts(api: str, name: str, patience: float) -> list[dict]:
     """The events of drift of a model, once there is one or `patience` seconds are over."""
-    question = {"filter": {"event": {"name": ["vlmdiff.drift.found"]}, "resource": {"id": [f"vlmdiff.monitor.{name}"]}}}
+    question = {"event": {"name": ["vlmdiff.drift.found"]}, "resource": {"id": [f"vlmdiff.monitor.{name}"]}}
     deadline = time.monotonic() + patience
-    while not (events := ask(api, "events", question)) and time.monotonic() < deadline:
+    while not (found := events(api, **question)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return events
+    return found
 
 
 def test_the_detector_travels_with_what_it_was_calibrated_on(workspace) -> None:
@@ -75,7 +71,7 @@ def line(tmp_path, monkeypatch) -> str:
     return name
 
 
-def test_the_flow_emits_an_event_with_what_has_drifted(line, prefect_api) -> None:
+def test_the_flow_emits_an_event_with_what_has_drifted(line, prefect_api, recorded) -> None:
     from flows.monitor import monitor
 
     write_scores(
@@ -87,10 +83,9 @@ def test_the_flow_emits_an_event_with_what_has_drifted(line, prefect_api) -> Non
     assert event["payload"]["outcome"] == state.message and event["payload"]["images"] == 200
     assert "sharpness" in {test["what"] for test in event["payload"]["found"]}
     (run,) = [item for item in event["related"] if item["prefect.resource.role"] == "flow-run"]
+    assert run["prefect.resource.id"] == f"prefect.flow-run.{state.state_details.flow_run_id}"
 
-    run_id = run["prefect.resource.id"].removeprefix("prefect.flow-run.")
-    artifacts = ask(prefect_api, "artifacts", {"artifacts": {"flow_run_id": {"any_": [run_id]}}})
-    by_key = {artifact["key"]: artifact for artifact in artifacts}
+    by_key = {artifact["key"]: artifact for artifact in recorded("artifacts")}
     assert by_key.keys() == {"monitor", "monitor-page"}
     assert state.message in by_key["monitor"]["description"] and "sharpness" in by_key["monitor"]["data"]
     assert Path("reports/monitor/monitor.html").absolute().as_uri() in by_key["monitor-page"]["data"]
@@ -103,10 +98,9 @@ def test_the_flow_says_nothing_where_nothing_has_drifted(line, prefect_api) -> N
     state = monitor(model="model", return_state=True)
     assert state.is_completed() and state.message == "no drift in the last 200 photographs"
     # Events come in order: one that was emitted would be there before the run's end is.
-    question = {"filter": {"event": {"name": ["prefect.flow-run.Completed"]}}}
     deadline = time.monotonic() + 30
     run = f"prefect.flow-run.{state.state_details.flow_run_id}"
-    while run not in {event["resource"]["prefect.resource.id"] for event in ask(prefect_api, "events", question)}:
+    while not events(prefect_api, event={"name": ["prefect.flow-run.Completed"]}, resource={"id": [run]}):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert not drifts(prefect_api, line, patience=2)

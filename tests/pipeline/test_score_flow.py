@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pandas as pd
@@ -15,12 +14,6 @@ import pytest
 from PIL import Image
 
 FLOW = "import sys; from flows.score import score; score(['photographs'], heatmaps=True)"
-
-
-def ask(api: str, what: str) -> list[dict]:
-    request = urllib.request.Request(f"{api}/{what}/filter", b"{}", {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as response:
-        return json.load(response)
 
 
 @pytest.fixture
@@ -36,13 +29,13 @@ def scored(workspace, prefect_api):
     return workspace, lambda: workspace.run(sys.executable, "-c", FLOW, check=False, PREFECT_API_URL=prefect_api)
 
 
-def test_the_flow_scores_with_the_champion_and_shows_the_worst(scored, prefect_api):
+def test_the_flow_scores_with_the_champion_and_shows_the_worst(scored, recorded):
     workspace, run = scored
     done = run()
     assert done.returncode == 0, done.stdout
     frame = pd.read_parquet(workspace.path / "reports/scores/vlmdiff-1")
     assert len(frame) == 7 and frame["error"].notna().sum() == 1 and set(frame["model"]) == {"vlmdiff/1"}
-    artifacts = {artifact["key"]: artifact for artifact in ask(prefect_api, "artifacts")}
+    artifacts = {artifact["key"]: artifact for artifact in recorded("artifacts")}
     shown = json.loads(artifacts["scores"]["data"])
     assert [row["score"] for row in shown] == [f"{s:.3f}" for s in sorted(frame["score"].dropna(), reverse=True)]
     summary = artifacts["score-summary"]["data"]
@@ -50,7 +43,7 @@ def test_the_flow_scores_with_the_champion_and_shows_the_worst(scored, prefect_a
 
     assert "7 of them scored before" in run().stdout
     pd.testing.assert_frame_equal(pd.read_parquet(workspace.path / "reports/scores/vlmdiff-1"), frame)
-    states = {run["state_type"] for run in ask(prefect_api, "flow_runs") if run["name"].startswith("score ")}
+    states = {run["state_type"] for run in recorded("flow_runs")}
     assert states == {"COMPLETED"}
 
     # Where nothing can be judged the run has failed, and says so.
