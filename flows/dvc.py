@@ -4,14 +4,13 @@ import json
 import re
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from flows.processes import LAST_LINES, run_child
+from flows.processes import run_child
 from vlmdiff import workspace as w
 from vlmdiff.errors import InputError
 
@@ -99,14 +98,9 @@ def _ask(*arguments: str) -> str:
 
 
 def _move(*arguments: str, log: Callable[[str], None]) -> None:
-    last_lines: deque[str] = deque(maxlen=LAST_LINES)
-
-    def hear(line: str) -> None:
-        log(line)
-        last_lines.append(line)
-
-    if run_child([*DVC, *arguments], hear):
-        raise DvcFailed(f"`dvc {arguments[0]}` failed:\n" + "\n".join(last_lines))
+    status, printed = run_child([*DVC, *arguments], log)
+    if status:
+        raise DvcFailed(f"`dvc {arguments[0]}` failed:\n{printed}")
 
 
 def stage_names(file: Path = Path("dvc.yaml")) -> list[str]:
@@ -124,22 +118,20 @@ def run_stage(name: str, log: Callable[[str], None], force: bool = False, pull: 
     """
     options = [option for option, wanted in (("--force", force), ("--pull", pull)) if wanted]
     command = [*DVC, "repro", "--single-item", name, *options]
+    running = f"Running stage '{name}':"
     outcome: Outcome = "up to date"
-    last_lines: deque[str] = deque(maxlen=LAST_LINES)
 
     def hear(line: str) -> None:
         nonlocal outcome
         log(line)
-        last_lines.append(line)
-        if line == f"Running stage '{name}':":
+        if line == running:
             outcome = "ran"
-            last_lines.clear()
         elif line.startswith(f"Stage '{name}' is cached"):
             outcome = "restored from the run cache"
 
-    status = run_child(command, hear)
+    status, printed = run_child(command, hear)
     if status:
-        printed = "\n".join(last_lines)
+        printed = printed.rpartition(f"{running}\n")[2]
         failure = StageDisturbed if _disturbed(status, printed) else StageFailed
         raise failure(f"stage {name!r} failed:\n{printed}")
     return outcome

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,8 @@ GRACE = 10.0
 LAST_LINES = 20
 
 
-def run_child(command: list[str], hear: Callable[[str], None]) -> int:
-    """Run a command, `hear` every line that it prints, and return its exit status.
+def run_child(command: list[str], hear: Callable[[str], None]) -> tuple[int, str]:
+    """Run a command, `hear` every line that it prints, and return its exit status and the last LAST_LINES of them.
 
     Whatever ends this function early (Ctrl-C, a cancelled run, SIGTERM) ends the command, with all that it started.
     """
@@ -33,12 +34,14 @@ def run_child(command: list[str], hear: Callable[[str], None]) -> int:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    last: deque[str] = deque(maxlen=LAST_LINES)
     try:
         for raw in process.stdout:
             # A progress bar draws its states over each other in one line: the last one counts.
             if line := raw.decode("utf-8", "replace").rstrip().rpartition("\r")[2]:
                 hear(line)
-        return process.wait()
+                last.append(line)
+        return process.wait(), "\n".join(last)
     finally:
         end_group(process.pid)
         process.wait()

@@ -1,7 +1,6 @@
 """The flow `score`: photographs judged by the champion, in a child process."""
 
 import sys
-from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.processes import LAST_LINES, run_child
+from flows.processes import run_child
 from vlmdiff import lifeline
 from vlmdiff.errors import InputError
 from vlmdiff.params import Params, load
@@ -32,20 +31,13 @@ def score(sources: list[str], out: str = "reports/scores", heatmaps: bool = Fals
     # Under a worker: end with it.
     lifeline.watch()
     log = get_run_logger().info
-    last_lines: deque[str] = deque(maxlen=LAST_LINES)
-
-    def hear(line: str) -> None:
-        log(line)
-        last_lines.append(line)
-
     began = datetime.now(UTC)
     try:
         folder = Path(out, _champion(load()))
     except InputError as error:
         return Failed(message=str(error), data=error)
     options = ["--out", str(folder), *(["--heatmaps"] if heatmaps else [])]
-    status = run_child([sys.executable, "-m", "vlmdiff.cli", "score", *options, "--", *sources], hear)
-    said = "\n".join(last_lines)
+    status, said = run_child([sys.executable, "-m", "vlmdiff.cli", "score", *options, "--", *sources], log)
     summary = said.rpartition("\n")[2]
     if any(folder.glob("part-*.parquet")):
         _show(folder, began, summary)
