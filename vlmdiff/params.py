@@ -275,13 +275,22 @@ class FirstStage(Training):
     batch_size: Positive = 8
     learning_rate: PositiveFloat = 3e-3
 
+    @property
+    def downsampling(self) -> int | None:
+        """How many times smaller than the image the latents are; None of a pretrained one, which says so itself."""
+        if self.kind == "backbone":
+            return self.image_size // self.backbone.grid
+        return None if self.pretrained else 2 ** (len(self.block_channels) - 1)
+
     @model_validator(mode="after")
     def _fits(self):
         if self.kind == "backbone":
             if self.image_size % self.backbone.grid:
                 raise ValueError("`image_size` must be a multiple of `backbone.grid`")
-        elif self.pretrained is None and self.image_size % (factor := 2 ** (len(self.block_channels) - 1)):
-            raise ValueError(f"`image_size` must be a multiple of {factor}, the downsampling of `block_channels`")
+        elif self.pretrained is None and self.image_size % self.downsampling:
+            raise ValueError(
+                f"`image_size` must be a multiple of {self.downsampling}, the downsampling of `block_channels`"
+            )
         if self.pretrained is None and self.steps == 0:
             raise ValueError("`steps: 0` leaves a `pretrained` autoencoder as it is: name one, or train for some steps")
         if self.kind == "backbone" and self.pretrained is not None:
@@ -352,6 +361,15 @@ class Train(Training):
     steps: Positive = 420
     batch_size: Positive = 16
     learning_rate: PositiveFloat = 1e-3
+
+    def hint_mistake(self, downsampling: int) -> str | None:
+        """What is wrong with `hint_channels` for latents that are so many times smaller than the image."""
+        if not self.sgn or 2 ** (len(self.hint_channels) - 1) == downsampling:
+            return None
+        return (
+            f"train.hint_channels has {len(self.hint_channels)} entries: each but the first halves the photograph, "
+            f"and the first stage makes it {downsampling} times smaller"
+        )
 
     @model_validator(mode="after")
     def _frozen_part_is_trained(self):
@@ -500,6 +518,13 @@ class Params(Section):
     gate: Gate = Gate()
     monitor: Monitor = Monitor()
     registry: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _hint_meets_the_latents(self):
+        downsampling = self.first_stage.downsampling
+        if downsampling and (mistake := self.train.hint_mistake(downsampling)):
+            raise ValueError(mistake)
+        return self
 
     @model_validator(mode="after")
     def _what_a_test_reads_is_trained(self):

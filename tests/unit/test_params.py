@@ -24,6 +24,11 @@ from vlmdiff.params import Params, load
         ("first_stage: {steps: 0}", ["first_stage", "pretrained"]),
         ("encode: {text_encoder: {kind: pretrained}}", ["encode.text_encoder.pretrained.model", "required"]),
         ("train: {trainable: paper}", ["train", "pretrained"]),
+        ("train: {sgn: true, hint_channels: [8, 16]}", ["train.hint_channels", "2 entries", "4 times smaller"]),
+        (
+            "{first_stage: {kind: backbone, image_size: 256}, train: {sgn: true}}",
+            ["train.hint_channels", "3 entries", "8 times smaller"],
+        ),
         ("evaluate: {detection: {features: []}}", ["evaluate.detection.features"]),
         ("evaluate: {detection: {features: [{kind: magic}]}}", ["magic"]),
         ("evaluate: {detection: {noise_level: 5, steps: 6}}", ["evaluate.detection", "steps", "noise_level"]),

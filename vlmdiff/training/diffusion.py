@@ -41,11 +41,8 @@ def build(
     Raises InputError where a pretrained UNet or the hint's encoder does not fit them.
     """
     torch.manual_seed(params.seed)
-    if params.sgn and 2 ** (len(params.hint_channels) - 1) != (factor := downsampling(vae)):
-        raise InputError(
-            f"train.hint_channels has {len(params.hint_channels)} entries: each but the first halves the photograph, "
-            f"and the first stage makes it {factor} times smaller"
-        )
+    if mistake := params.hint_mistake(downsampling(vae)):
+        raise InputError(mistake)
     if params.pretrained is None:
         unet, sgn, scheduler = _untrained(vae, text_encoder, params)
     else:
