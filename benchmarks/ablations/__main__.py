@@ -102,6 +102,7 @@ def write(measured: Measured, out: Path) -> None:
         axis.set_xlabel(title)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(places, list(measured))
+    axes[0].set_ylim(-0.5, len(measured) - 0.5)
     figure.savefig(out / "plot.png", dpi=120)
 
 
