@@ -72,19 +72,16 @@ class Services:
 
     def processes(self) -> list[psutil.Process]:
         """All that works in the workspace, servers and worker and what they started."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if not is_gone(process) and Path(process.cwd()).is_relative_to(self.workspace.path):
-                    found.append(process)
-        return found
+        # Of one that ends meanwhile there is no folder.
+        listed = [(process, process.info["cwd"]) for process in psutil.process_iter(["cwd", "cmdline", "name"])]
+        return [process for process, cwd in listed if cwd and Path(cwd).is_relative_to(self.workspace.path)]
 
     def process(self, *words: str) -> psutil.Process:
         """The one process of the workspace whose command has these words, one after the other."""
-        found = [process for process in self.processes() if " ".join(words) in " ".join(process.cmdline())]
+        found = [process for process in self.processes() if " ".join(words) in " ".join(process.info["cmdline"] or [])]
         # A shell that runs a stage's command has its words too.
-        found = [process for process in found if process.name() != "sh"]
-        assert len(found) == 1, [process.cmdline() for process in found]
+        found = [process for process in found if process.info["name"] != "sh"]
+        assert len(found) == 1, [process.info["cmdline"] for process in found]
         return found[0]
 
     @contextlib.contextmanager
