@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.conftest import Workspace
-from tests.services import free_ports, wait_for
+from tests.processes import wait_for
+from tests.services import free_ports
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PATIENCE = 60_000

@@ -4,8 +4,7 @@ import contextlib
 import shutil
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -24,6 +23,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.conftest import ROOT, Workspace
+from tests.processes import kill_all, wait_for
 
 NAMES = ("prefect", "mlflow", "reports")
 
@@ -34,20 +34,6 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
-
-
-def wait_for(true: Callable[[], object], seconds: float, explain: Callable[[], object] = lambda: "") -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain: {explain()}"
-        time.sleep(0.1)
-
-
-def is_gone(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @dataclass(frozen=True)
@@ -135,5 +121,4 @@ def services(path: Path, line: Workspace, **environment: str) -> Iterator[Servic
         yield here
     finally:
         here.down()
-        for process in here.processes():
-            process.kill()
+        kill_all(here.processes())

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.processes import is_gone, kill_all, wait_for
 
 # A stage that says who it is, says nothing more, and would go on for a minute.
 STAGE = """\
@@ -49,9 +51,7 @@ def started(folder: Path, command: list[str], **environment: str) -> Iterator[ps
         family += process.children(recursive=True)
         yield process
     finally:
-        for member in family:
-            if member.is_running():
-                member.kill()
+        kill_all(family)
         process.wait()
 
 
@@ -59,19 +59,8 @@ def stage_of(folder: Path) -> psutil.Process:
     return psutil.Process(int((folder / "pid").read_text()))
 
 
-def is_gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, explain: Callable[[], str]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"nothing happened in {seconds} s: {explain()}"
-        time.sleep(0.05)
-
-
 def assert_all_end_soon(processes: list[psutil.Process]) -> None:
-    wait_for(lambda: all(is_gone(process) for process in processes), SOON, lambda: str(processes))
+    wait_for(lambda: all(map(is_gone, processes)), SOON, lambda: processes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.processes import is_gone, kill_all, wait_for
 from vlmdiff.errors import InputError
 from vlmdiff.parallel import map_in_processes
 
@@ -41,24 +41,15 @@ def test_killed_it_leaves_no_process_behind(tmp_path: Path):
     pool = psutil.Popen([sys.executable, "pool.py"], cwd=tmp_path, stdin=subprocess.DEVNULL)
     workers: list[psutil.Process] = []
     try:
-        wait_until(lambda: len(workers) > 0 or workers.extend(at_work(pool)))
+        wait_for(lambda: len(workers) > 0 or workers.extend(at_work(pool)), 30)
         pool.kill()
         pool.wait()
-        wait_until(lambda: not any(worker.is_running() for worker in workers))
+        wait_for(lambda: all(map(is_gone, workers)), 30, lambda: workers)
     finally:
-        for process in [pool, *workers]:
-            if process.is_running():
-                process.kill()
+        kill_all([pool, *workers])
 
 
 def at_work(pool: psutil.Process) -> list[psutil.Process]:
     """The children that sleep, with all that they import behind them; multiprocessing's tracker is none of them."""
     children = [child for child in pool.children() if "spawn_main" in " ".join(child.cmdline())]
     return children if children and all(len(child.threads()) > 1 for child in children) else []
-
-
-def wait_until(true, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.services import Services, free_ports, is_gone, services, wait_for
+from tests.processes import is_gone, kill_all, wait_for
+from tests.services import Services, free_ports, services
 
 pytestmark = pytest.mark.services
 
@@ -139,14 +140,13 @@ def test_mlflow_is_killed_between_register_and_promote(workspace, prefect_api):
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-        stack.callback(lambda: flow.is_running() and flow.kill())
+        stack.callback(kill_all, [flow])
 
         def said() -> str:
             return (workspace.path / "output").read_text()
 
         wait_for(lambda: "register: version 1 of vlmdiff" in said(), 150, said)
-        for process in [*server.children(recursive=True), server]:
-            process.kill()
+        kill_all([*server.children(recursive=True), server])
         server.wait()
         wait_for(lambda: flow.poll() is not None or "did not do as asked" in said(), 90, said)
         stack.enter_context(mlflow_server(workspace, port))
@@ -179,6 +179,5 @@ def mlflow_server(workspace, port: int):
         yield server
     finally:
         if server.is_running():
-            for process in [*server.children(recursive=True), server]:
-                process.kill()
+            kill_all([*server.children(recursive=True), server])
         server.wait()

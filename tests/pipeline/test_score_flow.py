@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 from PIL import Image
+
+from tests.processes import kill_all, wait_for
 
 FLOW = "import sys; from flows.score import score; score(['photographs'], heatmaps=True)"
 
@@ -72,17 +72,13 @@ def test_a_flow_that_is_cancelled_ends_its_child(scored, prefect_api):
     family = [flow]
     try:
         lock = workspace.path / "reports/scores/vlmdiff-1/.lock"
-        deadline = time.monotonic() + 120
-        while not lock.exists():
-            assert flow.poll() is None and time.monotonic() < deadline, Path(workspace.path / "output").read_text()
-            time.sleep(0.05)
+        wait_for(lambda: lock.exists() or flow.poll() is not None, 120)
+        assert flow.poll() is None, (workspace.path / "output").read_text()
         family += flow.children(recursive=True)
         assert any("vlmdiff.cli" in process.cmdline() for process in family)
         flow.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=20)
         assert not alive
     finally:
-        for process in family:
-            if process.is_running():
-                process.kill()
+        kill_all(family)
     assert "another" not in (workspace.path / "output").read_text()

@@ -16,7 +16,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.services import Services, services, wait_for
+from tests.processes import wait_for
+from tests.services import Services, services
 
 pytestmark = pytest.mark.services
 
