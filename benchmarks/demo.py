@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vlmdiff import workspace as w
+from vlmdiff.core import workspace as w
+from vlmdiff.core.params import load
 from vlmdiff.data import manifest
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.metrics import evaluate_classes
-from vlmdiff.params import load
 
 
 class AutoencoderAlone(Detector):

@@ -16,8 +16,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vlmdiff import workspace as w
-from vlmdiff.console import track
+from vlmdiff.core import workspace as w
+from vlmdiff.core.console import track
+from vlmdiff.core.params import Gate, Latents, Pixels, load
 from vlmdiff.data import manifest
 from vlmdiff.data.demo import make_demo
 from vlmdiff.data.images import load_mask, load_rgb, resolve
@@ -27,7 +28,6 @@ from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.gate import judge
 from vlmdiff.evaluation.judging import Evidence
 from vlmdiff.evaluation.metrics import Results
-from vlmdiff.params import Gate, Latents, Pixels, load
 
 SEED, POOL, TRIALS = 100, 5, 600
 CALIBRATIONS = 10000

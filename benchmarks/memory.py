@@ -1,6 +1,6 @@
 """What a training step at the paper's scale needs of memory: weights, moments, average, gradients, activations.
 
-It is counted, not measured, and needs no GPU: tensors have shapes and lifetimes but no values (`vlmdiff/cost.py`).
+It is counted, not measured, and needs no GPU: tensors have shapes and lifetimes but no values (`vlmdiff/training/cost.py`).
 """
 
 from types import SimpleNamespace
@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch._subclasses import FakeTensorMode
 
-from vlmdiff.cost import GIB, Count, count, denoiser_step
+from vlmdiff.core.params import Train
 from vlmdiff.model.sgn import SemanticGuidedNetwork
-from vlmdiff.params import Train
+from vlmdiff.training.cost import GIB, Count, count, denoiser_step
 from vlmdiff.training.diffusion import choose_trainable
 
 CARD = 24

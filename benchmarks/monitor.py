@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy import ndimage
 
-from vlmdiff import workspace as w
-from vlmdiff.console import track
+from vlmdiff.core import workspace as w
+from vlmdiff.core.console import track
+from vlmdiff.core.params import Params, load
 from vlmdiff.data import manifest
 from vlmdiff.data.demo import make_demo
 from vlmdiff.data.images import load_rgb, resolve
@@ -28,8 +29,7 @@ from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.judging import write_reference
-from vlmdiff.monitor import Check, Known, check, read_reference
-from vlmdiff.params import Params, load
+from vlmdiff.production.monitor import Check, Known, check, read_reference
 
 SEED, GOOD, DEFECTIVE, DRIFTED = 100, 250, 3, 50
 IMAGES, DAYS, DRIFT_DAYS = 200, 100, 20

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from vlmdiff import workspace as w
+from vlmdiff.core import workspace as w
+from vlmdiff.core.params import VisionBackbone, load
 from vlmdiff.data import manifest
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, image_scores, smooth
@@ -25,7 +26,6 @@ from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.metrics import METRICS, evaluate_classes
 from vlmdiff.model.backbone import Backbone, concatenate
 from vlmdiff.model.normalization import from_uint8
-from vlmdiff.params import VisionBackbone, load
 
 LAYERS, PATCHES_A_CLASS, SIGMA = (4, 11, 14), 6000, 4.0
 CPU, BACKBONE = torch.device("cpu"), Path("models/backbone")

@@ -19,9 +19,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vlmdiff import workspace as w
+from vlmdiff.core import workspace as w
+from vlmdiff.core.params import Demo
 from vlmdiff.data.demo import PRODUCTS, make_demo
-from vlmdiff.params import Demo
 
 ALONE = [sys.executable]
 LAUNCH = [

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.processes import end_group
-from vlmdiff import workspace as w
+from vlmdiff.core import workspace as w
+from vlmdiff.core.params import load
 from vlmdiff.data import manifest
 from vlmdiff.data.images import resolve
-from vlmdiff.params import load
 from vlmdiff.registry.store import CHAMPION, tracking_uri
 
 PATIENCE = 180.0

@@ -17,15 +17,15 @@ from rich.table import Table
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from vlmdiff import workspace as w
 from vlmdiff.captions.files import read_captions
+from vlmdiff.core import workspace as w
+from vlmdiff.core.device import pick_device
+from vlmdiff.core.params import Detection, load
 from vlmdiff.data import manifest
 from vlmdiff.data.images import load_rgb, resolve
 from vlmdiff.detection.detector import Detector
-from vlmdiff.device import pick_device
 from vlmdiff.evaluation import aupro
 from vlmdiff.model.pipeline import load_pipeline
-from vlmdiff.params import Detection, load
 
 KINDS = ("line", "hole", "stain", "pasted", "blurred")
 SIZES = {"small": (0.04, 0.08), "large": (0.12, 0.3)}  # of the image's side

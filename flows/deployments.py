@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import StateType, WorkPool
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 
 FILE = Path("prefect.yaml")
 GPU = "gpu"

@@ -11,8 +11,8 @@ from typing import Literal
 import yaml
 
 from flows.processes import run_child
-from vlmdiff import workspace as w
-from vlmdiff.errors import InputError
+from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 Outcome = Literal["ran", "restored from the run cache", "up to date"]

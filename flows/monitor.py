@@ -11,11 +11,11 @@ from prefect.events import emit_event
 from prefect.states import Completed, Failed
 
 from flows import servers
-from vlmdiff import lifeline
-from vlmdiff import workspace as w
-from vlmdiff.errors import InputError
-from vlmdiff.monitor import Check
-from vlmdiff.params import Positive, load
+from vlmdiff.core import lifeline
+from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Positive, load
+from vlmdiff.production.monitor import Check
 
 # What automations wait for: this event, of a resource called so and the model's name.
 DRIFT = "vlmdiff.drift.found"
@@ -34,7 +34,7 @@ def monitor(
         last: How many of the newest photographs. Empty, it is `monitor.last` of params.yaml.
         out: The folder for the page and monitor.json, which are replaced.
     """
-    from vlmdiff.monitor import monitor
+    from vlmdiff.production.monitor import monitor
 
     # Under a worker: end with it.
     lifeline.watch()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from vlmdiff import lifeline
-from vlmdiff.lifeline import is_alive
+from vlmdiff.core import lifeline
+from vlmdiff.core.lifeline import is_alive
 
 GRACE = 10.0
 # What a failure quotes of what was printed.

@@ -37,16 +37,16 @@ from rich.markup import escape
 from flows import dvc, servers
 from flows.deployments import GPU
 from flows.dvc import DvcFailed, StageDisturbed, default_remote, run_stage, stage_names, take_in
-from vlmdiff import lifeline
-from vlmdiff import workspace as w
-from vlmdiff.errors import InputError
+from vlmdiff.core import lifeline
+from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import write_json
+from vlmdiff.core.params import load
 from vlmdiff.evaluation.gate import Verdict, verdict_table
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.evaluation.results import results_table
-from vlmdiff.files import write_json
-from vlmdiff.init import use_preset
-from vlmdiff.lineage import commit_workspace
-from vlmdiff.params import load
+from vlmdiff.registry.lineage import commit_workspace
+from vlmdiff.setup.init import use_preset
 
 LOCK = Path(".cache/retrain.lock")
 HOLDER = Path(".cache/retrain.json")

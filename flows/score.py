@@ -11,9 +11,9 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.processes import run_child
-from vlmdiff import lifeline
-from vlmdiff.errors import InputError
-from vlmdiff.params import Params, load
+from vlmdiff.core import lifeline
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Params, load
 
 WORST = 20
 

@@ -19,11 +19,11 @@ import psutil
 import typer
 
 from flows.processes import end_family, end_group
-from vlmdiff import lifeline
-from vlmdiff.errors import InputError
-from vlmdiff.files import write_json
-from vlmdiff.lifeline import is_alive
-from vlmdiff.params import load
+from vlmdiff.core import lifeline
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import write_json
+from vlmdiff.core.lifeline import is_alive
+from vlmdiff.core.params import load
 
 STATE = Path(".cache/servers")
 REPORTS = Path("reports")
@@ -225,7 +225,7 @@ def _keep(
 ) -> None:
     """Start a Python module in the background and note it for `find` and `down`.
 
-    With `ends_with_it`, what the process starts ends with it, even where it is killed with -9 (vlmdiff/lifeline.py).
+    With `ends_with_it`, what the process starts ends with it, even where it is killed with -9 (vlmdiff/core/lifeline.py).
     """
     command = [sys.executable, "-m", *module]
     prefix = ["sh", "-c", f'{lifeline.OWNER}=$$ exec "$@"', "sh"] if ends_with_it else []

@@ -126,7 +126,7 @@ def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def make_workspace(path: Path, dvc_yaml: dict[str, Any] | None = None) -> Workspace:
     """A fresh workspace: the repository's stages with parameters TINY or, where given, another graph."""
-    from vlmdiff.params import Params
+    from vlmdiff.core.params import Params
 
     path.mkdir(parents=True)
     for name in WORKSPACE_FILES:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vlmdiff.files import write_json
-from vlmdiff.monitor import STATISTICS
+from vlmdiff.core.files import write_json
+from vlmdiff.production.monitor import STATISTICS
 
 # Of each class the mean of score, brightness, contrast, sharpness, red, green, blue; the deviation is a twentieth.
 CLASSES = {

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
+from vlmdiff.core.params import AutoencoderFeatures, Detection, Pixels, TextEncoder, Train
 from vlmdiff.detection.detector import Detector
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.text import token_windows
-from vlmdiff.params import AutoencoderFeatures, Detection, Pixels, TextEncoder, Train
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.encoded import Encoded
 from vlmdiff.training.text_encoder import train_text_encoder, train_tokenizer

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmdiff import workspace as w
-from vlmdiff.errors import InputError
+from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
 
 if TYPE_CHECKING:
-    from vlmdiff.params import Params
+    from vlmdiff.core.params import Params
 
 app = typer.Typer(
     help="Visual anomaly detection from photographs to a promoted model.",
@@ -34,8 +34,8 @@ def init(
     """Look at a folder of photographs, write params.yaml for it, put it under DVC. Again, for photographs that came."""
     from rich.console import Console
 
-    from vlmdiff.init import look, table, track, write_params
-    from vlmdiff.params import load
+    from vlmdiff.core.params import load
+    from vlmdiff.setup.init import look, table, track, write_params
 
     here, there = Path.cwd().resolve(), data.resolve()
     root = there.relative_to(here) if there != here and there.is_relative_to(here) else there
@@ -55,8 +55,8 @@ def doctor(params: Annotated[Path, typer.Argument(help="The experiment, such as 
     """What the experiment needs and whether it is there: dataset, models, memory, disk, time. Exit status 1 if not."""
     from rich.console import Console
 
-    from vlmdiff.doctor import examine, report
-    from vlmdiff.params import load
+    from vlmdiff.core.params import load
+    from vlmdiff.setup.doctor import examine, report
 
     checks = examine(load(params))
     Console().print(report(checks))
@@ -70,8 +70,8 @@ def stage(name: str):
     def register(function):
         @app.command(name, help=function.__doc__, rich_help_panel=STAGES)
         def command(params: ParamsFile = w.PARAMS) -> None:
-            from vlmdiff import lifeline
-            from vlmdiff.params import load
+            from vlmdiff.core import lifeline
+            from vlmdiff.core.params import load
 
             lifeline.watch()
             function(load(params))
@@ -142,7 +142,7 @@ def _evaluate(params: "Params") -> None:
 @app.command(rich_help_panel=HANDOVER)
 def register(params: ParamsFile = w.PARAMS) -> None:
     """Log the evaluated model to MLflow and register it; once, however often it is asked."""
-    from vlmdiff.params import load
+    from vlmdiff.core.params import load
     from vlmdiff.registry.packaging import register
 
     version = register(load(params))
@@ -159,8 +159,8 @@ def gate(
     """What the gate says, with nothing registered or promoted. Exit status 1 where it does not let the model pass."""
     from rich.console import Console
 
+    from vlmdiff.core.params import load
     from vlmdiff.evaluation.gate import verdict_table
-    from vlmdiff.params import load
     from vlmdiff.registry.promotion import gate
 
     verdict = gate(load(params), version)
@@ -181,8 +181,8 @@ def promote(
     """Judge a registered version by the gate; where it passes, it becomes champion."""
     from rich.console import Console
 
+    from vlmdiff.core.params import load
     from vlmdiff.evaluation.gate import Override, verdict_table
-    from vlmdiff.params import load
     from vlmdiff.registry.promotion import promote
 
     given = [bool(text and text.strip()) for text in (override, reason)]
@@ -201,7 +201,7 @@ def rollback(
     """Put the previous champion back; the gate does not let the other one pass again, but for an override."""
     import getpass
 
-    from vlmdiff.params import load
+    from vlmdiff.core.params import load
     from vlmdiff.registry.promotion import rollback
 
     if not reason.strip() or (by is not None and not by.strip()):
@@ -230,9 +230,9 @@ def score(
     """Judge photographs by the champion; run again, only new and changed ones. Exit status 1 if none can be judged."""
     from rich.console import Console
 
-    from vlmdiff import lifeline
-    from vlmdiff.params import load
-    from vlmdiff.score import score, scores_table
+    from vlmdiff.core import lifeline
+    from vlmdiff.core.params import load
+    from vlmdiff.production.score import score, scores_table
 
     lifeline.watch()
     scored = score(sources, out, load(params), model, class_name, heatmaps)
@@ -262,8 +262,8 @@ def monitor(
     """Have new photographs drifted from those that the model was calibrated on?"""
     from rich.console import Console
 
-    from vlmdiff.monitor import check_table, monitor
-    from vlmdiff.params import load
+    from vlmdiff.core.params import load
+    from vlmdiff.production.monitor import check_table, monitor
 
     found = monitor(scores, out, load(params), model, last)
     Console().print(check_table(found))
@@ -294,8 +294,8 @@ def feedback(
     """Add photographs to the dataset: normal ones to train on, anomalous ones to test on."""
     import getpass
 
-    from vlmdiff.feedback import Statement, give_feedback
-    from vlmdiff.params import load
+    from vlmdiff.core.params import load
+    from vlmdiff.data.feedback import Statement, give_feedback
 
     if truth is Truth.NORMAL and defect is not None:
         raise InputError("a normal photograph has no defect: leave --defect out")
@@ -321,7 +321,7 @@ def inspect_(
     params: ParamsFile = w.PARAMS,
 ) -> None:
     """A page for the inspector: drop in a photograph, see what the champion says, and say what you think."""
-    from vlmdiff.params import load
+    from vlmdiff.core.params import load
 
     loaded, called = load(params), str(model)
     if model is None:
@@ -338,7 +338,7 @@ def inspect_(
         "client.toolbarMode": "minimal",
     }
     print(f"the inspector's page: http://{address}:{port}", flush=True)
-    page = str(Path(__file__).with_name("inspector.py"))
+    page = str(Path(__file__).with_name("production") / "inspector.py")
     options = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "streamlit", "run", page, *options, "--", str(model), called]
     # Its process takes this one's place: who ends this command ends the page.

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 import vlmdiff
-from vlmdiff import params as p
-from vlmdiff.console import say, track
-from vlmdiff.errors import InputError
-from vlmdiff.files import atomic_folder, folder_mb, write_json
-from vlmdiff.lineage import code_revision
+from vlmdiff.core import params as p
+from vlmdiff.core.console import say, track
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_folder, folder_mb, write_json
+from vlmdiff.registry.lineage import code_revision
 
 
 def prepare(params: p.Prepare, made: Path, out: Path) -> None:
@@ -58,8 +58,8 @@ def first_stage(
     params: p.FirstStage, data: p.Prepare, manifest_file: Path, state: Path, out: Path, report: Path
 ) -> None:
     """Fit the latent space to the normal training images: a model folder `out`, loss curves in `report`."""
+    from vlmdiff.core.device import processes
     from vlmdiff.data import manifest
-    from vlmdiff.device import processes
     from vlmdiff.model.normalization import Normalization
     from vlmdiff.training.first_stage import train_first_stage
 
@@ -87,8 +87,8 @@ def encode(
 ) -> None:
     """What is frozen while the denoiser trains, computed once: latents, text embeddings, hints."""
     from vlmdiff.captions.files import read_captions
+    from vlmdiff.core.device import pick_device
     from vlmdiff.data import manifest
-    from vlmdiff.device import pick_device
     from vlmdiff.model.first_stage import load_first_stage
     from vlmdiff.model.normalization import Normalization
     from vlmdiff.training import encoded
@@ -108,7 +108,7 @@ def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Pat
     """Train the denoiser on what `encode` wrote; the whole pipeline into `out`."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from vlmdiff.device import processes
+    from vlmdiff.core.device import processes
     from vlmdiff.model.first_stage import load_first_stage
     from vlmdiff.model.normalization import Normalization
     from vlmdiff.training.diffusion import build, train_denoiser
@@ -148,11 +148,11 @@ def evaluate(
     made_by: the parameters of all stages, which the report names.
     """
     from vlmdiff.captions.files import read_captions
+    from vlmdiff.core.device import pick_device
     from vlmdiff.data import manifest
     from vlmdiff.data.images import load_rgb, resolve
     from vlmdiff.detection.class_captions import class_captions
     from vlmdiff.detection.detector import Detector
-    from vlmdiff.device import pick_device
     from vlmdiff.evaluation.judging import captions_of, detector_captions, judge_images, write_reference
     from vlmdiff.model.pipeline import load_pipeline
 
@@ -231,7 +231,7 @@ def training_state(root: Path, params: p.Section, *inputs: Path) -> Path:
     """The folder for the state of the training that these parameters, inputs and this code define."""
     from accelerate.utils import broadcast_object_list
 
-    from vlmdiff.device import processes
+    from vlmdiff.core.device import processes
 
     # What the main process has found serves the others: the inputs are a whole dataset.
     found = [_digest(params, *inputs) if processes().is_main_process else None]

@@ -18,8 +18,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from vlmdiff import params
-from vlmdiff import workspace as w
+from vlmdiff.core import params
+from vlmdiff.core import workspace as w
 
 METRICS = {"au_pro": "AU-PRO", "image_auroc": "image AUROC"}
 Measured = dict[str, list[dict[str, float]]]

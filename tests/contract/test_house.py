@@ -15,10 +15,21 @@ from typer.testing import CliRunner
 
 from flows.dvc import stage_names
 from vlmdiff.cli import app
-from vlmdiff.params import Params, load
+from vlmdiff.core.params import Params, load
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ["data", "captions", "model", "training", "detection", "evaluation", "registry"]
+FOLDERS = [
+    "core",
+    "data",
+    "captions",
+    "model",
+    "training",
+    "detection",
+    "evaluation",
+    "registry",
+    "production",
+    "setup",
+]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 

@@ -55,7 +55,7 @@ FILL = """
 import itertools, json, resource, signal, sys
 from pathlib import Path
 from vlmdiff.captions.store import CaptionStore
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 
 if limit := int(sys.argv[2]):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

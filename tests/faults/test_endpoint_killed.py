@@ -13,7 +13,7 @@ import pytest
 
 from tests.endpoint import Endpoint, Reply, caption, completion
 from tests.unit.test_caption_endpoint import captioned, expected, photographs
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 
 COUNT = 30
 OURS = """

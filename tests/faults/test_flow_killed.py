@@ -17,7 +17,7 @@ from tests.processes import is_gone, kill_all, wait_for
 # A stage that says who it is, says nothing more, and would go on for a minute.
 STAGE = """\
 import os, pathlib, time
-from vlmdiff import lifeline
+from vlmdiff.core import lifeline
 lifeline.watch()
 pathlib.Path("pid.tmp").write_text(str(os.getpid()))
 os.rename("pid.tmp", "pid")

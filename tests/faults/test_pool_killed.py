@@ -8,13 +8,13 @@ import psutil
 import pytest
 
 from tests.processes import is_gone, kill_all, wait_for
-from vlmdiff.errors import InputError
-from vlmdiff.parallel import map_in_processes
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.processes import map_in_processes
 
 # Eight items of a minute each: whoever works on them would go on for minutes.
 POOL = """\
 import time
-from vlmdiff.parallel import map_in_processes
+from vlmdiff.core.processes import map_in_processes
 
 if __name__ == "__main__":
     list(map_in_processes(time.sleep, [60] * 8, chunk=1))

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from tests.tiny import tiny_pipeline
+from vlmdiff.core.params import Detection, Pixels
 from vlmdiff.detection.anomaly_map import compare, image_scores, smooth
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.features import cosine_distance
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.sampling import reconstruct
-from vlmdiff.params import Detection, Pixels
 
 REFERENCE = Path(__file__).parents[2].parent / "shared" / "reference"
 pytestmark = [

@@ -5,7 +5,7 @@ import sys
 import yaml
 
 from tests.conftest import ROOT
-from vlmdiff.params import load
+from vlmdiff.core.params import load
 
 FLOW = (sys.executable, "-m", "flows.retrain")
 

@@ -324,7 +324,7 @@ def test_the_card_travels_with_the_model_and_stands_in_the_registry(champion):
 COMMANDS = """
 import json, sys
 from vlmdiff.cli import app
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 for command in json.loads(sys.argv[1]):
     try:
         app(command, standalone_mode=False)

@@ -8,9 +8,9 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT, Workspace
-from vlmdiff.errors import InputError
-from vlmdiff.init import use_preset
-from vlmdiff.params import load
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import load
+from vlmdiff.setup.init import use_preset
 
 
 @pytest.fixture

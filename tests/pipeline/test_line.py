@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from vlmdiff.evaluation.bootstrap import Resampled
-from vlmdiff.lineage import dvc_hash
+from vlmdiff.registry.lineage import dvc_hash
 
 CLIENT = """
 import json, sys, mlflow

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from tests.tiny import SIZE, tiny_backbone, tiny_checkpoint
 from vlmdiff import stages
-from vlmdiff import workspace as w
+from vlmdiff.core import workspace as w
+from vlmdiff.core.params import Encode, Evaluate, FirstStage, Params, Prepare, Train
 from vlmdiff.detection.detector import Detector
 from vlmdiff.model.pipeline import VLMDiffPipeline
-from vlmdiff.params import Encode, Evaluate, FirstStage, Params, Prepare, Train
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from flows import dvc
 from tests.conftest import Workspace
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 
 FLOW = (sys.executable, "-m", "flows.retrain")
 ON_A_BRANCH = (sys.executable, "-c", "from flows.retrain import retrain; print(retrain(branch='retrained').outcome)")

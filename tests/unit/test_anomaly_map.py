@@ -6,9 +6,9 @@ import torch
 from pydantic import ValidationError
 
 from tests.tiny import SIZE, tiny_pipeline
+from vlmdiff.core.params import Latents, Pixels
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, image_scores, smooth
 from vlmdiff.detection.features import cosine_distance, rms_difference, spaces
-from vlmdiff.params import Latents, Pixels
 
 
 def test_maps_of_layers_are_resized_and_averaged():

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.backbones import FAMILIES, GIVEN, MEAN, PATCH, STD, TRAINED, photograph, tensor, transformer
 from tests.tiny import SIZE, tiny_detector, tiny_pipeline
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import BackboneFeatures, VisionBackbone
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.features import spaces
-from vlmdiff.errors import InputError
 from vlmdiff.model.backbone import Backbone, concatenate
-from vlmdiff.params import BackboneFeatures, VisionBackbone
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 # Tokens before the patches, by the papers: class, distillation and register tokens. YOLOS has more behind them.

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.metrics import METRICS, evaluate_classes
 

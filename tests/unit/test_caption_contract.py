@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from vlmdiff.captions.contract import defect_sentences, validate
-from vlmdiff.errors import InputError
-from vlmdiff.params import Caption
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Caption
 
 FINE = "A round red disc lies in the middle of a white background."
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from tests.endpoint import Endpoint, Reply, caption, completion, image_of
 from vlmdiff.captions.captioners import caption_images
-from vlmdiff.errors import InputError
-from vlmdiff.params import Caption
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Caption
 
 KEY = "sk-secret-0123456789"
 BUSY = Reply("busy", 503)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmdiff.captions.captioners import caption_images
-from vlmdiff.errors import InputError
-from vlmdiff.params import Caption
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Caption
 
 PATHS = [
     "bottle/train/good/000.png",

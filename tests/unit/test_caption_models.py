@@ -18,8 +18,8 @@ from tests.vlms import FAMILIES
 from vlmdiff.captions.captioners import caption_images
 from vlmdiff.captions.model import FromModel, SeededSampling
 from vlmdiff.captions.prompts import PROMPTS
-from vlmdiff.errors import InputError
-from vlmdiff.params import Caption, VisionLanguageModel
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Caption, VisionLanguageModel
 
 PROMPT = "What is it?"
 LIMIT = 8

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vlmdiff.captions.captioners import caption_all
 from vlmdiff.captions.store import CaptionStore, key
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from vlmdiff.captions.captioners import caption_images
 from vlmdiff.captions.describe import describe
 from vlmdiff.captions.files import read_captions, write_captions
-from vlmdiff.errors import InputError
-from vlmdiff.params import Caption
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Caption
 
 SIDE = 128
 

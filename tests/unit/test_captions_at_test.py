@@ -12,13 +12,13 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from tests.tiny import CAPTIONS, SIZE, tiny_pipeline
-from vlmdiff import params as p
 from vlmdiff import stages
 from vlmdiff.captions.files import write_captions
+from vlmdiff.core import params as p
+from vlmdiff.core.errors import InputError
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
-from vlmdiff.errors import InputError
-from vlmdiff.score import score
+from vlmdiff.production.score import score
 
 COLOURS = {"ball": (200, 30, 30), "fabric": (30, 160, 60)}
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tests.tiny import tiny_checkpoint, tiny_encoded
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Train
 from vlmdiff.model.normalization import Normalization
-from vlmdiff.params import Train
 from vlmdiff.training.diffusion import build, choose_trainable, train_denoiser
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tests.tiny import SIZE, tiny_detector, tiny_pipeline
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import AutoencoderFeatures, Detection, Latents
 from vlmdiff.detection.calibration import conformal_threshold
 from vlmdiff.detection.detector import Detector, find_regions
 from vlmdiff.detection.features import spaces
-from vlmdiff.errors import InputError
-from vlmdiff.params import AutoencoderFeatures, Detection, Latents
 
 
 def photographs(count, seed=0, size=SIZE):

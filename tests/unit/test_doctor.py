@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from tests.conftest import TINY
 from tests.tiny import SIZE, tiny_pipeline
-from vlmdiff import cost
 from vlmdiff.cli import app
+from vlmdiff.core.params import Params, Prepare, Train
 from vlmdiff.data import manifest
-from vlmdiff.doctor import Check, examine
-from vlmdiff.params import Params, Prepare, Train
+from vlmdiff.setup.doctor import Check, examine
+from vlmdiff.training import cost
 from vlmdiff.training.diffusion import choose_trainable
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -9,12 +9,12 @@ from sklearn.decomposition import PCA
 
 from tests.backbones import GIVEN, MEAN, STD
 from tests.tiny import CAPTIONS, tiny_pipeline
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import AutoencoderFeatures, Detection, FirstStage, Latents, Train, VisionBackbone
 from vlmdiff.detection.detector import Detector
-from vlmdiff.errors import InputError
 from vlmdiff.model.backbone import Backbone, concatenate
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.pipeline import VLMDiffPipeline
-from vlmdiff.params import AutoencoderFeatures, Detection, FirstStage, Latents, Train, VisionBackbone
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.first_stage import train_first_stage
 

@@ -11,9 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlmdiff.cli import app
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import load
 from vlmdiff.data import manifest
-from vlmdiff.errors import InputError
-from vlmdiff.params import load
 
 GOOD = {"folder": "bottle/good", "mvtec_ad": "bottle/train/good"}
 SPLIT = {"folder": "bottle/crack", "mvtec_ad": "bottle/test/crack"}

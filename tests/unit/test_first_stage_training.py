@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTokenizer
 
 from tests.tiny import CAPTIONS, SIZE
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Discriminator, Encode, FirstStage, Perceptual
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.normalization import Normalization, from_uint8
-from vlmdiff.params import Discriminator, Encode, FirstStage, Perceptual
 from vlmdiff.training.adversarial import (
     PatchDiscriminator,
     adversarial_loss,

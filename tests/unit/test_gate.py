@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Floor, Gate
 from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.evaluation.gate import Override, Verdict, judge, verdict_table
 from vlmdiff.evaluation.judging import Evidence
 from vlmdiff.evaluation.metrics import METRICS, Results
-from vlmdiff.params import Floor, Gate
 
 UNIT = st.floats(0, 1)
 NO_FLOORS = Gate(floors={}, max_class_drop=None)

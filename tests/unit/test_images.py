@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmdiff.core.errors import InputError
 from vlmdiff.data.images import load_mask, load_rgb, read_image, resolve
-from vlmdiff.errors import InputError
 
 LIMIT = 1_000_000
 

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from tests.tiny import SIZE, tiny_pipeline
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Detection, Evaluate, Prepare
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
-from vlmdiff.errors import InputError
 from vlmdiff.evaluation.judging import EVIDENCE, Evidence, hash_test_set, judge_images
-from vlmdiff.params import Detection, Evaluate, Prepare
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmdiff import stages
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Prepare, Validate
 from vlmdiff.data import manifest
 from vlmdiff.data.images import load_mask
 from vlmdiff.data.layouts import LAYOUTS, Record
-from vlmdiff.errors import InputError
-from vlmdiff.params import Prepare, Validate
 
 
 def images(root: Path, *names: str) -> None:

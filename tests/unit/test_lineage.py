@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from vlmdiff.errors import InputError
-from vlmdiff.lineage import code_revision, commit_workspace
+from vlmdiff.core.errors import InputError
+from vlmdiff.registry.lineage import code_revision, commit_workspace
 
 
 def git(*arguments: str) -> str:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Prepare
 from vlmdiff.data import manifest
-from vlmdiff.errors import InputError
-from vlmdiff.params import Prepare
 
 
 def photograph(path, seed):

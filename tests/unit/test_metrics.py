@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 from vlmdiff.evaluation import aupro
 from vlmdiff.evaluation.metrics import METRICS, Results, evaluate_classes
 from vlmdiff.evaluation.plots import curves, write_plots

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from tests.monitoring import CLASSES, photographs, write_model, write_scores
 from vlmdiff.cli import app
-from vlmdiff.errors import InputError
-from vlmdiff.monitor import Check, Known, check, read_reference
-from vlmdiff.params import Monitor
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Monitor
+from vlmdiff.production.monitor import Check, Known, check, read_reference
 
 EVENLY = dict.fromkeys(CLASSES, 67)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vlmdiff.errors import InputError
-from vlmdiff.params import Params, load
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Params, load
 
 
 @pytest.mark.parametrize(

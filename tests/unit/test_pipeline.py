@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import SIZE, tiny_pipeline
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 from vlmdiff.model.pipeline import VLMDiffPipeline
 
 

@@ -15,7 +15,7 @@ from diffusers.loaders import single_file_utils as oracle
 from safetensors.torch import save_file
 from torch import nn
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.reference import IGNORED, PREFIXES, empty_modules, places
 

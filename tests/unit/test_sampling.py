@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 from vlmdiff.model.sampling import reconstruct, timesteps
 
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from tests.tiny import SIZE, tiny_detector
 from vlmdiff.cli import app
+from vlmdiff.core.errors import InputError
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.detector import Detector
-from vlmdiff.errors import InputError
 
 STATISTICS = ["brightness", "contrast", "sharpness", "red", "green", "blue"]
 # Of one thread each: more would wait for each other on two cores.

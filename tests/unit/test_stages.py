@@ -11,10 +11,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.tiny import SIZE, tiny_pipeline
-from vlmdiff import params as p
 from vlmdiff import stages
 from vlmdiff.captions.files import write_captions
 from vlmdiff.cli import app
+from vlmdiff.core import params as p
 from vlmdiff.data import manifest
 from vlmdiff.model.normalization import Normalization
 from vlmdiff.training.encoded import Encoded

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 from vlmdiff.evaluation.metrics import METRICS, evaluate_classes
 from vlmdiff.evaluation.streaming import StreamingMetrics
 

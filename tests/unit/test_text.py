@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import CAPTIONS, SIZE, tiny_pipeline
+from vlmdiff.core.params import Encode, TextEncoder, Train
 from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.text import token_windows
-from vlmdiff.params import Encode, TextEncoder, Train
 from vlmdiff.training.diffusion import train_denoiser
 from vlmdiff.training.encoded import Encoded, encode
 

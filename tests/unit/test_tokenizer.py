@@ -6,7 +6,7 @@ import sys
 from transformers import CLIPTokenizer
 
 from tests.tiny import CAPTIONS
-from vlmdiff.params import TextEncoder
+from vlmdiff.core.params import TextEncoder
 from vlmdiff.training.text_encoder import train_tokenizer
 
 PARAMS = TextEncoder(vocabulary=400, max_tokens=16)
@@ -37,7 +37,7 @@ def test_a_saved_tokenizer_reads_the_same(tmp_path):
 
 def test_another_process_learns_the_same():
     code = (
-        "from tests.tiny import CAPTIONS; from vlmdiff.params import TextEncoder\n"
+        "from tests.tiny import CAPTIONS; from vlmdiff.core.params import TextEncoder\n"
         "from vlmdiff.training.text_encoder import train_tokenizer\n"
         "tokenizer = train_tokenizer(CAPTIONS * 3, TextEncoder(vocabulary=400))\n"
         "print(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))"

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmdiff.errors import InputError
-from vlmdiff.params import Training
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Training
 from vlmdiff.training.loop import batch_indices, fit, step_generator, warmup_cosine
 
 SETTINGS = {"steps": 40, "batch_size": 4, "learning_rate": 0.05, "warmup_steps": 2, "validate_every": 10}

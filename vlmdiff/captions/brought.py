@@ -24,10 +24,10 @@ from typing import Any
 
 import pandas as pd
 
-from vlmdiff.console import say
+from vlmdiff.core.console import say
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import CaptionFile
 from vlmdiff.data.images import resolve
-from vlmdiff.errors import InputError
-from vlmdiff.params import CaptionFile
 
 # Where it stands in the file, the image's name, its caption.
 Row = tuple[str, Any, Any]

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from vlmdiff import params as p
 from vlmdiff.captions import describe
 from vlmdiff.captions.store import CaptionStore, key
-from vlmdiff.console import say, track
+from vlmdiff.core import params as p
+from vlmdiff.core.console import say, track
+from vlmdiff.core.processes import map_in_processes
 from vlmdiff.data import images
-from vlmdiff.parallel import map_in_processes
 
 BATCH_SIZE = 32  # descriptions a transaction
 FEW = 64  # images that one process describes sooner than several

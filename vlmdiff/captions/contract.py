@@ -6,8 +6,8 @@ from pathlib import Path
 import great_expectations.expectations as gxe
 import pandas as pd
 
+from vlmdiff.core.params import Caption
 from vlmdiff.data.contract import Rule, Verdict, check
-from vlmdiff.params import Caption
 
 # What CLIP's text encoder reads of a prompt; a word of English is about 4/3 tokens.
 MAX_TOKENS = 77

@@ -16,9 +16,9 @@ import httpx
 from PIL import Image
 
 from vlmdiff.captions.prompts import NoCaption, caption_of, prompt_text, raise_for
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Endpoint
 from vlmdiff.data.images import read_image
-from vlmdiff.errors import InputError
-from vlmdiff.params import Endpoint
 
 # Statuses of which the next attempt may be answered; every other one below 500 says that the request is wrong.
 PASSING = {408, 429}

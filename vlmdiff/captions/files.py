@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from vlmdiff.errors import InputError
-from vlmdiff.files import atomic_path
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_path
 
 COLUMNS = ["image_id", "path", "class_name", "split", "caption"]
 

@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, LogitsProcessor
 
 from vlmdiff.captions.prompts import NoCaption, caption_of, prompt_text, raise_for
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import VisionLanguageModel
 from vlmdiff.data.images import read_image
-from vlmdiff.errors import InputError
-from vlmdiff.params import VisionLanguageModel
 
 
 class FromModel:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 
 # `paper` is VLMDiff's own (arXiv 2511.08173), `paper-no-object` what it asks of scenes (COCO-AD). The paper's prompt of
 # a defect inspector is not this one: `inspector` is ours, for the same purpose.

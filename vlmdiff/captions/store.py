@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 
 BUSY_SECONDS = 60
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vlmdiff.console import track
+from vlmdiff.core.console import track
+from vlmdiff.core.errors import InputError
 from vlmdiff.data.layouts import GOOD
-from vlmdiff.errors import InputError
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE

@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 from great_expectations.core.run_identifier import RunIdentifier
 
-from vlmdiff.console import say, track
+from vlmdiff.core.console import say, track
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_folder, write_json
+from vlmdiff.core.params import Prepare, Validate
 from vlmdiff.data.docs import VIEW
 from vlmdiff.data.images import decode, read_image, resolve
 from vlmdiff.data.layouts import LABEL_MAPS, SPLITS
-from vlmdiff.errors import InputError
-from vlmdiff.files import atomic_folder, write_json
-from vlmdiff.params import Prepare, Validate
 
 NAMED_FILES = 10
 

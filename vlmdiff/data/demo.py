@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from vlmdiff.console import track
-from vlmdiff.parallel import map_in_processes
+from vlmdiff.core.console import track
+from vlmdiff.core.processes import map_in_processes
 
 Colour = tuple[float, float, float]
 # Signed distance to a shape, negative inside, of product coordinates (u, v) in [-0.5, 0.5] or so.

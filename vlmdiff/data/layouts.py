@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Prepare
 from vlmdiff.data.images import SUFFIXES, resolve
-from vlmdiff.errors import InputError
-from vlmdiff.params import Prepare
 
 GOOD = "good"
 SPLITS = ("train", "validation", "test")

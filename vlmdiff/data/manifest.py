@@ -10,13 +10,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmdiff.console import track
+from vlmdiff.core.console import track
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_path
+from vlmdiff.core.params import Prepare
 from vlmdiff.data import cifar, demo
 from vlmdiff.data.images import decode, resolve
 from vlmdiff.data.layouts import GOOD, LAYOUTS, Record
-from vlmdiff.errors import InputError
-from vlmdiff.files import atomic_path
-from vlmdiff.params import Prepare
 
 SCHEMA = pa.schema(
     [

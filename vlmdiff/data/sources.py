@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vlmdiff.core.errors import InputError
 from vlmdiff.data.images import SUFFIXES, resolve
 from vlmdiff.data.layouts import read_table
-from vlmdiff.errors import InputError
 
 TABLES = {".csv", ".parquet"}
 

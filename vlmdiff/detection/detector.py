@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+from vlmdiff.core.device import pick_device
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import write_json
+from vlmdiff.core.params import BackboneFeatures, Latents
+from vlmdiff.core.params import Detection as DetectionParams
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, image_scores, smooth
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
 from vlmdiff.detection.features import spaces
-from vlmdiff.device import pick_device
-from vlmdiff.errors import InputError
-from vlmdiff.files import write_json
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
-from vlmdiff.params import BackboneFeatures, Latents
-from vlmdiff.params import Detection as DetectionParams
 
 SETTINGS = "detector.json"
 

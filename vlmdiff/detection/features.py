@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import AutoencoderFeatures, BackboneFeatures, Features, Latents, Pixels
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.pipeline import VLMDiffPipeline
-from vlmdiff.params import AutoencoderFeatures, BackboneFeatures, Features, Latents, Pixels
 
 # Images (B, 3, S, S) in [0, 1] and their latents (B, C, h, w), scaled, to one map (B, C, h, w) a layer.
 Extractor = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]

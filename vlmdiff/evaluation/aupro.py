@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 
 EIGHT_CONNECTED = np.ones((3, 3), bool)
 CURVE_POINTS = 200

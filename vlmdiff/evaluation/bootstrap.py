@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_path, write_json
 from vlmdiff.evaluation import binned
 from vlmdiff.evaluation.aupro import check_limit, regions_of
 from vlmdiff.evaluation.metrics import DIGITS, METRICS, PER_CLASS
 from vlmdiff.evaluation.streaming import Counts, StreamingMetrics, bins_of
-from vlmdiff.files import atomic_path, write_json
 
 SAMPLES = 1000
 # So many are judged at a time: their counts fit into the processor's cache.

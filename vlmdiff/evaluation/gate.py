@@ -11,11 +11,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import write_json
+from vlmdiff.core.params import Gate
 from vlmdiff.evaluation.judging import Evidence
 from vlmdiff.evaluation.metrics import METRICS
-from vlmdiff.files import write_json
-from vlmdiff.params import Gate
 
 Relation = Literal["at least", "more than", "at most"]
 

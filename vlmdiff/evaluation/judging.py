@@ -16,18 +16,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmdiff.console import track
+from vlmdiff.core.console import track
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import write_json
+from vlmdiff.core.params import Evaluate, Prepare
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
 from vlmdiff.detection.detector import Detector
-from vlmdiff.errors import InputError
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.metrics import Results, evaluate_classes
 from vlmdiff.evaluation.plots import Curves, curves, histograms, write_plots
 from vlmdiff.evaluation.report import CONTENT, Example, compose, pick_examples, render, write_heatmaps
-from vlmdiff.files import write_json
-from vlmdiff.params import Evaluate, Prepare
 
 TIMED = 10
 JUDGED, RESULTS, SAMPLES = "judged.json", "metrics.json", "samples.npz"

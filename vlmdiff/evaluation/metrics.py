@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import write_json
 from vlmdiff.evaluation.aupro import Ranking, area, check_limit, collect, rank
-from vlmdiff.files import write_json
 
 # Key in metrics.json to the name that people read, in the order of every table.
 METRICS = {

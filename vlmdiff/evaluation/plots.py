@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 
+from vlmdiff.core.files import write_json
 from vlmdiff.evaluation.aupro import Ranking, check_limit, collect, curve, rank, thin
 from vlmdiff.evaluation.metrics import DIGITS, group, precision
-from vlmdiff.files import write_json
 
 Rows = list[dict[str, str | float]]
 Curves = dict[str, Rows]

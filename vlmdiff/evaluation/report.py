@@ -14,8 +14,8 @@ import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
+from vlmdiff.core.errors import InputError
 from vlmdiff.detection.calibration import Calibration
-from vlmdiff.errors import InputError
 from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.evaluation.metrics import METRICS, PER_CLASS, Results

@@ -11,11 +11,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_path
 from vlmdiff.evaluation import binned
 from vlmdiff.evaluation.aupro import check_limit, check_map, regions_of
 from vlmdiff.evaluation.metrics import METRICS, Results
-from vlmdiff.files import atomic_path
 
 # A float32's sign, its exponent between these, and the first 13 bits of its mantissa make its bin: scores of a bin
 # differ by an 8,192nd of themselves. Smaller ones share one bin, larger ones the last; a detector's are in [0, 1).

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, ModelOutput, cached_file, logging
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import VisionBackbone
 from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.pretrained import check_pinned
-from vlmdiff.params import VisionBackbone
 
 # Inputs in [-1, 1], as TensorFlow's checkpoints and most of those without a processor's file take them.
 DEFAULT_MEAN = DEFAULT_STD = (0.5, 0.5, 0.5)

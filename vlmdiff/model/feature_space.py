@@ -12,10 +12,10 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Layer, VisionBackbone
 from vlmdiff.model.backbone import Backbone, concatenate
 from vlmdiff.model.normalization import Normalization
-from vlmdiff.params import Layer, VisionBackbone
 
 # A code without spread, as a Gaussian: the logarithm of the smallest variance that the class allows.
 CERTAIN = -30.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 from vlmdiff.model.feature_space import FeatureSpace
 
 FirstStageModel = AutoencoderKL | FeatureSpace

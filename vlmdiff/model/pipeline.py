@@ -9,13 +9,13 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput, logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Solver, Spacing
 from vlmdiff.model.first_stage import FirstStageModel
 from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.sampling import reconstruct
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 from vlmdiff.model.text import embed
-from vlmdiff.params import Solver, Spacing
 
 
 def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline":

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from vlmdiff.errors import InputError
-from vlmdiff.params import Pretrained
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Pretrained
 
 
 def check_pinned(source: Pretrained) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 

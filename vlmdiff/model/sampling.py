@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from vlmdiff.errors import InputError
-from vlmdiff.params import Solver, Spacing
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Solver, Spacing
 
 # Latents (B, C, h, w) and a scalar timestep to the network's output, of the kind `prediction_type` names.
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

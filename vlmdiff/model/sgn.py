@@ -6,7 +6,7 @@ from diffusers import ControlNetModel, ModelMixin, UNet2DConditionModel  # Model
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
 
 __all__ = ["ModelMixin", "SemanticGuidedNetwork", "SpatialFeatureFusion"]
 

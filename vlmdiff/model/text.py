@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from vlmdiff.console import say
+from vlmdiff.core.console import say
 
 
 def token_windows(

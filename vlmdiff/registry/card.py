@@ -8,8 +8,8 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from vlmdiff import params as p
-from vlmdiff import workspace as w
+from vlmdiff.core import params as p
+from vlmdiff.core import workspace as w
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import SETTINGS
 from vlmdiff.evaluation.judging import Evidence

@@ -18,16 +18,15 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS, MLFLOW_SOURCE_NAME
 from PIL import Image
 
 import vlmdiff
-from vlmdiff import lineage
-from vlmdiff import workspace as w
 from vlmdiff.captions.files import read_captions
-from vlmdiff.console import say
+from vlmdiff.core import workspace as w
+from vlmdiff.core.console import say
+from vlmdiff.core.params import Params
 from vlmdiff.data import manifest
 from vlmdiff.data.images import read_image, resolve
 from vlmdiff.evaluation.judging import Evidence
 from vlmdiff.evaluation.metrics import Results
-from vlmdiff.params import Params
-from vlmdiff.registry import served
+from vlmdiff.registry import lineage, served
 from vlmdiff.registry.card import model_card
 from vlmdiff.registry.store import FINGERPRINT, open_store
 

@@ -7,18 +7,18 @@ import mlflow
 from mlflow.tracking import MlflowClient
 from safetensors import SafetensorError
 
-from vlmdiff import lineage
-from vlmdiff import workspace as w
 from vlmdiff.captions.files import read_captions
-from vlmdiff.console import say
+from vlmdiff.core import workspace as w
+from vlmdiff.core.console import say
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_folder, atomic_path, folder_mb
+from vlmdiff.core.params import Params
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
-from vlmdiff.errors import InputError
 from vlmdiff.evaluation.gate import Criterion, Override, Verdict, judge
 from vlmdiff.evaluation.judging import EVIDENCE, Evidence, hash_test_set, judge_images
 from vlmdiff.evaluation.report import read_content, render
-from vlmdiff.files import atomic_folder, atomic_path, folder_mb
-from vlmdiff.params import Params
+from vlmdiff.registry import lineage
 from vlmdiff.registry.store import CHAMPION, FINGERPRINT, champion_version, open_store
 
 # Tags of a version: the gate's word, its reasons, the champion that it was judged against, who overrode it and why.

@@ -21,9 +21,9 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from vlmdiff.core.errors import InputError
 from vlmdiff.data.images import decode, resolve, to_rgb
 from vlmdiff.detection.detector import Detection, Detector, batches
-from vlmdiff.errors import InputError
 from vlmdiff.evaluation.report import heatmap
 
 # Of the server's environment: the folder below which it reads photographs itself, and the most rows of a request.

@@ -11,8 +11,8 @@ from pathlib import Path
 from filelock import FileLock
 from sqlalchemy.exc import SQLAlchemyError
 
-from vlmdiff.errors import InputError
-from vlmdiff.params import Registry
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Registry
 
 # MLflow's own would wait four minutes for a server that is down; it reads them at each request.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}

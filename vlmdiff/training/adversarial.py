@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlmdiff.params import Discriminator
+from vlmdiff.core.params import Discriminator
 
 # Images (B, 3, S, S) in [0, 1] to one map (B, C, h, w) a layer.
 Features = Callable[[torch.Tensor], list[torch.Tensor]]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlmdiff.files import atomic_folder
+from vlmdiff.core.files import atomic_folder
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:

@@ -9,13 +9,13 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from vlmdiff.errors import InputError
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Pretrained, Train
 from vlmdiff.model import pretrained
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.sgn import SemanticGuidedNetwork
-from vlmdiff.params import Pretrained, Train
 from vlmdiff.training.encoded import Encoded
 from vlmdiff.training.loop import History, batch_indices, fit, step_generator
 

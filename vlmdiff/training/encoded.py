@@ -8,14 +8,14 @@ import pandas as pd
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from vlmdiff.console import track
-from vlmdiff.errors import InputError
+from vlmdiff.core.console import track
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Encode, PretrainedTextEncoder
 from vlmdiff.model import pretrained
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.text import token_windows
-from vlmdiff.params import Encode, PretrainedTextEncoder
 from vlmdiff.training.text_encoder import THUMBNAIL, train_text_encoder, train_tokenizer
 
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from vlmdiff.console import say, track
-from vlmdiff.device import processes
-from vlmdiff.errors import InputError
+from vlmdiff.core.console import say, track
+from vlmdiff.core.device import processes
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import FirstStage, Part
 from vlmdiff.model import pretrained
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
-from vlmdiff.params import FirstStage, Part
 from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, perceptual_distance
 from vlmdiff.training.loop import History, batch_indices, fit, step_generator
 

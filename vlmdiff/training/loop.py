@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch import nn
 
-from vlmdiff.console import say, track
-from vlmdiff.device import processes
-from vlmdiff.errors import InputError
-from vlmdiff.params import Training
+from vlmdiff.core.console import say, track
+from vlmdiff.core.device import processes
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Training
 from vlmdiff.training import checkpoint
 
 History = list[dict[str, float]]

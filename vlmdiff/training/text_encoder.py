@@ -11,8 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from vlmdiff.console import say, track
-from vlmdiff.params import TextEncoder
+from vlmdiff.core.console import say, track
+from vlmdiff.core.params import TextEncoder
 from vlmdiff.training.loop import batch_indices, warmup_cosine
 
 THUMBNAIL = 8

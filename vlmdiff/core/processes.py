@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TypeVar
 
-from vlmdiff import lifeline
+from vlmdiff.core import lifeline
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 

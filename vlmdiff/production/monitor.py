@@ -19,14 +19,14 @@ from rich.table import Table
 from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_folder, write_json
+from vlmdiff.core.params import Monitor, Params
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.detector import SETTINGS
-from vlmdiff.errors import InputError
 from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.judging import REFERENCE
 from vlmdiff.evaluation.plots import draw_distributions
-from vlmdiff.files import atomic_folder, write_json
-from vlmdiff.params import Monitor, Params
 
 STATISTICS = ("brightness", "contrast", "sharpness", "red", "green", "blue", "width", "height")
 MEASURED = ("score", *STATISTICS)

@@ -27,19 +27,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoConfig, AutoModel, CLIPTextConfig, CLIPTextModel
 from transformers.initialization import no_init_weights
 
-from vlmdiff import cost
-from vlmdiff import params as p
 from vlmdiff.captions.endpoint import read_key
-from vlmdiff.cost import GIB
+from vlmdiff.core import params as p
+from vlmdiff.core.device import pick_device
+from vlmdiff.core.errors import InputError
 from vlmdiff.data import manifest
 from vlmdiff.data.images import resolve
-from vlmdiff.device import pick_device
-from vlmdiff.errors import InputError
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.pretrained import check_pinned
-from vlmdiff.training import diffusion, first_stage
+from vlmdiff.training import cost, diffusion, first_stage
 from vlmdiff.training.adversarial import PatchDiscriminator
+from vlmdiff.training.cost import GIB
 
 # The libraries in memory or, on a GPU, its context: what a count of tensors does not see.
 AROUND = GIB

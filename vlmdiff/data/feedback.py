@@ -10,11 +10,11 @@ from shutil import copyfile
 
 import numpy as np
 
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_path
+from vlmdiff.core.params import Params
 from vlmdiff.data.images import SUFFIXES, decode
 from vlmdiff.data.layouts import GOOD
-from vlmdiff.errors import InputError
-from vlmdiff.files import atomic_path
-from vlmdiff.params import Params
 
 # Under a class's folder, by layout: where its normal training images lie, defective ones, and these ones' masks.
 PLACES = {

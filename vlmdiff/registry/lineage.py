@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from vlmdiff import workspace as w
-from vlmdiff.errors import InputError
+from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
 
 # Of commits that no person makes.
 COMMITTER = {"NAME": "vlmdiff", "EMAIL": "vlmdiff@localhost"}

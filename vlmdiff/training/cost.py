@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vlmdiff.core.params import FirstStage, Train, Training
 from vlmdiff.model.feature_space import FeatureSpace
-from vlmdiff.params import FirstStage, Train, Training
 from vlmdiff.training.adversarial import Features, PatchDiscriminator, adversarial_loss, perceptual_distance
 
 GIB = 2**30

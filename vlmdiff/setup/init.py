@@ -16,12 +16,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from vlmdiff import workspace as w
+from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_path
+from vlmdiff.core.params import Params, Prepare, load
 from vlmdiff.data import manifest
 from vlmdiff.data.layouts import LAYOUTS
-from vlmdiff.errors import InputError
-from vlmdiff.files import atomic_path
-from vlmdiff.params import Params, Prepare, load
 
 # Those that a dataset's own lists tell first; the demo is made, and not found.
 TRIED = [name for name in ("table", "visa", "real_iad", "coco_ad", "cifar") if name in LAYOUTS]

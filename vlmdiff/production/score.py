@@ -24,16 +24,16 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
-from vlmdiff.console import say, track
+from vlmdiff.core.console import say, track
+from vlmdiff.core.device import processes
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_path
+from vlmdiff.core.params import Params
 from vlmdiff.data.images import decode, to_rgb
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.detector import SETTINGS, Detection, Detector, batches
-from vlmdiff.device import processes
-from vlmdiff.errors import InputError
 from vlmdiff.evaluation.report import heatmap
-from vlmdiff.files import atomic_path
-from vlmdiff.params import Params
 
 BATCH = 32
 # Photographs that are read while the model judges others, and by how many threads.

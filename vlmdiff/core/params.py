@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vlmdiff.errors import InputError
-from vlmdiff.workspace import MADE
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.workspace import MADE
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]

@@ -15,14 +15,14 @@ import streamlit as st
 import torch
 from PIL import Image, ImageDraw
 
-from vlmdiff import workspace as w
+from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Params, load
 from vlmdiff.data import manifest
+from vlmdiff.data.feedback import PLACES, Statement, give_feedback
 from vlmdiff.data.images import SUFFIXES, decode, load_rgb, resolve, to_rgb
 from vlmdiff.detection.detector import Detection, Detector, Region, to_tensor
-from vlmdiff.errors import InputError
 from vlmdiff.evaluation.report import heatmap
-from vlmdiff.feedback import PLACES, Statement, give_feedback
-from vlmdiff.params import Params, load
 from vlmdiff.training.encoded import Encoded
 
 # Side of the grid of latents by which photographs are compared.
