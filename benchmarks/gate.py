@@ -25,8 +25,8 @@ from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
+from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.gate import judge
-from vlmdiff.evaluation.judging import Evidence
 from vlmdiff.evaluation.metrics import Results
 
 SEED, POOL, TRIALS = 100, 5, 600

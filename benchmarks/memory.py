@@ -1,6 +1,6 @@
 """What a training step at the paper's scale needs of memory: weights, moments, average, gradients, activations.
 
-It is counted, not measured, and needs no GPU: tensors have shapes and lifetimes but no values (`vlmdiff/training/cost.py`).
+It is counted, not measured, and needs no GPU: tensors have shapes and lifetimes but no values (`training/cost.py`).
 """
 
 from types import SimpleNamespace

@@ -29,7 +29,7 @@ from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.judging import write_reference
-from vlmdiff.production.monitor import Check, Known, check, read_reference
+from vlmdiff.production.monitor import DriftCheck, Known, check, read_reference
 
 SEED, GOOD, DEFECTIVE, DRIFTED = 100, 250, 3, 50
 IMAGES, DAYS, DRIFT_DAYS = 200, 100, 20
@@ -125,7 +125,7 @@ def main() -> None:
     known = Known.of(reference)
     table = Table("days of 200 photographs", "days", "drift found", "tests that found it", title="Monitor")
 
-    def add(title: str, checks: list[Check]) -> None:
+    def add(title: str, checks: list[DriftCheck]) -> None:
         found = [one for one in checks if one.drift]
         names = pd.Series([test.what for one in found for test in one.found]).value_counts()
         told = ", ".join(f"{what} {count}" for what, count in names.items())

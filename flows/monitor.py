@@ -15,7 +15,7 @@ from vlmdiff.core import lifeline
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Positive, load
-from vlmdiff.production.monitor import Check
+from vlmdiff.production.monitor import DriftCheck
 
 # What automations wait for: this event, of a resource called so and the model's name.
 DRIFT = "vlmdiff.drift.found"
@@ -56,7 +56,7 @@ def monitor(
     return Completed(message=found.outcome, data=found)
 
 
-def _show(found: Check, out: Path) -> None:
+def _show(found: DriftCheck, out: Path) -> None:
     rows = [
         {
             "what": test.what,

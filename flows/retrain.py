@@ -42,9 +42,9 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
 from vlmdiff.core.params import load
-from vlmdiff.evaluation.gate import Verdict, verdict_table
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.evaluation.results import results_table
+from vlmdiff.evaluation.verdict import Verdict, verdict_table
 from vlmdiff.registry.lineage import commit_workspace
 from vlmdiff.setup.init import use_preset
 

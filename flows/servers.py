@@ -225,7 +225,7 @@ def _keep(
 ) -> None:
     """Start a Python module in the background and note it for `find` and `down`.
 
-    With `ends_with_it`, what the process starts ends with it, even where it is killed with -9 (vlmdiff/core/lifeline.py).
+    With `ends_with_it`, what the process starts ends with it, even where it is killed with -9 (core/lifeline.py).
     """
     command = [sys.executable, "-m", *module]
     prefix = ["sh", "-c", f'{lifeline.OWNER}=$$ exec "$@"', "sh"] if ends_with_it else []

@@ -160,7 +160,7 @@ def gate(
     from rich.console import Console
 
     from vlmdiff.core.params import load
-    from vlmdiff.evaluation.gate import verdict_table
+    from vlmdiff.evaluation.verdict import verdict_table
     from vlmdiff.registry.promotion import gate
 
     verdict = gate(load(params), version)
@@ -182,7 +182,7 @@ def promote(
     from rich.console import Console
 
     from vlmdiff.core.params import load
-    from vlmdiff.evaluation.gate import Override, verdict_table
+    from vlmdiff.evaluation.verdict import Override, verdict_table
     from vlmdiff.registry.promotion import promote
 
     given = [bool(text and text.strip()) for text in (override, reason)]
@@ -350,9 +350,9 @@ def results() -> None:
     """The last evaluation's table and the gate's last verdict."""
     from rich.console import Console
 
-    from vlmdiff.evaluation.gate import Verdict, verdict_table
     from vlmdiff.evaluation.metrics import Results
     from vlmdiff.evaluation.results import results_table
+    from vlmdiff.evaluation.verdict import Verdict, verdict_table
 
     console = Console()
     console.print(results_table(Results.read(w.METRICS)))

@@ -39,7 +39,7 @@ def validate(params: p.Validate, data: p.Prepare, manifest_file: Path, out: Path
     from vlmdiff.data import contract, manifest
 
     frame = manifest.read(manifest_file)
-    contract.validate(frame, data, params, out).raise_if_failed()
+    contract.check_dataset(frame, data, params, out).raise_if_failed()
 
 
 def caption(params: p.Caption, data: p.Prepare, manifest_file: Path, store: Path, out: Path, report: Path) -> None:
@@ -50,7 +50,7 @@ def caption(params: p.Caption, data: p.Prepare, manifest_file: Path, store: Path
     from vlmdiff.data import manifest
 
     frame = caption_images(manifest.read(manifest_file), data.image_root, data.root, params, data.max_pixels, store)
-    contract.validate(frame, params, report).raise_if_failed()
+    contract.check_captions(frame, params, report).raise_if_failed()
     write_captions(frame, out)
 
 

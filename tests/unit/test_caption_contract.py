@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from vlmdiff.captions.contract import defect_sentences, validate
+from vlmdiff.captions.contract import check_captions, defect_sentences
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Caption
 
@@ -19,7 +19,7 @@ def verdict(tmp_path, *captions, **params):
         for i, caption in enumerate(captions)
     ]
     rows.append({"path": "thing/test/hole/0.png", "split": "test", "is_anomalous": True, "caption": None})
-    return validate(pd.DataFrame(rows), Caption(**params), tmp_path / "report")
+    return check_captions(pd.DataFrame(rows), Caption(**params), tmp_path / "report")
 
 
 def test_good_captions_pass_in_silence(tmp_path, capsys):

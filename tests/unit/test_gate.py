@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Floor, Gate
 from vlmdiff.evaluation.bootstrap import Resampled
-from vlmdiff.evaluation.gate import Override, Verdict, judge, verdict_table
-from vlmdiff.evaluation.judging import Evidence
+from vlmdiff.evaluation.evidence import Evidence
+from vlmdiff.evaluation.gate import judge
 from vlmdiff.evaluation.metrics import METRICS, Results
+from vlmdiff.evaluation.verdict import Override, Verdict, verdict_table
 
 UNIT = st.floats(0, 1)
 NO_FLOORS = Gate(floors={}, max_class_drop=None)
@@ -114,7 +115,7 @@ def test_the_comparison_is_in_the_classes_that_both_know():
 def test_a_champion_that_could_not_be_judged_lets_nobody_pass():
     (criterion,) = judge(evidence(nut=0.9), InputError("its weights are gone"), NO_FLOORS)
     assert not criterion.passed
-    assert criterion.why == "the champion could not be judged on these test images: its weights are gone"
+    assert criterion.why == "the champion could not be evaluated on these test images: its weights are gone"
 
 
 def test_models_of_other_test_images_are_not_compared():
@@ -159,7 +160,7 @@ def test_the_outcome_says_who_is_champion_and_who_said_so():
     assert Verdict(3, 2, False, False, bad).outcome == "version 3 does not pass the gate; version 2 is champion"
     assert Verdict(None, None, False, False, bad).outcome == "the model does not pass the gate; there is no champion"
     forced = Verdict(3, 2, False, True, bad, Override("Ada", "it is urgent")).outcome
-    assert forced == "version 3 does not pass the gate, is let through by Ada (it is urgent) and is champion"
+    assert forced == "version 3 does not pass the gate, was promoted by Ada (it is urgent) and is champion"
 
 
 def test_reading_what_is_no_verdict_is_an_error_that_names_the_file(tmp_path):

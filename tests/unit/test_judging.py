@@ -11,7 +11,8 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Detection, Evaluate, Prepare
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
-from vlmdiff.evaluation.judging import EVIDENCE, Evidence, hash_test_set, judge_images
+from vlmdiff.evaluation.evidence import EVIDENCE, Evidence
+from vlmdiff.evaluation.judging import hash_test_set, judge_images
 
 
 @pytest.fixture
@@ -80,5 +81,5 @@ def test_evidence_that_is_missing_or_something_else_names_the_file(tmp_path):
     with pytest.raises(InputError, match=r"judged\.json does not exist"):
         Evidence.read(tmp_path)
     (tmp_path / "judged.json").write_text(json.dumps({"test_set": "a"}))
-    with pytest.raises(InputError, match=r"judged\.json is something else"):
+    with pytest.raises(InputError, match=r"judged\.json is not valid"):
         Evidence.read(tmp_path)

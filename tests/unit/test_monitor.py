@@ -13,7 +13,7 @@ from tests.monitoring import CLASSES, photographs, write_model, write_scores
 from vlmdiff.cli import app
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Monitor
-from vlmdiff.production.monitor import Check, Known, check, read_reference
+from vlmdiff.production.monitor import DriftCheck, Known, check, read_reference
 
 EVENLY = dict.fromkeys(CLASSES, 67)
 
@@ -25,7 +25,7 @@ def model(tmp_path, monkeypatch) -> Path:
     return write_model(tmp_path / "model")
 
 
-def judge(model: Path, rows: pd.DataFrame, **settings) -> Check:
+def judge(model: Path, rows: pd.DataFrame, **settings) -> DriftCheck:
     reference, calibration = read_reference(model)
     rows = rows.assign(is_anomalous=rows["score"] > 0.5)
     return check(rows, Known.of(reference), calibration, Monitor(**settings))
@@ -39,7 +39,7 @@ def run(*arguments) -> tuple[dict, str, str]:
     return json.loads(Path("out/monitor.json").read_text()), Path("out/monitor.html").read_text(), result.output
 
 
-def found(check: Check) -> set[str]:
+def found(check: DriftCheck) -> set[str]:
     return {test.what for test in check.found}
 
 

@@ -154,7 +154,7 @@ class Payload:
 
 def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
     torch.save({"state_dict": {}, "callbacks": Payload(tmp_path / "ran")}, tmp_path / "last.ckpt")
-    with pytest.raises(InputError, match=r"last\.ckpt holds more than tensors"):
+    with pytest.raises(InputError, match=r"last\.ckpt contains more than tensors"):
         VLMDiffPipeline.from_reference(tmp_path / "last.ckpt")
     assert not (tmp_path / "ran").exists()
 

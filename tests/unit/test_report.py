@@ -14,10 +14,10 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.evaluation.bootstrap import Resampled
-from vlmdiff.evaluation.gate import Criterion, Override, Verdict
 from vlmdiff.evaluation.metrics import METRICS, Results, evaluate_classes
 from vlmdiff.evaluation.plots import curves
 from vlmdiff.evaluation.report import Example, compose, heatmap, pick_examples, read_content, render
+from vlmdiff.evaluation.verdict import Criterion, Override, Verdict
 
 NOTHING = {"pro": [], "roc": [], "precision_recall": []}
 CALIBRATION = Calibration(1.0, [1.0], 1.0, 39, 0.05, 0.4)
@@ -225,7 +225,7 @@ def test_the_content_is_read_as_it_was_written(tmp_path):
     write_json(tmp_path / "report.json", made)
     assert render(read_content(tmp_path)) == render(made)
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(InputError, match="is no report"):
+    with pytest.raises(InputError, match="is not valid"):
         read_content(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         read_content(tmp_path / "nowhere")

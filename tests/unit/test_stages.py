@@ -49,7 +49,7 @@ def run():
     [
         ("encode", "models/first_stage holds no first stage: run the first_stage stage first"),
         ("train", "data/encoded does not exist: run the stages before this one first"),
-        ("evaluate", "models/vlmdiff holds no pipeline: run the train stage first"),
+        ("evaluate", "models/vlmdiff has no pipeline. Run `vlmdiff train` first"),
     ],
 )
 def test_a_stage_before_its_time_says_what_to_run_first(captioned, run, stage, said) -> None:

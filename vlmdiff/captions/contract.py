@@ -7,7 +7,7 @@ import great_expectations.expectations as gxe
 import pandas as pd
 
 from vlmdiff.core.params import Caption
-from vlmdiff.data.contract import Rule, Verdict, check
+from vlmdiff.data.contract import ContractResult, Rule, check_tables
 
 # What CLIP's text encoder reads of a prompt; a word of English is about 4/3 tokens.
 MAX_TOKENS = 77
@@ -24,8 +24,8 @@ QUOTED = 3
 COLUMNS = {"path": object, "caption": object, "words": object, "tokens": object, "defect_sentences": object}
 
 
-def validate(frame: pd.DataFrame, params: Caption, out: Path) -> Verdict:
-    """Judge the captions of normal train and validation images (the manifest's rows with a column `caption`)."""
+def check_captions(frame: pd.DataFrame, params: Caption, out: Path) -> ContractResult:
+    """Check the captions of normal training and validation images: the manifest's rows with a column `caption`."""
     learned = frame[(frame["split"] != "test") & ~frame["is_anomalous"].astype(bool)]
     captions = learned["caption"].astype(object).where(learned["caption"].notna(), None)
     words = captions.map(lambda text: None if text is None else len(text.split()))
@@ -39,7 +39,7 @@ def validate(frame: pd.DataFrame, params: Caption, out: Path) -> Verdict:
         }
     ).astype(COLUMNS)
     table = table.where(table.notna(), None)
-    return check("captions", {"captions": (table, _rules(table, params))}, out)
+    return check_tables("captions", {"captions": (table, _rules(table, params))}, out)
 
 
 def defect_sentences(caption: str) -> str | None:

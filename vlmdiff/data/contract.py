@@ -1,4 +1,4 @@
-"""The data contract: what must hold of a dataset before anything is trained on it, judged by Great Expectations."""
+"""The data contract: rules that a dataset must fulfil before training, checked by Great Expectations."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -26,10 +26,10 @@ NAMED_FILES = 10
 
 @dataclass(frozen=True)
 class Rule:
-    """An expectation of a table's column.
+    """An expectation about a column of a table.
 
-    what: a sentence that holds where the rule does; remedy: what to do where it does not. An error stops the line, a
-    warning is only told.
+    what: the rule as a sentence; remedy: what to do if it is broken. A broken rule stops the stage if its severity is
+    "error", and is only reported if it is "warning".
     """
 
     name: str
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule's result: how many rows break it, and the first ten of them by path."""
+    """The result of a rule: how many rows break it, and the first ten of them by path."""
 
     rule: str
     severity: Literal["error", "warning"]
@@ -58,12 +58,12 @@ class Finding:
 
     def __str__(self) -> str:
         names = ", ".join(self.files) + (" …" if self.count > len(self.files) else "")
-        return f"{self.rule} ({self.what}) is broken by {self.count}: {names}; {self.remedy}"
+        return f"{self.rule} ({self.what}) is broken by {self.count}: {names}. {self.remedy}"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """All findings of a contract; it holds where no error was found. `docs` is the page to open."""
+class ContractResult:
+    """All findings of a contract, which passes if no rule of severity "error" is broken; `docs` is the page to open."""
 
     findings: list[Finding]
     docs: Path
@@ -73,22 +73,22 @@ class Verdict:
         return not self.broken("error")
 
     def broken(self, severity: str) -> list[Finding]:
-        """The findings of a severity that did not pass."""
+        """Return the findings of a severity that did not pass."""
         return [finding for finding in self.findings if not finding.passed and finding.severity == severity]
 
     def raise_if_failed(self) -> None:
-        """Say the warnings; raise InputError with each broken rule, its first files and how many there are."""
+        """Print the warnings; raise InputError with each broken rule, its first files and their number."""
         for finding in self.broken("warning"):
             say(f"warning: {finding}")
         if errors := self.broken("error"):
             lines = "".join(f"\n  {finding}" for finding in errors)
-            raise InputError(f"{len(errors)} rule(s) of the contract are broken; {self.docs} shows them:{lines}")
+            raise InputError(f"{len(errors)} rule(s) of the contract are broken. {self.docs} shows all files:{lines}")
 
 
-def check(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]]], out: Path) -> Verdict:
-    """Judge each table by its rules; rows are named by their column `path`.
+def check_tables(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]]], out: Path) -> ContractResult:
+    """Check each table by its rules; findings name rows by their column `path`.
 
-    The folder `out` gets `validation.json` for machines and `docs/index.html`, Great Expectations' Data Docs.
+    Writes `validation.json` and `docs/index.html`, the Data Docs of Great Expectations, into the folder `out`.
     """
     with atomic_folder(out) as temporary:
         context = gx.get_context(mode="ephemeral")
@@ -123,17 +123,17 @@ def check(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]]], out
             (judged,) = outcome.run_results.values()
             results = {result.expectation_config.meta["rule"]: result for result in judged.results}
             findings += [_finding(rule, results[rule.name]) for rule in rules]
-        # Fonts and pictures of the pages that VIEW takes the place of.
+        # Fonts and pictures of the pages that VIEW replaces.
         shutil.rmtree(temporary / "docs/static")
-        verdict = Verdict(findings, out / "docs/index.html")
+        result = ContractResult(findings, out / "docs/index.html")
         rows = [asdict(finding) for finding in findings]
-        write_json(temporary / "validation.json", {"passed": verdict.passed, "findings": rows})
-    return verdict
+        write_json(temporary / "validation.json", {"passed": result.passed, "findings": rows})
+    return result
 
 
 def _finding(rule: Rule, result: gx.core.ExpectationValidationResult) -> Finding:
     if result.exception_info.get("raised_exception"):
-        raise RuntimeError(f"the rule {rule.name!r} could not be judged: {result.exception_info['exception_message']}")
+        raise RuntimeError(f"the rule {rule.name!r} could not be checked: {result.exception_info['exception_message']}")
     files = sorted(row["path"] for row in result.result.get("unexpected_index_list") or ())
     return Finding(
         rule.name,
@@ -146,8 +146,8 @@ def _finding(rule: Rule, result: gx.core.ExpectationValidationResult) -> Finding
     )
 
 
-def validate(frame: pd.DataFrame, data: Prepare, params: Validate, out: Path) -> Verdict:
-    """Judge a manifest, its images and masks; reports go into the folder `out`."""
+def check_dataset(frame: pd.DataFrame, data: Prepare, params: Validate, out: Path) -> ContractResult:
+    """Check a manifest, its images and masks, and write the reports into the folder `out`."""
     image_root, max_pixels = data.image_root, data.max_pixels
     table = frame.join(_look_at_masks(frame, image_root, max_pixels))
     readable = frame["problem"].isna()
@@ -159,11 +159,11 @@ def validate(frame: pd.DataFrame, data: Prepare, params: Validate, out: Path) ->
     table["near_duplicate"] = _near_duplicates(frame, image_root, params.near_duplicate_bits, max_pixels)
     images = table.astype(object).where(table.notna(), None)
     rules = _image_rules(params, data.layout in LABEL_MAPS)
-    return check("dataset", {"images": (images, rules), "classes": _classes(frame, params)}, out)
+    return check_tables("dataset", {"images": (images, rules), "classes": _classes(frame, params)}, out)
 
 
 def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
-    no_mask = "draw it, or set validate.masks: optional and have the gate judge a metric of whole images"
+    no_mask = "Draw the mask, or set validate.masks: optional and a gate on image_auroc (gate.floors, gate.metric)"
 
     def none(name: str, column: str, what: str, remedy: str, severity: Literal["error", "warning"] = "error") -> Rule:
         return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeNull, {"column": column}, severity)
@@ -176,72 +176,78 @@ def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
         return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeUnique, {"column": column})
 
     rules = [
-        none("readable", "problem", "every image can be decoded", "restore the file or take it out"),
+        none("readable", "problem", "every image can be decoded", "Replace or remove the file"),
         one_of(
             "mode",
             "mode",
             params.modes,
             f"every image has one of the modes {', '.join(params.modes)}",
-            "convert it, or add its mode to validate.modes",
+            "Convert the image, or add its mode to validate.modes",
         ),
         Rule(
             "size",
             f"every image has at least {params.min_side} pixels a side",
-            "take it out, or lower validate.min_side",
+            "Remove the image, or lower validate.min_side",
             gxe.ExpectColumnValuesToBeBetween,
             {"column": "shorter_side", "min_value": params.min_side},
         ),
-        unique("unique_path", "path", "a path is listed once", "list it once"),
-        unique("unique_image", "image_id", "an image is there once, by its bytes", "keep one of the copies"),
-        one_of("split", "split", SPLITS, f"a split is one of {', '.join(SPLITS)}", "mend the layout"),
+        unique("unique_path", "path", "each path is listed once", "Remove the other rows"),
+        unique("unique_image", "image_id", "no two images have the same bytes", "Keep one of the copies"),
+        one_of(
+            "split",
+            "split",
+            SPLITS,
+            f"each split is one of {', '.join(SPLITS)}",
+            "Correct the split in the dataset's table",
+        ),
         one_of(
             "normal_training",
             "anomalous_to_learn",
             [False],
-            "only normal images are trained on",
-            "move the anomalous ones to the test images",
+            "all training and validation images are normal",
+            "Move the anomalous images to the test split",
         ),
         none(
             "test_apart",
             "also_in_test",
-            "no image is both for training and for testing",
-            "keep it in one of them: a test on what was learned says nothing",
+            "no image is in both the training and the test data",
+            "Keep it in one of them: a test on training images proves nothing",
         ),
-        none("mask_file", "mask_problem", "every mask can be decoded", "restore the file or take it out"),
-        none("mask_size", "mask_of_other_size", "a mask has its image's size", "export it at the image's size"),
+        none("mask_file", "mask_problem", "every mask can be decoded", "Replace or remove the file"),
+        none("mask_size", "mask_of_other_size", "each mask has the size of its image", "Export the mask at that size"),
         none(
             "mask_empty",
             "mask_empty",
-            "an anomalous image's mask marks something",
-            "draw it, or call the image good",
+            "the mask of an anomalous image is not empty",
+            "Draw the mask, or list the image as good",
         ),
         none(
             "mask_normal",
             "mask_of_normal",
-            "a normal image has no marked mask",
-            "remove the mask, or the image",
+            "no normal image has a mask that marks a defect",
+            "Remove the mask or the image",
         ),
         none(
             "near_duplicate",
             "near_duplicate",
-            "no test image looks like one that is trained on",
-            "look at them: near-duplicates make a test too easy",
+            "no test image is a near-duplicate of a training or validation image",
+            "Look at them: near-duplicates make the test too easy",
             "warning",
         ),
     ]
     if not label_maps:
-        what = "a mask has two values, 0 and one more"
-        rules.append(none("mask_binary", "mask_not_binary", what, "cut it at a threshold"))
+        what = "each mask has two values, 0 and one more"
+        rules.append(none("mask_binary", "mask_not_binary", what, "Threshold the mask"))
     if params.masks == "required":
         rules.append(none("mask_exists", "mask_missing", "every anomalous image has a mask", no_mask))
     return rules
 
 
 def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataFrame:
-    """What is wrong with each row's mask, None where nothing is."""
+    """Return what is wrong with the mask of each row, None if nothing is."""
     rows = []
     columns = list(frame[["mask_path", "is_anomalous", "width", "height", "problem"]].itertuples(index=False))
-    for mask_path, is_anomalous, width, height, problem in track(columns, "look at masks", total=len(frame)):
+    for mask_path, is_anomalous, width, height, problem in track(columns, "check masks", total=len(frame)):
         found: dict[str, str] = {}
         rows.append(found)
         if mask_path is None:
@@ -275,18 +281,18 @@ def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataF
 
 
 def _same(frame: pd.DataFrame, learned: pd.Series) -> pd.Series:
-    """For each image to learn, a test image of the same bytes."""
+    """Return, for each training and validation image, a test image of the same bytes."""
     tests = frame[frame["split"] == "test"].drop_duplicates("image_id").set_index("image_id")["path"]
     return frame["image_id"].map(tests).where(learned)
 
 
 def _near_duplicates(frame: pd.DataFrame, root: Path, bits: int, max_pixels: int) -> pd.Series:
-    """For each test image, an image to learn of its class whose perceptual hash is within `bits` of its 256."""
+    """Return, for each test image, a training image of its class with a perceptual hash within `bits` of 256."""
     readable = frame[frame["problem"].isna()]
     hashes = pd.Series(
         [
             imagehash.phash(read_image(resolve(root, path), max_pixels), hash_size=16).hash.ravel()
-            for path in track(readable["path"], "look for near-duplicates", total=len(readable))
+            for path in track(readable["path"], "search near-duplicates", total=len(readable))
         ],
         index=readable.index,
         dtype=object,
@@ -305,7 +311,7 @@ def _near_duplicates(frame: pd.DataFrame, root: Path, bits: int, max_pixels: int
 
 
 def _classes(frame: pd.DataFrame, params: Validate) -> tuple[pd.DataFrame, list[Rule]]:
-    """A row a class and split: how many images it lacks; and, a row a class, by how much the largest exceeds it."""
+    """Return a table and its rules: missing images by class and split, and imbalance by class."""
     required = params.min_images.model_dump()
     counts = frame.groupby(["class_name", "split"]).size()
     rows = [
@@ -324,14 +330,14 @@ def _classes(frame: pd.DataFrame, params: Validate) -> tuple[pd.DataFrame, list[
         Rule(
             "enough_images",
             f"every class has at least {least} images",
-            "photograph more, leave the class out, or lower validate.min_images",
+            "Add images, remove the class, or lower validate.min_images",
             gxe.ExpectColumnValuesToBeInSet,
             {"column": "lacks", "value_set": [0]},
         ),
         Rule(
             "balance",
             f"no class has more than {params.max_imbalance:g} times the training images of another",
-            "the model will know these classes less well: photograph more of them",
+            "The model learns these classes less well: add images of them",
             gxe.ExpectColumnValuesToBeBetween,
             {"column": "times", "max_value": params.max_imbalance},
             "warning",

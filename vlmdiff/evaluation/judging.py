@@ -1,4 +1,4 @@
-"""A detector on the test images: everything that the gate, the report and the registry know of a model."""
+"""Evaluate a detector on the test images, and write what the gate, the report and the registry read."""
 
 import hashlib
 import json
@@ -25,48 +25,19 @@ from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
+from vlmdiff.evaluation.evidence import CONTENT, JUDGED, RESULTS, SAMPLES
 from vlmdiff.evaluation.metrics import Results, evaluate_classes
 from vlmdiff.evaluation.plots import Curves, curves, histograms, write_plots
-from vlmdiff.evaluation.report import CONTENT, Example, compose, pick_examples, render, write_heatmaps
+from vlmdiff.evaluation.report import Example, compose, pick_examples, render, write_heatmaps
 
 TIMED = 10
-JUDGED, RESULTS, SAMPLES = "judged.json", "metrics.json", "samples.npz"
-# What a model is judged by later, without its images.
-EVIDENCE = (JUDGED, RESULTS, SAMPLES, CONTENT)
-# Beside the detector: what the photographs that it was calibrated on are like.
+# Beside the detector: statistics of the images that it was calibrated on.
 REFERENCE = "reference.parquet"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the gate judges a model by: see `Results` and `Resampled`; what it was judged on, what it costs.
-
-    test_set: a hash of the test images, their truth and AU-PRO's limit; latency_ms: of one photograph, the median;
-    size_mb: of the detector's folder, in 10^6 bytes.
-    """
-
-    results: Results
-    resampled: Resampled
-    test_set: str
-    latency_ms: float
-    size_mb: float
-
-    @classmethod
-    def read(cls, folder: Path) -> "Evidence":
-        """Read what `Judged.write` wrote. Raises InputError where a file is missing or is something else."""
-        try:
-            facts = json.loads((folder / JUDGED).read_text())
-            measures = facts["test_set"], float(facts["latency_ms"]), float(facts["size_mb"])
-        except FileNotFoundError:
-            raise InputError(f"{folder / JUDGED} does not exist: run `vlmdiff evaluate` first") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / JUDGED} is something else ({error!r}): run `vlmdiff evaluate`") from error
-        return cls(Results.read(folder / RESULTS), Resampled.load(folder / SAMPLES), *measures)
 
 
 @dataclass
 class Judged:
-    """A detector's results on the test images, class by class."""
+    """The results of a detector on the test images, by class."""
 
     detector: Detector
     test_set: str
@@ -75,17 +46,17 @@ class Judged:
     resampled: Resampled = field(default_factory=lambda: Resampled({}))
     curves: Curves = field(default_factory=lambda: curves([], [], []))
     examples: list[Example] = field(default_factory=list)
-    # A row an image: image_id, path, class_name, defect, is_anomalous, score, verdict.
+    # One row per image: image_id, path, class_name, defect, is_anomalous, score, verdict.
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def f1_optimal(self) -> float | None:
-        """The score from which on an alarm has the best F1 over all the images; None where that is not defined."""
+        """Return the threshold with the best F1 over all images, None if it is not defined."""
         return f1_optimal(self.scores["score"].to_numpy(), self.scores["is_anomalous"].to_numpy())
 
     def write(self, folder: Path, size_mb: float, provenance: dict[str, Any]) -> None:
-        """Into the existing `folder`: metrics, their intervals and samples, scores, curves, pictures, the report.
+        """Write metrics, intervals, samples, scores, curves, pictures and the report into the existing `folder`.
 
-        size_mb: of the detector's folder; provenance: as in `report.compose`.
+        size_mb: the size of the detector's folder; provenance: as in `report.compose`.
         """
         self.results.write(folder / RESULTS)
         self.resampled.write(folder / "intervals.json")
@@ -111,10 +82,10 @@ class Judged:
 def judge_images(
     detector: Detector, frame: pd.DataFrame, data: Prepare, texts: dict[str, str], params: Evaluate
 ) -> Judged:
-    """Judge the test images of a manifest, holding the maps of one class at a time.
+    """Evaluate the test images of a manifest; the maps of only one class are in memory at a time.
 
-    texts: captions by image_id, for a detector that wants them and for the report. Raises InputError for an image that
-    cannot be read, or lacks a caption that is wanted.
+    texts: captions by image_id, for the report and for a detector that uses captions. Raises InputError if an image
+    cannot be read, or lacks a caption that the detector needs.
     """
     test = _test_images(frame)
     size = detector.pipeline.config.image_size
@@ -129,7 +100,7 @@ def judge_images(
         found = list(islice(stream, len(part)))
         maps = [detection.anomaly_map for detection in found]
         masks = [
-            # The mask of an anomalous image without one is not known, which is not the same as empty.
+            # The mask of an anomalous image without a mask file is unknown, not empty.
             (None if is_anomalous else np.zeros((size, size), bool))
             if mask is None
             else load_mask(resolve(data.image_root, mask), size, data.max_pixels)
@@ -168,24 +139,24 @@ def judge_images(
 
 
 def write_reference(folder: Path, held_out: pd.DataFrame, scores: np.ndarray, data: Prepare) -> None:
-    """Write `folder`/REFERENCE, a row an image of calibration: image_id, class_name, score, `image_statistics`.
+    """Write `folder`/REFERENCE, one row per calibration image: image_id, class_name, score, `image_statistics`.
 
-    held_out: the manifest's rows; scores: theirs, (N,). The statistics are of the photographs as they came.
+    held_out: N rows of the manifest; scores: (N,). The statistics are those of the original images.
     """
     images = _read(held_out["path"], data, None)
-    rows = [image_statistics(image) for image in track(images, "look at held-out images", len(held_out))]
+    rows = [image_statistics(image) for image in track(images, "read held-out images", len(held_out))]
     frame = held_out[["image_id", "class_name"]].reset_index(drop=True).assign(score=scores.astype(np.float64))
     table = pa.Table.from_pandas(frame.join(pd.DataFrame(rows)), preserve_index=False)
     pq.write_table(table.replace_schema_metadata(), folder / REFERENCE)
 
 
 def _test_images(frame: pd.DataFrame) -> pd.DataFrame:
-    """The test images of a manifest, class by class."""
+    """Return the test images of a manifest, sorted by class."""
     return frame[frame["split"] == "test"].sort_values("class_name", kind="stable", ignore_index=True)
 
 
 def hash_test_set(frame: pd.DataFrame, data: Prepare, max_fpr: float) -> str:
-    """A hash of what is judged: each test image, its class and truth, its mask's bytes; and AU-PRO's limit."""
+    """Return a hash of the test images, their classes and labels, the bytes of their masks, and AU-PRO's limit."""
     rows = []
     for row in _test_images(frame).itertuples():
         mask = None if row.mask_path is None else resolve(data.image_root, row.mask_path).read_bytes()
@@ -195,7 +166,7 @@ def hash_test_set(frame: pd.DataFrame, data: Prepare, max_fpr: float) -> str:
 
 
 def detector_captions(detector: Detector, rows: pd.DataFrame, texts: dict[str, str]) -> list[str] | None:
-    """The captions by which this detector judges a manifest's rows; None where it judges without."""
+    """Return the captions that this detector needs for rows of a manifest, None if it needs none."""
     match detector.params.captions:
         case "none":
             return None
@@ -206,7 +177,7 @@ def detector_captions(detector: Detector, rows: pd.DataFrame, texts: dict[str, s
 
 
 def captions_of(rows: pd.DataFrame, texts: dict[str, str]) -> list[str]:
-    """The captions of a manifest's rows. InputError naming an image that has none."""
+    """Return the captions of rows of a manifest. Raises InputError that names an image without a caption."""
     for image_id, path in zip(rows["image_id"], rows["path"], strict=True):
         if image_id not in texts:
             raise InputError(f"{path} has no caption: run the caption stage again")
@@ -219,7 +190,7 @@ def _read(paths: pd.Series, data: Prepare, size: int | None) -> Iterator[np.ndar
 
 
 def _latency_ms(detector: Detector, test: pd.DataFrame, data: Prepare, prompts: Sequence[str] | None) -> float:
-    """The median time that a photograph alone takes; the first, which finds nothing warm, does not count."""
+    """Return the median time of judging one image; the first call, which warms up, does not count."""
     times = []
     for i in range(min(len(test), TIMED + 1)):
         (image,) = _read(test["path"][i : i + 1], data, detector.pipeline.config.image_size)

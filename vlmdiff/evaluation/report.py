@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs neither a network nor a script, and the pictures in it."""
+"""The report: one HTML page without scripts or external files, and its pictures."""
 
 import base64
 import io
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,11 +18,10 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.bootstrap import Resampled
+from vlmdiff.evaluation.evidence import CONTENT
 from vlmdiff.evaluation.metrics import METRICS, PER_CLASS, Results
 from vlmdiff.evaluation.plots import DASHES, HUES, Curves, draw_curve, draw_histograms, histograms
-
-if TYPE_CHECKING:
-    from vlmdiff.evaluation.gate import Verdict
+from vlmdiff.evaluation.verdict import Verdict
 
 MISSED, FALSE_ALARMS, SAMPLE = KINDS = ("Missed", "False alarms", "A fair sample")
 CHARTS = {
@@ -38,17 +37,16 @@ AXES = {
     "precision": "precision",
 }
 Content = dict[str, Any]
-CONTENT = "report.json"
-# The page stays below 8 MB: base64 adds a third, the rest of it little. Beside a champion it has up to a half more.
+# The page stays below 8 MB: base64 adds a third, and a comparison with a champion up to a half.
 PICTURE_BYTES = 3_500_000
 PICTURE_SIDE = 320
 
 
 @dataclass(frozen=True)
 class Example:
-    """A judged photograph: truth and verdict, pictures as uint8 (H, W, 3), map and mask (None: not known) as (H, W).
+    """A judged image: label and verdict, pictures as uint8 (H, W, 3), map and mask (None: unknown) as (H, W).
 
-    Sizes may differ: the report scales the map and the mask to the photograph.
+    Sizes may differ: the report scales the map and the mask to the image.
     """
 
     path: str
@@ -72,11 +70,11 @@ def pick_examples(
     verdicts: Sequence[bool],
     count: int = 3,
 ) -> list[tuple[str, int]]:
-    """Which images of a class to look at: their kinds, in the report's order, and their indices.
+    """Choose the images of a class to show: pairs of kind and index, in the report's order.
 
-    At most `count` missed defects, lowest scores first; as many false alarms, highest first; and, whatever came of
-    them, the first good and the first defective ones by their ids, which are hashes: a fair sample, the same for every
-    model.
+    There are at most `count` missed defects, lowest scores first, and as many false alarms, highest scores first. A
+    fair sample follows, which is the same for every model: the first good and the first defective images by their ids,
+    which are hashes.
     """
     scores, truth, verdicts = np.asarray(scores, float), np.asarray(is_anomalous, bool), np.asarray(verdicts, bool)
 
@@ -116,10 +114,10 @@ def compose(
     calibration: Calibration,
     provenance: dict[str, Any],
 ) -> Content:
-    """What a report shows, as JSON holds it: pictures are in it as data URLs, what is not defined is None.
+    """Return what a report shows, as JSON: pictures are data URLs, undefined values are None.
 
-    `examples` keep their order within class and kind; `curves` come from `plots.curves`; `scores` has a row an image;
-    `provenance` maps names to values, lists or dicts of the same. The same input gives the same content.
+    `examples` keep their order within class and kind; `curves` come from `plots.curves`; `scores` has one row per
+    image; `provenance` maps names to values, lists or dicts. The same input gives the same content.
     """
     return {
         "results": results.as_dict(),
@@ -133,27 +131,28 @@ def compose(
 
 
 def read_content(folder: Path) -> Content:
-    """Read what `compose` made and an evaluation wrote. Raises InputError where it is missing or is something else."""
+    """Read what `compose` returned and an evaluation wrote. Raises InputError if it is missing or invalid."""
     try:
         content = json.loads((folder / CONTENT).read_text())
         if missing := {"results", "intervals", "curves", "scores", "alarms", "galleries", "provenance"} - set(content):
             raise KeyError(*missing)
     except FileNotFoundError:
-        raise InputError(f"{folder / CONTENT} does not exist: run `vlmdiff evaluate` first") from None
+        raise InputError(f"{folder / CONTENT} does not exist. Run `vlmdiff evaluate` first") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / CONTENT} is no report ({error!r}): run `vlmdiff evaluate`") from error
+        raise InputError(f"{folder / CONTENT} is not valid ({error!r}). Run `vlmdiff evaluate` again") from error
     return content
 
 
 def render(
     content: Content,
-    verdict: "Verdict | None" = None,
+    verdict: Verdict | None = None,
     champion: Content | None = None,
     difference: Resampled | None = None,
 ) -> str:
-    """The report as one HTML page, of fewer than 8 MB: what `compose` made, the gate's verdict before it.
+    """Return the report as one HTML page of less than 8 MB: the gate's verdict, then the content from `compose`.
 
-    champion: its content, where the two were compared; difference: of their samples, this model's less the champion's.
+    champion: the champion's content, if the two were compared; difference: this model's bootstrap samples minus the
+    champion's.
     """
     names = list(content["results"][PER_CLASS])
     return pages.page(
@@ -175,7 +174,7 @@ def render(
 
 
 def write_heatmaps(folder: Path, examples: Sequence[Example]) -> None:
-    """Write of each class the highest-scored anomalous example as `folder`/CLASS.png: photograph, map and truth."""
+    """Write the anomalous example with the highest score of each class as `folder`/CLASS.png."""
     folder.mkdir(parents=True)
     peaks = _peaks(examples)
     for name in sorted(peaks):
@@ -192,7 +191,7 @@ def write_heatmaps(folder: Path, examples: Sequence[Example]) -> None:
 
 
 def _alarms(scores: pd.DataFrame, calibration: Calibration) -> dict[str, Any]:
-    """What the thresholds do on the test images, and what is guaranteed of the one without defects."""
+    """Return what each threshold finds on the test images, and the guarantee of the calibrated one."""
     truth, values = scores["is_anomalous"].to_numpy(bool), scores["score"].to_numpy()
 
     def row(name: str, score: float, called: np.ndarray) -> dict[str, Any]:
@@ -219,7 +218,7 @@ def _alarms(scores: pd.DataFrame, calibration: Calibration) -> dict[str, Any]:
 
 
 def _compare(content: Content, champion: Content, difference: Resampled) -> dict[str, Any]:
-    """Both models class by class, and the pictures of what both were asked for: the fair sample."""
+    """Return both models' metrics by class, and pairs of pictures of the fair sample."""
     ours, theirs = content["results"], champion["results"]
     intervals = difference.intervals()
 
@@ -247,7 +246,7 @@ def _compare(content: Content, champion: Content, difference: Resampled) -> dict
 
 
 def _galleries(examples: Sequence[Example]) -> dict[str, dict[str, list[dict]]]:
-    """Class to kind to examples, each with its pictures as data URLs."""
+    """Return class to kind to examples, each with its pictures as data URLs."""
     peaks = _peaks(examples)
     pictures = _encode([_pictures(example, peaks[example.class_name]) for example in examples])
 
@@ -261,7 +260,7 @@ def _galleries(examples: Sequence[Example]) -> dict[str, dict[str, list[dict]]]:
 
 
 def _peaks(examples: Sequence[Example]) -> dict[str, float]:
-    """The score at which a class's heatmaps are brightest."""
+    """Return the score at which the heatmaps of each class are brightest."""
     peaks: dict[str, float] = {}
     for example in examples:
         peak = float(np.percentile(example.anomaly_map, 99.5))
@@ -282,7 +281,7 @@ def _pictures(example: Example, vmax: float) -> dict[str, np.ndarray]:
 
 
 def _encode(pictures: list[dict[str, np.ndarray]]) -> list[dict[str, str]]:
-    """All pictures as WebP data URLs, as large as PICTURE_SIDE and PICTURE_BYTES for all together allow."""
+    """Return all pictures as WebP data URLs, as large as PICTURE_SIDE and their total PICTURE_BYTES allow."""
     side, total = PICTURE_SIDE, math.inf
     while total > PICTURE_BYTES:
         encoded = [{label: _webp(picture, side) for label, picture in row.items()} for row in pictures]
@@ -313,7 +312,7 @@ def _scale(values: np.ndarray, image: np.ndarray, resampling: Image.Resampling) 
 
 
 def _truth(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The photograph inside the defect, outlined; darkened outside."""
+    """Return the image with the defect outlined and the rest darkened."""
     mask = _scale(mask.astype(bool), image, Image.Resampling.NEAREST)
     picture = np.where(mask[..., None], image / 255, _dimmed(image))
     outline = ndimage.binary_dilation(mask, np.ones((3, 3))) & ~mask

@@ -13,18 +13,16 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Solver, Spacing
 from vlmdiff.model.first_stage import FirstStageModel
 from vlmdiff.model.normalization import Normalization
+from vlmdiff.model.reference import IMAGENET_MEAN, IMAGENET_STD, read_modules
 from vlmdiff.model.sampling import reconstruct
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 from vlmdiff.model.text import embed
 
 
 def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline":
-    """A pipeline's folder as a working pipeline on `device`; without progress bars, it takes a second.
-
-    Raises InputError where the folder holds none.
-    """
+    """Load a pipeline from its folder to `device`, without progress bars. Raises InputError if there is none."""
     if not (Path(folder) / "model_index.json").is_file():
-        raise InputError(f"{folder} holds no pipeline: run the train stage first")
+        raise InputError(f"{folder} has no pipeline. Run `vlmdiff train` first")
     logging.disable_progress_bar()
     pipeline = VLMDiffPipeline.from_pretrained(folder).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -35,8 +33,8 @@ def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline"
 class Reconstruction(BaseOutput):
     """images: (B, 3, S, S) in [0, 1]; latents: (B, C, h, w), scaled as the denoiser sees them.
 
-    deviation: (B, h, w), how far off the network expects its first prediction of the latents to be, the root of the
-    mean square over channels; None where it has not learned to say.
+    deviation: (B, h, w), the error that the network expects of its first prediction of the latents, as root mean square
+    over channels; None if it has not learned the variance.
     """
 
     images: torch.Tensor
@@ -45,10 +43,10 @@ class Reconstruction(BaseOutput):
 
 
 class VLMDiffPipeline(DiffusionPipeline):
-    """A caption-conditioned latent diffusion model with a semantic-guided network (arXiv 2511.08173), or without.
+    """Reconstruct images as if they were normal, with a caption-conditioned latent diffusion model (arXiv 2511.08173).
 
-    Photographs are tensors (B, 3, S, S) in [0, 1], S the configured `image_size`. The first stage and the SGN see
-    them normalised by `image_mean` and `image_std`.
+    The semantic-guided network (SGN) is optional. Images are tensors (B, 3, S, S) in [0, 1], where S is the configured
+    `image_size`. The first stage and the SGN see them normalised by `image_mean` and `image_std`.
     """
 
     model_cpu_offload_seq = "text_encoder->sgn->unet->vae"
@@ -80,22 +78,23 @@ class VLMDiffPipeline(DiffusionPipeline):
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
     ) -> "VLMDiffPipeline":
-        """The pipeline that a checkpoint of the reference implementation holds, in the tensors of the checkpoint.
+        """Build a pipeline from a checkpoint of the reference implementation; it shares the checkpoint's tensors.
 
-        checkpoint: a .safetensors file, one of torch.save (.ckpt, .pt), or a state dict; the state dict may lie under
-        the key `state_dict`. No checkpoint holds a tokenizer: it is that of CLIP ViT-L/14
-        (openai/clip-vit-large-patch14), as is the text encoder, which is for a checkpoint without one. Without them the
-        pipeline denoises with embeddings that are given to it, and has no captions.
+        checkpoint: a .safetensors file, a torch.save file (.ckpt, .pt), or a state dict, which may be nested under the
+        key `state_dict`. tokenizer: the tokenizer of CLIP ViT-L/14 (openai/clip-vit-large-patch14); no checkpoint has
+        one. text_encoder: that model's text encoder, for a checkpoint without one. Without tokenizer and text encoder
+        the pipeline takes text embeddings, not captions.
 
-        A file is mapped into memory, not read: it must stay while the pipeline is used. Raises InputError where the
-        file cannot be read without running code, or a tensor is missing, unexpected or of another shape.
+        A file is mapped into memory: it must exist as long as the pipeline is used. Raises InputError if reading the
+        file would run code, or if a tensor is missing, unexpected or has another shape.
         """
-        from vlmdiff.model.reference import load_reference
-
-        return load_reference(checkpoint, only_mid_control, text_encoder, tokenizer)
+        components = {"text_encoder": text_encoder, **read_modules(checkpoint, only_mid_control)}
+        if text_encoder is not None and components["text_encoder"] is not text_encoder:
+            raise InputError("The checkpoint has a text encoder: leave out the argument `text_encoder`")
+        return cls(**components, tokenizer=tokenizer, image_size=256, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """From [0, 1] to what the networks see; (B, 3, S, S) in and out."""
+        """Normalise images (B, 3, S, S) in [0, 1] for the networks."""
         return self._normalization(images)
 
     @property
@@ -103,28 +102,28 @@ class VLMDiffPipeline(DiffusionPipeline):
         return Normalization(self.config.image_mean, self.config.image_std)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents of photographs, the posterior's mean, scaled: (B, 3, S, S) in [0, 1] to (B, C, h, w)."""
+        """Encode images (B, 3, S, S) in [0, 1] as scaled latents (B, C, h, w), the mean of the posterior."""
         return self.vae.encode(self.normalize(images)).latent_dist.mode() * self.vae.config.scaling_factor
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Photographs of latents: (B, C, h, w), scaled, to (B, 3, S, S) in [0, 1]."""
+        """Decode scaled latents (B, C, h, w) to images (B, 3, S, S) in [0, 1]."""
         images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return self._normalization.inverse(images).clamp(0, 1)
 
     def encode_captions(self, captions: Sequence[str]) -> torch.Tensor:
-        """Text embeddings (B, L, D) of captions; L is the text encoder's length, times the windows of the longest."""
+        """Return text embeddings (B, L, D); L is the text encoder's length times the windows of the longest caption."""
         if self.text_encoder is None or self.tokenizer is None:
-            raise InputError("this pipeline has no text encoder or no tokenizer: give both to `from_reference`")
+            raise InputError("this pipeline has no text encoder or no tokenizer. Pass both to `from_reference`")
         return embed(self.tokenizer, self.text_encoder, captions)
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, image: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The network's own output (B, C, h, w), of the kind `scheduler.config.prediction_type` names.
+        """Return the network's output (B, C, h, w), of the kind that `scheduler.config.prediction_type` names.
 
-        With it comes the logarithm of the squared error that the network expects of it, a mean over the channels,
-        (B, h, w); None where it has not learned that. latents: (B, C, h, w), noised to `timestep` (a scalar or (B,));
-        prompt_embeds: (B, L, D); image: (B, 3, S, S), normalised.
+        The second value is the logarithm of the squared error that the network expects, a mean over the channels
+        (B, h, w), or None if the network has not learned the variance. latents: (B, C, h, w), noised to `timestep`, a
+        scalar or (B,); prompt_embeds: (B, L, D); image: (B, 3, S, S), normalised.
         """
         down, middle = self.sgn(latents, timestep, prompt_embeds, image) if self.sgn else (None, None)
         output = self.unet(
@@ -140,7 +139,7 @@ class VLMDiffPipeline(DiffusionPipeline):
     def predict_noise(
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, image: torch.Tensor
     ) -> torch.Tensor:
-        """The noise (B, C, h, w) in `latents`; arguments as for `denoise`."""
+        """Return the noise (B, C, h, w) in `latents`; arguments as for `denoise`."""
         output, _ = self.denoise(latents, timestep, prompt_embeds, image)
         if self.scheduler.config.prediction_type == "epsilon":
             return output
@@ -160,7 +159,7 @@ class VLMDiffPipeline(DiffusionPipeline):
         spacing: Spacing = "trailing",
         solver: Solver = "ddim",
     ) -> Reconstruction:
-        """Photographs (B, 3, S, S) in [0, 1] as if they were normal; the other arguments are those of `reconstruct`."""
+        """Reconstruct images (B, 3, S, S) in [0, 1] as if they were normal; arguments as for `reconstruct`."""
         size = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise InputError(f"images must be (B, 3, {size}, {size}), not {tuple(images.shape)}")
@@ -183,21 +182,19 @@ class VLMDiffPipeline(DiffusionPipeline):
         spacing: Spacing = "trailing",
         solver: Solver = "ddim",
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Noise the latents (B, C, h, w) of photographs to `noise_level` and take them back in `steps` steps.
+        """Noise the latents (B, C, h, w) of images to `noise_level`, then denoise them in `steps` steps.
 
-        Returns the latents and their deviation, as `Reconstruction` has them.
-
-        images: the photographs, (B, 3, S, S) in [0, 1]; captions: one an image, or None for the empty prompt;
-        noise_level: 0..999. guidance: how far to go from what the empty prompt predicts towards what the caption does,
-        1 for the caption alone (classifier-free guidance, Ho and Salimans, 2022). spacing, solver: see
-        `vlmdiff.model.sampling`. One draw of noise serves the whole batch, so that a result does not depend on which
-        images share a batch. Raises InputError where an argument does not fit.
+        Returns the latents and their deviation, as in `Reconstruction`. images: (B, 3, S, S) in [0, 1]; captions: one
+        per image, or None for the empty prompt; noise_level: 0 to 999; guidance: the weight of the caption's prediction
+        over that of the empty prompt, 1 for the caption alone (classifier-free guidance, Ho and Salimans, 2022);
+        spacing, solver: see `vlmdiff.model.sampling`. All images of a batch get the same noise, so that a result does
+        not depend on the batch. Raises InputError if an argument does not fit.
         """
         if captions is not None and len(captions) != len(latents):
-            raise InputError(f"{len(captions)} captions for {len(latents)} images: give one an image, or none")
+            raise InputError(f"{len(captions)} captions for {len(latents)} images. Pass one caption per image, or None")
         empty = self.encode_captions([""])
         prompt_embeds = empty.expand(len(latents), -1, -1) if captions is None else self.encode_captions(captions)
-        # Where the caption is the empty prompt there is nothing to be guided away from.
+        # Guidance does not change an image whose caption is the empty prompt.
         guided = [i for i, caption in enumerate(captions or ()) if caption and guidance != 1]
         hint = self.normalize(images)
         generator = torch.Generator().manual_seed(seed)
@@ -218,7 +215,7 @@ class VLMDiffPipeline(DiffusionPipeline):
         return found, expected[0]
 
     def _deviation(self, log_variance: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """From the error of the network's output to that of the clean latents which it says."""
+        """Convert the expected error of the network's output to that of the clean latents it predicts."""
         alpha = self.scheduler.alphas_cumprod.to(log_variance.device)[timestep]
         share = 1 - alpha if self.scheduler.config.prediction_type == "v_prediction" else (1 - alpha) / alpha
         return (share * log_variance.exp()).sqrt()

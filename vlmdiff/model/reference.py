@@ -1,7 +1,7 @@
-"""A checkpoint of the reference implementation (arXiv 2511.08173) as our pipeline, with every tensor accounted for.
+"""Read a checkpoint of the reference implementation (arXiv 2511.08173), and account for every tensor in it.
 
-The reference has the modules of Stable Diffusion 1.5 under the names of the latent diffusion code base. The tables give
-them for the names that diffusers and we use: first that of a block, then that of a layer inside it.
+The reference has the modules of Stable Diffusion 1.5 under the names of the latent diffusion code base. The tables
+translate the names of diffusers and of this package into those: first a block's name, then a layer's name in it.
 """
 
 import pickle
@@ -14,10 +14,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,7 +27,7 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.text_model.",
 }
-# What a checkpoint has besides weights: the noise schedule, which follows from its parameters, and position numbers.
+# A checkpoint also has the noise schedule, which follows from its parameters, and position numbers.
 IGNORED = {
     "betas",
     "alphas_cumprod",
@@ -48,7 +47,7 @@ IGNORED = {
     "cond_stage_model.transformer.text_model.embeddings.position_ids",
 }
 
-# The encoding half that UNet and SGN have in common: four resolutions of two layers and a downsampler.
+# The encoder that UNet and SGN share: four resolutions, each with two layers and a downsampler.
 UNET_ENCODER = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -77,7 +76,7 @@ SGN_BLOCKS = {
     f"{HINT}.conv_out": "input_hint_block.14",
     **{f"control.controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(12)},
     "control.controlnet_mid_block": "middle_block_out.0",
-    # Ours go by the output that is fused into, then by the finer one that is read; theirs the other way round.
+    # Here the output that is fused into comes first, then the finer one that is read; there it is the reverse.
     **{f"fusion.downsamplers.{j}.{i}.0": f"down{i + 1}{j + 1}.0" for j in range(3) for i in range(3)},
 }
 UNET_LAYERS = {
@@ -91,7 +90,7 @@ UNET_LAYERS = {
 VAE_BLOCKS = {
     **{f"encoder.down_blocks.{i}.resnets.{j}": f"encoder.down.{i}.block.{j}" for i in range(4) for j in range(2)},
     **{f"encoder.down_blocks.{i}.downsamplers.0": f"encoder.down.{i}.downsample" for i in range(3)},
-    # They count the decoder's resolutions from the finest, we from the coarsest.
+    # The reference counts the decoder's resolutions from the finest, diffusers from the coarsest.
     **{f"decoder.up_blocks.{i}.resnets.{j}": f"decoder.up.{3 - i}.block.{j}" for i in range(4) for j in range(3)},
     **{f"decoder.up_blocks.{i}.upsamplers.0": f"decoder.up.{3 - i}.upsample" for i in range(3)},
     **{f"{half}.mid_block.resnets.{i}": f"{half}.mid.block_{i + 1}" for half in ("encoder", "decoder") for i in (0, 1)},
@@ -114,18 +113,18 @@ TABLES = {
 }
 
 
-def load_reference(
-    checkpoint: Path | str | Mapping[str, torch.Tensor],
-    only_mid_control: bool,
-    text_encoder: CLIPTextModel | None,
-    tokenizer: CLIPTokenizer | None,
-) -> VLMDiffPipeline:
-    """See `VLMDiffPipeline.from_reference`."""
+def read_modules(
+    checkpoint: Path | str | Mapping[str, torch.Tensor], only_mid_control: bool
+) -> dict[str, nn.Module | DDIMScheduler]:
+    """Return a checkpoint's networks and its noise schedule, named as a `VLMDiffPipeline` names its components.
+
+    The networks share the checkpoint's tensors. `text_encoder` is among them if the checkpoint has one. Raises
+    InputError as `VLMDiffPipeline.from_reference` does.
+    """
     state = read_checkpoint(checkpoint)
-    with_text = any(name.startswith(PREFIXES["text_encoder"]) for name in state.keys() - IGNORED)
-    if with_text and text_encoder is not None:
-        raise InputError("the checkpoint holds a text encoder: leave out the argument `text_encoder`")
-    modules = empty_modules(only_mid_control, with_text)
+    modules = empty_modules(
+        only_mid_control, any(name.startswith(PREFIXES["text_encoder"]) for name in state.keys() - IGNORED)
+    )
     fill(modules, state)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -136,18 +135,11 @@ def load_reference(
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    return VLMDiffPipeline(
-        **{"text_encoder": text_encoder, **modules},
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        image_size=256,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-    )
+    return {**modules, "scheduler": scheduler}
 
 
 def empty_modules(only_mid_control: bool, with_text: bool) -> dict[str, nn.Module]:
-    """The reference's modules on the meta device: they take no memory, and no time to initialise."""
+    """Return the reference's modules on the meta device, where they take no memory and no time to initialise."""
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {
             "unet": UNet2DConditionModel(sample_size=32, cross_attention_dim=768, attention_head_dim=8),
@@ -178,16 +170,16 @@ def empty_modules(only_mid_control: bool, with_text: bool) -> dict[str, nn.Modul
 
 
 def read_checkpoint(checkpoint: Path | str | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The state dict in a safetensors file or one of torch.save, mapped rather than read; a state dict as it is.
+    """Return the state dict of a .safetensors or torch.save file, mapped into memory, or a given state dict itself.
 
-    Raises InputError where the file is missing, is neither, or would have to run code to be read.
+    Raises InputError if the file is missing or has another format, or if reading it would run code.
     """
     if isinstance(checkpoint, Mapping):
         state, source = checkpoint, "the state dict"
     else:
         path = source = Path(checkpoint)
         if not path.is_file():
-            raise InputError(f"{path} does not exist: name a checkpoint's file")
+            raise InputError(f"{path} does not exist. Name a checkpoint file")
         try:
             if path.suffix == ".safetensors":
                 state = load_file(path)
@@ -195,19 +187,19 @@ def read_checkpoint(checkpoint: Path | str | Mapping[str, torch.Tensor]) -> Mapp
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise InputError(
-                f"{path} holds more than tensors, and reading that can run any code: where you trust it, save its "
-                f"state dict alone as safetensors ({str(error).splitlines()[0]})"
+                f"{path} contains more than tensors, and reading it can run code. If you trust it, save its state dict "
+                f"as safetensors and use that file ({str(error).splitlines()[0]})"
             ) from error
         except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-            raise InputError(f"{path} is not a checkpoint, or not a whole one: {error}") from error
+            raise InputError(f"{path} is not a checkpoint or is truncated: {error}") from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise InputError(f"{source} is not a state dict, names to tensors, and has none as `state_dict`")
+        raise InputError(f"{source} is not a state dict (names to tensors), and has no key `state_dict` with one")
     return state
 
 
 class Place(NamedTuple):
-    """The module and the name there that a tensor of a checkpoint belongs to, and the shape it comes with."""
+    """The module and the name in it that a tensor of a checkpoint belongs to, and its shape in the checkpoint."""
 
     part: str
     name: str
@@ -215,21 +207,21 @@ class Place(NamedTuple):
 
 
 def places(modules: Mapping[str, nn.Module]) -> dict[str, Place]:
-    """Where each tensor of a checkpoint goes, by its name there."""
+    """Return the place of each tensor of a checkpoint, by its name there."""
     found = {}
     for part, module in modules.items():
         for name, parameter in module.state_dict().items():
             shape = tuple(parameter.shape)
-            # The reference's autoencoder attends by 1x1 convolutions, ours by the same as matrices.
+            # The reference's autoencoder has 1x1 convolutions in its attention, diffusers has matrices.
             shape = (*shape, 1, 1) if part == "vae" and len(shape) == 2 else shape
             found[reference_name(part, name)] = Place(part, name, shape)
     return found
 
 
 def fill(modules: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor]) -> None:
-    """Give modules on the meta device the tensors of `state`, which they share from then on, to evaluate with.
+    """Give modules on the meta device the tensors of `state`, which they then share, and set them to evaluation.
 
-    Raises InputError naming the tensors that are missing, of another shape, or of no module's.
+    Raises InputError that names the tensors that are missing, unexpected or have another shape.
     """
     expected = places(modules)
     wrong = [f"{name} is missing" for name in expected if name not in state]
@@ -249,13 +241,13 @@ def fill(modules: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor]) ->
         module.eval()
         for name, buffer in module.named_buffers():
             if buffer.is_meta:
-                # CLIP's position numbers, the one thing here that is in no state dict.
+                # CLIP's position numbers are the only buffer that no state dict has.
                 owner, _, attribute = name.rpartition(".")
                 setattr(module.get_submodule(owner), attribute, torch.arange(buffer.shape[-1]).expand(buffer.shape))
 
 
 def reference_name(part: str, name: str) -> str:
-    """The reference's name for a tensor of the module `part`."""
+    """Return the reference's name of a tensor of the module `part`."""
     blocks, layers = TABLES[part]
     block, layer = _translate(blocks, name)
     if layer:
@@ -264,7 +256,7 @@ def reference_name(part: str, name: str) -> str:
 
 
 def _translate(table: Mapping[str, str], name: str) -> tuple[str, str]:
-    """The longest beginning of a dotted name that the table has, as the table has it; and what comes after it."""
+    """Translate the longest prefix of a dotted name that is in the table; return it and the rest of the name."""
     words = name.split(".")
     for length in range(len(words), 0, -1):
         if (head := ".".join(words[:length])) in table:

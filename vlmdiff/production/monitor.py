@@ -37,11 +37,10 @@ QUESTIONS = ((NEW,), STATISTICS, ("score", ALARMS))
 # A photograph of calibration is judged by the others, in so many parts; and the grid over what a rate may be.
 PARTS, GRID = 20, 200
 USUAL = 0.95  # of days have no more alarms than a check calls no surprise
-Verdict = Literal["drift", "no drift", "too few photographs"]
 
 
 class Answer(NamedTuple):
-    """What a test says by itself; as in `Test`."""
+    """What a test says by itself; as in `DriftTest`."""
 
     statistic: float
     p: float
@@ -51,7 +50,7 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Test:
+class DriftTest:
     """A question to the photographs, and its answer.
 
     `statistic` and `p` are as the test gives them; `corrected` is p times the number of questions and of a question's
@@ -70,33 +69,33 @@ class Test:
 
 
 @dataclass(frozen=True)
-class Check:
+class DriftCheck:
     """What a check found. `images` of today were compared with `reference` images of calibration.
 
     `unreadable`: of the newest photographs; `others`: judged by other models than this one, and left out.
     """
 
-    verdict: Verdict
+    verdict: Literal["drift", "no drift", "too few photographs"]
     outcome: str
     images: int
     reference: int
     unreadable: int
     others: int
     false_alarm_rate: float
-    tests: list[Test]
+    tests: list[DriftTest]
 
     @property
     def drift(self) -> bool:
         return self.verdict == "drift"
 
     @property
-    def found(self) -> list[Test]:
+    def found(self) -> list[DriftTest]:
         """The tests that were not passed, the clearest first."""
         return sorted((test for test in self.tests if not test.passed), key=lambda test: test.corrected)
 
 
-def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, last: int | None = None) -> Check:
-    """Check the newest photographs of `scores`, and write the folder `out`: `monitor.json`, `monitor.html`.
+def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, last: int | None = None) -> DriftCheck:
+    """DriftCheck the newest photographs of `scores`, and write the folder `out`: `monitor.json`, `monitor.html`.
 
     scores: the dataset that `vlmdiff score` writes, or a folder of several; model: a detector's folder, instead of the
     champion; last: how many photographs, instead of `monitor.last`. Raises InputError where something is missing or
@@ -213,8 +212,8 @@ class Known:
 
 def check(
     recent: pd.DataFrame, known: Known, calibration: Calibration, params: Monitor, unreadable: int = 0, others: int = 0
-) -> Check:
-    """Test photographs of today, a row each, against those of calibration.
+) -> DriftCheck:
+    """DriftTest photographs of today, a row each, against those of calibration.
 
     Where nothing has changed but the mix of the classes, the verdict is drift in a share `false_alarm_rate` of checks
     at most, over calibrations: Bonferroni's correction holds however the tests depend on each other. Classes that look
@@ -224,7 +223,7 @@ def check(
     facts = (images, len(known.rows), unreadable, others, params.false_alarm_rate)
     if images < params.min_images:
         outcome = f"{images} photographs are too few to say anything: monitor.min_images is {params.min_images}"
-        return Check("too few photographs", outcome, *facts, [])
+        return DriftCheck("too few photographs", outcome, *facts, [])
     nearest, distance = known.classes.nearest(_values(recent))
     tests = []
     for question in QUESTIONS:
@@ -238,11 +237,11 @@ def check(
                 found = _shift(what, recent, nearest, known)
             corrected = min(1.0, found.p * count)
             passed = corrected > params.false_alarm_rate
-            tests.append(Test(what, corrected=corrected, passed=passed, **found._asdict()))
+            tests.append(DriftTest(what, corrected=corrected, passed=passed, **found._asdict()))
     failed = [test.what for test in sorted(tests, key=lambda test: test.corrected) if not test.passed]
     if failed:
-        return Check("drift", f"drift in the last {images} photographs: {', '.join(failed)}", *facts, tests)
-    return Check("no drift", f"no drift in the last {images} photographs", *facts, tests)
+        return DriftCheck("drift", f"drift in the last {images} photographs: {', '.join(failed)}", *facts, tests)
+    return DriftCheck("no drift", f"no drift in the last {images} photographs", *facts, tests)
 
 
 def _values(rows: pd.DataFrame) -> np.ndarray:
@@ -316,7 +315,7 @@ def _alarms(
     return Answer(float(alarms), p, then, alarms / images, why)
 
 
-def check_table(found: Check) -> Table:
+def check_table(found: DriftCheck) -> Table:
     """The check for a terminal: its tests, the clearest first, under its outcome."""
     table = Table("what", "then", "now", "p", "corrected", "as before", title=found.outcome, title_justify="left")
     for test in sorted(found.tests, key=lambda test: test.corrected):
@@ -326,7 +325,7 @@ def check_table(found: Check) -> Table:
     return table
 
 
-def page(found: Check, recent: pd.DataFrame, known: Known) -> str:
+def page(found: DriftCheck, recent: pd.DataFrame, known: Known) -> str:
     """The check as one HTML page that needs neither a network nor a script."""
     charts = {}
     if found.tests:

@@ -12,7 +12,7 @@ from vlmdiff.core import params as p
 from vlmdiff.core import workspace as w
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import SETTINGS
-from vlmdiff.evaluation.judging import Evidence
+from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS, PER_CLASS
 from vlmdiff.evaluation.report import read_content
 from vlmdiff.registry import served

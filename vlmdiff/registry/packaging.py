@@ -24,7 +24,7 @@ from vlmdiff.core.console import say
 from vlmdiff.core.params import Params
 from vlmdiff.data import manifest
 from vlmdiff.data.images import read_image, resolve
-from vlmdiff.evaluation.judging import Evidence
+from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import Results
 from vlmdiff.registry import lineage, served
 from vlmdiff.registry.card import model_card

@@ -15,9 +15,11 @@ from vlmdiff.core.files import atomic_folder, atomic_path, folder_mb
 from vlmdiff.core.params import Params
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
-from vlmdiff.evaluation.gate import Criterion, Override, Verdict, judge
-from vlmdiff.evaluation.judging import EVIDENCE, Evidence, hash_test_set, judge_images
+from vlmdiff.evaluation.evidence import EVIDENCE, Evidence
+from vlmdiff.evaluation.gate import judge
+from vlmdiff.evaluation.judging import hash_test_set, judge_images
 from vlmdiff.evaluation.report import read_content, render
+from vlmdiff.evaluation.verdict import Criterion, Override, Verdict
 from vlmdiff.registry import lineage
 from vlmdiff.registry.store import CHAMPION, FINGERPRINT, champion_version, open_store
 
