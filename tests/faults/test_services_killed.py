@@ -154,7 +154,7 @@ def test_mlflow_is_killed_between_register_and_promote(workspace, prefect_api):
 
         again = workspace.run(*FLOW, PREFECT_API_URL=prefect_api, MLFLOW_TRACKING_URI=url).stdout
 
-        assert "this model is version 1 already" in again and "version 1 passes the gate and is champion" in again
+        assert "this model is already version 1" in again and "version 1 passes the gate and is champion" in again
         assert "Running stage" not in again
         client = MlflowClient(url)
         assert [version.version for version in client.search_model_versions("name = 'vlmdiff'")] == ["1"]

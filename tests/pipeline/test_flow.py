@@ -22,7 +22,7 @@ def test_the_flow_ends_with_a_champion_and_run_again_changes_nothing(workspace, 
     ):
         assert shown in first
     second = workspace.run(*FLOW, PREFECT_API_URL=prefect_api).stdout
-    assert "this model is version 1 already" in second and "version 1 passes the gate and is champion" in second
+    assert "this model is already version 1" in second and "version 1 passes the gate and is champion" in second
     assert "Running stage" not in second
 
     tasks = sorted(recorded("task_runs"), key=lambda run: run["start_time"])

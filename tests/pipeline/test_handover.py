@@ -344,7 +344,7 @@ def commands(workspace, *lines: list[str]) -> str:
 def test_a_rollback_puts_the_previous_champion_back_for_good(workspace):
     set_metrics(workspace, au_pro=0.80)
     output = commands(workspace, ["register"], ROLLBACK, ["promote", "1"], ROLLBACK)
-    assert "vlmdiff has no champion" in output and "none was before it" in output
+    assert "vlmdiff has no champion" in output and "is the first champion" in output
     set_metrics(workspace, au_pro=0.85)
     commands(workspace, ["register"], ["promote", "2"])
     set_metrics(workspace, au_pro=0.90)
@@ -368,7 +368,7 @@ def test_a_rollback_puts_the_previous_champion_back_for_good(workspace):
 
     # The next retrain makes the same model, and the gate knows it.
     output = commands(workspace, ROLLBACK, ["register"], ["promote", "3"])
-    assert "none was before it" in output and "this model is version 3 already" in output
+    assert "is the first champion" in output and "this model is already version 3" in output
     assert "version 3 does not pass the gate; version 1 is champion" in output
     found = registry(workspace)
     assert found["champion"] == "1" and found["tags"]["3"]["gate.verdict"] == "failed"

@@ -78,7 +78,7 @@ def test_the_flow_emits_an_event_with_what_has_drifted(line, prefect_api, record
         Path("reports/scores/a.parquet"), photographs(1, dict.fromkeys(CLASSES, 67), sharpness=0.2), Path("model")
     )
     state = monitor(model="model", return_state=True)
-    assert state.is_completed() and state.message.startswith("drift in the last 200 photographs: ")
+    assert state.is_completed() and state.message.startswith("drift in the last 200 images: ")
     (event,) = drifts(prefect_api, line, patience=30)
     assert event["payload"]["outcome"] == state.message and event["payload"]["images"] == 200
     assert "sharpness" in {test["what"] for test in event["payload"]["found"]}
@@ -96,7 +96,7 @@ def test_the_flow_says_nothing_where_nothing_has_drifted(line, prefect_api) -> N
 
     write_scores(Path("reports/scores/a.parquet"), photographs(1, dict.fromkeys(CLASSES, 67)), Path("model"))
     state = monitor(model="model", return_state=True)
-    assert state.is_completed() and state.message == "no drift in the last 200 photographs"
+    assert state.is_completed() and state.message == "no drift in the last 200 images"
     # Events come in order: one that was emitted would be there before the run's end is.
     deadline = time.monotonic() + 30
     run = f"prefect.flow-run.{state.state_details.flow_run_id}"

@@ -124,16 +124,16 @@ def test_too_few_photographs_of_today_say_nothing(model) -> None:
     write_scores(Path("scores.parquet"), photographs(1, {"bolt": 12}), model)
     said, page, _ = run("scores.parquet", "--model", model)
     assert said["verdict"] == "too few photographs" and not said["drift"] and said["tests"] == []
-    assert "12 photographs are too few to say anything: monitor.min_images is 50" in page
+    assert "12 images are too few for a check: monitor.min_images is 50" in page
 
 
 def test_the_command_writes_the_verdict_first_then_tests_then_distributions(model) -> None:
     write_scores(Path("scores.parquet"), photographs(1, EVENLY, sharpness=0.2), model)
     said, page, output = run("scores.parquet", "--model", model)
-    assert said["drift"] and said["outcome"].startswith("drift in the last 200 photographs: ")
+    assert said["drift"] and said["outcome"].startswith("drift in the last 200 images: ")
     (sharpness,) = (test for test in said["tests"] if test["what"] == "sharpness")
     assert not sharpness["passed"] and sharpness["corrected"] <= 0.01 and "its mean was" in sharpness["why"]
-    assert "Drift in the last 200 photographs" in page and page.count("<svg") == 9 and "http:" not in page
+    assert "Drift in the last 200 images" in page and page.count("<svg") == 9 and "http:" not in page
     assert page.index("Drift in the last") < page.index("<table") < page.index("<svg")
     assert "drift in the last 200" in output and "out/monitor.html" in output
 
@@ -165,7 +165,7 @@ def test_what_is_missing_or_something_else_is_said(model) -> None:
     with pytest.raises(InputError, match=r"none has no Parquet files"):
         run("none", "--model", model)
     Path("text.parquet").write_text("no")
-    with pytest.raises(InputError, match=r"text.parquet is not what `vlmdiff score` writes"):
+    with pytest.raises(InputError, match=r"text.parquet was not written by `vlmdiff score`"):
         run("text.parquet", "--model", model)
     rows = photographs(1, EVENLY)
     file = write_scores(Path("scores.parquet"), rows, model)

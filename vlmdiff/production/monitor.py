@@ -1,7 +1,7 @@
-"""Are the photographs of today like those that the model was calibrated on? What `vlmdiff score` wrote, tested.
+"""Test whether recently scored images have drifted from the images that the model was calibrated on.
 
-The mix of products may be another each day, and nobody says what a photograph shows. So each one, of today and of
-calibration alike, is put with the class that it is nearest to in its statistics, and compared within that class only.
+The mix of products may change from day to day, and scored images have no class. So each image, recent or of the
+calibration, is assigned to the class with the nearest image statistics, and images are compared within that class.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ from vlmdiff.evaluation.plots import draw_distributions
 STATISTICS = ("brightness", "contrast", "sharpness", "red", "green", "blue", "width", "height")
 MEASURED = ("score", *STATISTICS)
 NEW, ALARMS = "new kinds", "alarms"
-# Three questions share the false alarms evenly, and the tests of one its share: is each photograph like some class, are
-# a class's photographs as they were, does the detector judge as it did?
+# Three questions share the false alarm rate evenly, and the tests of a question its share. Is each image like some
+# class? Are the statistics of a class's images unchanged? Does the detector score as before?
 QUESTIONS = ((NEW,), STATISTICS, ("score", ALARMS))
-# A photograph of calibration is judged by the others, in so many parts; and the grid over what a rate may be.
+# Folds in which calibration images are compared with the others; points of the grid over possible alarm rates.
 PARTS, GRID = 20, 200
-USUAL = 0.95  # of days have no more alarms than a check calls no surprise
+USUAL = 0.95  # share of days with at most as many alarms as a check calls usual
 
 
 class Answer(NamedTuple):
-    """What a test says by itself; as in `DriftTest`."""
+    """The result of one test, before correction; fields as in `DriftTest`."""
 
     statistic: float
     p: float
@@ -51,11 +51,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class DriftTest:
-    """A question to the photographs, and its answer.
+    """A test and its result.
 
-    `statistic` and `p` are as the test gives them; `corrected` is p times the number of questions and of a question's
-    tests, at most 1, and the test is passed where that is above the false alarm rate. `then` and `now` are what it
-    compares, `why` a sentence.
+    `corrected` is `p` times the number of questions and of the question's tests, at most 1. The test passes if that
+    exceeds the false alarm rate. `then` and `now` are the compared values, `why` explains the result in a sentence.
     """
 
     what: str
@@ -70,9 +69,9 @@ class DriftTest:
 
 @dataclass(frozen=True)
 class DriftCheck:
-    """What a check found. `images` of today were compared with `reference` images of calibration.
+    """The result of a drift check: `images` recent images were compared with `reference` calibration images.
 
-    `unreadable`: of the newest photographs; `others`: judged by other models than this one, and left out.
+    unreadable: recent images that could not be read; others: images scored by other models, which are ignored.
     """
 
     verdict: Literal["drift", "no drift", "too few photographs"]
@@ -90,16 +89,16 @@ class DriftCheck:
 
     @property
     def found(self) -> list[DriftTest]:
-        """The tests that were not passed, the clearest first."""
+        """The failed tests, the smallest corrected p first."""
         return sorted((test for test in self.tests if not test.passed), key=lambda test: test.corrected)
 
 
 def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, last: int | None = None) -> DriftCheck:
-    """DriftCheck the newest photographs of `scores`, and write the folder `out`: `monitor.json`, `monitor.html`.
+    """Check the newest images of `scores` for drift, and write `monitor.json` and `monitor.html` into `out`.
 
-    scores: the dataset that `vlmdiff score` writes, or a folder of several; model: a detector's folder, instead of the
-    champion; last: how many photographs, instead of `monitor.last`. Raises InputError where something is missing or
-    something else.
+    scores: a dataset that `vlmdiff score` wrote, or a folder of several; model: a detector's folder, instead of the
+    champion; last: the number of images, instead of `monitor.last`. Raises InputError if an input is missing or
+    invalid.
     """
     folder, names = _model(model, params)
     reference, calibration = read_reference(folder)
@@ -117,7 +116,7 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
 
 
 def _model(folder: Path | None, params: Params) -> tuple[Path, set[str]]:
-    """A detector's folder, and what `vlmdiff score` calls it."""
+    """Return a detector's folder, and the names that `vlmdiff score` gives it."""
     names = set()
     if folder is None:
         from vlmdiff.registry.promotion import champion
@@ -125,42 +124,42 @@ def _model(folder: Path | None, params: Params) -> tuple[Path, set[str]]:
         version, folder = champion(params)
         names.add(f"{params.registry.model_name}/{version}")
     elif not (folder / SETTINGS).is_file():
-        raise InputError(f"{folder} is not a detector's folder: it has no {SETTINGS} (the evaluate stage writes it)")
+        raise InputError(f"{folder} is not a detector's folder: it has no {SETTINGS}, which `vlmdiff evaluate` writes")
     return folder, names | {f"sha256:{hashlib.sha256((folder / SETTINGS).read_bytes()).hexdigest()[:16]}"}
 
 
 def read_scores(path: Path) -> pd.DataFrame:
-    """The rows of what `vlmdiff score` wrote, by when they were judged, each photograph once by each model.
+    """Read rows that `vlmdiff score` wrote, in the order of scoring, each image once per model.
 
-    Raises InputError where it is something else.
+    Raises InputError if the files are something else.
     """
     found = path.rglob("*.parquet") if path.is_dir() else [path]
     files = sorted(str(file) for file in found if file.is_file() and not file.name.startswith("."))
     if not files:
-        raise InputError(f"{path} has no Parquet files: name what `vlmdiff score` wrote")
+        raise InputError(f"{path} has no Parquet files. Name a folder that `vlmdiff score` wrote")
     columns = ["image_id", "score", "is_anomalous", "model", "error", "scored_at", *STATISTICS]
     try:
         frame = pa.dataset.dataset(files).to_table(columns=columns).to_pandas()
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not what `vlmdiff score` writes: {error}") from error
+        raise InputError(f"{path} was not written by `vlmdiff score`: {error}") from error
     frame = frame.sort_values("scored_at", kind="stable")
-    # One photograph that comes twice is no further evidence; one that does not exist has no hash.
+    # An image that was scored twice counts once; an image that does not exist has no hash.
     again = frame["image_id"].notna() & frame.duplicated(["image_id", "model"], keep="last")
     return frame[~again].reset_index(drop=True)
 
 
 def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
-    """What a detector was calibrated on, a row a photograph. Raises InputError where the folder does not say."""
+    """Read the calibration images of a detector, one row each. Raises InputError if its folder does not have them."""
     file = model / REFERENCE
     if not file.is_file():
-        raise InputError(f"{model} has no {REFERENCE}, which says what it was calibrated on: run `vlmdiff evaluate`")
+        raise InputError(f"{model} has no {REFERENCE}, the list of its calibration images. Run `vlmdiff evaluate`")
     calibration = Calibration(**json.loads((model / SETTINGS).read_text())["calibration"])
     return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Where photographs of each class lie by their statistics: the classes' means (C, S), and one spread for all."""
+    """The classes in the space of image statistics: a mean for each class (C, S), and one covariance for all."""
 
     names: np.ndarray
     means: np.ndarray
@@ -169,19 +168,19 @@ class Classes:
 
     @classmethod
     def fit(cls, values: np.ndarray, classes: np.ndarray) -> "Classes":
-        """From photographs (N, S) of these classes (N,)."""
+        """Estimate the classes from image statistics (N, S) and class names (N,)."""
         names, members = np.unique(classes, return_inverse=True)
         means = np.array([values[members == i].mean(axis=0) for i in range(len(names))])
         around = values - means[members]
         deviation = around.std(axis=0)
-        # What never varies, as the width may, counts in its own unit.
+        # A statistic that never varies, such as the width, keeps its own unit.
         scale = np.where(deviation > 0, deviation, 1.0)
-        # Shrunk, for there may be few photographs, and the colours' means all but determine the grey's.
+        # Shrinkage, since images may be few and the means of the colours nearly determine the brightness.
         covariance, _ = ledoit_wolf(around / scale, assume_centered=True)
         return cls(names, means, scale, np.linalg.pinv(covariance, hermitian=True))
 
     def nearest(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The class that each photograph (N, S) is nearest to, and how far away it lies, in deviations."""
+        """Return the nearest class of each image (N, S), and its Mahalanobis distance."""
         away = (values[:, None] - self.means) / self.scale
         squares = np.einsum("ncs,st,nct->nc", away, self.precision, away)
         return self.names[squares.argmin(axis=1)], np.sqrt(squares.min(axis=1))
@@ -189,7 +188,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Known:
-    """The photographs of calibration: their rows, the class that each is nearest to, how far it lies from it."""
+    """The calibration images: their rows, nearest classes and distances."""
 
     rows: pd.DataFrame
     classes: Classes
@@ -198,9 +197,9 @@ class Known:
 
     @classmethod
     def of(cls, reference: pd.DataFrame) -> "Known":
-        """Each is judged by the others, as one of today is: else it would look nearer than that one."""
+        """Compare each image with the others only: otherwise it would look nearer than a new image does."""
         values, names = _values(reference), reference["class_name"].to_numpy(str)
-        # Beside no other, none is like it, and nothing is further away.
+        # An image without others has no class and an infinite distance.
         nearest, distance = np.full_like(names, ""), np.full(len(names), np.inf)
         order = np.random.default_rng(0).permutation(len(names))
         for part in np.array_split(order, min(len(names), PARTS)):
@@ -213,16 +212,16 @@ class Known:
 def check(
     recent: pd.DataFrame, known: Known, calibration: Calibration, params: Monitor, unreadable: int = 0, others: int = 0
 ) -> DriftCheck:
-    """DriftTest photographs of today, a row each, against those of calibration.
+    """Test recent images, one row each, against the calibration images.
 
-    Where nothing has changed but the mix of the classes, the verdict is drift in a share `false_alarm_rate` of checks
-    at most, over calibrations: Bonferroni's correction holds however the tests depend on each other. Classes that look
-    alike are put together alike then and now; benchmarks/monitor.py measures what comes of it.
+    If nothing has changed but the mix of classes, the verdict is drift in at most a share `false_alarm_rate` of checks,
+    on average over calibrations: Bonferroni's correction holds for dependent tests too. benchmarks/monitor.py measures
+    this rate.
     """
     images = len(recent)
     facts = (images, len(known.rows), unreadable, others, params.false_alarm_rate)
     if images < params.min_images:
-        outcome = f"{images} photographs are too few to say anything: monitor.min_images is {params.min_images}"
+        outcome = f"{images} images are too few for a check: monitor.min_images is {params.min_images}"
         return DriftCheck("too few photographs", outcome, *facts, [])
     nearest, distance = known.classes.nearest(_values(recent))
     tests = []
@@ -240,8 +239,8 @@ def check(
             tests.append(DriftTest(what, corrected=corrected, passed=passed, **found._asdict()))
     failed = [test.what for test in sorted(tests, key=lambda test: test.corrected) if not test.passed]
     if failed:
-        return DriftCheck("drift", f"drift in the last {images} photographs: {', '.join(failed)}", *facts, tests)
-    return DriftCheck("no drift", f"no drift in the last {images} photographs", *facts, tests)
+        return DriftCheck("drift", f"drift in the last {images} images: {', '.join(failed)}", *facts, tests)
+    return DriftCheck("no drift", f"no drift in the last {images} images", *facts, tests)
 
 
 def _values(rows: pd.DataFrame) -> np.ndarray:
@@ -249,29 +248,31 @@ def _values(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _shift(what: str, recent: pd.DataFrame, nearest: np.ndarray, known: Known) -> Answer:
-    """Whether a column is distributed as at calibration: Kolmogorov and Smirnov's test in each class, by Fisher's
-    method in all. Ties, such as a width that never varies, make it the more cautious."""
+    """Test whether a column has its distribution at calibration: Kolmogorov-Smirnov by class, combined by Fisher.
+
+    Ties, such as a width that never varies, make the test conservative.
+    """
     then, now = known.rows[what].to_numpy(np.float64), recent[what].to_numpy(np.float64)
     names = [name for name in np.unique(nearest) if (known.nearest == name).any()]
     if not names:
-        return Answer(0.0, 1.0, float(then.mean()), float(now.mean()), "no photograph is like one of calibration")
+        return Answer(0.0, 1.0, float(then.mean()), float(now.mean()), "no image is like a calibration image")
     pairs = [(then[known.nearest == name], now[nearest == name]) for name in names]
     found = [stats.ks_2samp(*pair) for pair in pairs]
     both = stats.combine_pvalues(np.maximum([one.pvalue for one in found], np.finfo(float).tiny), method="fisher")
-    # The mean that photographs of calibration would have in today's mix.
+    # The mean of the calibration images, weighted by the recent mix of classes.
     mixed = np.average([pair[0].mean() for pair in pairs], weights=[len(pair[1]) for pair in pairs])
     mean = np.concatenate([pair[1] for pair in pairs]).mean()
     worst = int(np.argmin([one.pvalue for one in found]))
-    why = f"its mean was {mixed:.4g} in photographs of like products and is {mean:.4g}"
+    why = f"the mean was {mixed:.4g} on similar products and is now {mean:.4g}"
     if apart := found[worst].statistic:
-        why += f"; it differs most in those like {names[worst]}, of which {apart:.0%} lie apart"
+        why += f"; the largest difference is {apart:.0%} (Kolmogorov-Smirnov), in images like {names[worst]}"
     return Answer(float(both.statistic), float(both.pvalue), float(mixed), float(mean), why)
 
 
 def _new_kinds(distance: np.ndarray, known: Known) -> Answer:
-    """Whether more photographs than by chance lie further from every class than the last hundredth at calibration.
+    """Test whether too many images are further from every class than the furthest 1 % at calibration.
 
-    How many of today's do so has, where nothing has changed, a beta-binomial distribution, whatever that of distances.
+    Without drift their number has a beta-binomial distribution, whatever the distribution of the distances.
     """
     reference, images = len(known.distance), len(distance)
     rank = math.ceil(reference / 100)
@@ -280,8 +281,8 @@ def _new_kinds(distance: np.ndarray, known: Known) -> Answer:
     p = float(stats.betabinom.sf(count - 1, images, rank, reference + 1 - rank))
     then, now = rank / (reference + 1), count / images
     why = (
-        f"{count} of {images} photographs are further from every class than the last {rank} of {reference} at "
-        f"calibration; {then * images:.0f} are to be expected"
+        f"{count} of {images} images are further from every class than all but {rank} of {reference} calibration "
+        f"images; {then * images:.0f} are expected"
     )
     return Answer(float(count), p, then, now, why)
 
@@ -289,17 +290,17 @@ def _new_kinds(distance: np.ndarray, known: Known) -> Answer:
 def _alarms(
     recent: pd.DataFrame, nearest: np.ndarray, known: Known, calibration: Calibration, defect_rate: float
 ) -> Answer:
-    """Whether there are more alarms than the calibration's guarantee and defective photographs explain.
+    """Test whether there are more alarms than the guaranteed false alarm rate and `defect_rate` explain.
 
-    The guarantee is of the classes' mix at calibration. In today's, each class has the rate that its own photographs
-    then leave possible: a beta distribution, as in `Calibration.rate_range`.
+    The guarantee holds for the mix of classes at calibration. For the recent mix, the rate of each class has the
+    distribution that its calibration images allow: a beta distribution, as in `Calibration.rate_range`.
     """
     alarmed, images = (known.rows["score"] > 0.5).to_numpy(), len(recent)
     chances = np.ones(1)
     for name in np.unique(nearest):
         count, of_class = int((nearest == name).sum()), alarmed[known.nearest == name]
         above, below = int(of_class.sum()), int((~of_class).sum())
-        # Without a photograph below the threshold any rate is possible.
+        # Without a calibration image below the threshold, any rate is possible.
         rates = stats.beta.ppf((np.arange(GRID) + 0.5) / GRID, above + 1, below) if below else np.ones(1)
         rates = rates + (1 - rates) * defect_rate
         of_count = stats.binom.pmf(np.arange(count + 1)[:, None], count, rates).mean(axis=1)
@@ -308,15 +309,14 @@ def _alarms(
     p = min(1.0, float(chances[alarms:].sum()))
     then = calibration.guarantee + (1 - calibration.guarantee) * defect_rate
     why = (
-        f"{alarms} alarms in {images} photographs; {then * images:.0f} are to be expected at most, where "
-        f"{calibration.guarantee:.1%} of good ones are guaranteed and {defect_rate:.1%} are defective; in this mix of "
-        f"products up to {usual} are no surprise"
+        f"{alarms} alarms in {images} images; at most {then * images:.0f} are expected, from {calibration.guarantee:.1%}"
+        f" false alarms and {defect_rate:.1%} defective images; up to {usual} are usual in this mix of products"
     )
     return Answer(float(alarms), p, then, alarms / images, why)
 
 
 def check_table(found: DriftCheck) -> Table:
-    """The check for a terminal: its tests, the clearest first, under its outcome."""
+    """Return the check for a terminal: the outcome, and its tests, the smallest corrected p first."""
     table = Table("what", "then", "now", "p", "corrected", "as before", title=found.outcome, title_justify="left")
     for test in sorted(found.tests, key=lambda test: test.corrected):
         said = "yes" if test.passed else "[bold red]no"
@@ -326,11 +326,11 @@ def check_table(found: DriftCheck) -> Table:
 
 
 def page(found: DriftCheck, recent: pd.DataFrame, known: Known) -> str:
-    """The check as one HTML page that needs neither a network nor a script."""
+    """Return the check as one HTML page without scripts or external files."""
     charts = {}
     if found.tests:
         nearest, _ = known.classes.nearest(_values(recent))
-        # Photographs of calibration in today's mix.
+        # Calibration images, weighted by the recent mix of classes.
         weights = np.array([(nearest == name).sum() / (known.nearest == name).sum() for name in known.nearest])
         order = [test.what for test in sorted(found.tests, key=lambda test: test.corrected)]
         for what in sorted(MEASURED, key=order.index):

@@ -1,4 +1,4 @@
-"""The model card: what those who deploy a model must know of it, as Markdown that travels with it."""
+"""The model card: what people who deploy a model need to know, as Markdown that is part of the version."""
 
 import json
 import re
@@ -17,14 +17,14 @@ from vlmdiff.evaluation.metrics import METRICS, PER_CLASS
 from vlmdiff.evaluation.report import read_content
 from vlmdiff.registry import served
 
-# Of a class; the means are given of every metric.
+# In the table of classes; the means are given for every metric.
 CLASS_METRICS = ("au_pro", "image_auroc", "pixel_auroc")
 
 
 def model_card(params: p.Params, by_class: bool = True) -> str:
-    """The card of the evaluated model of this workspace, the same for the same model; it has no date.
+    """Return the card of this workspace's evaluated model. It has no date: the same model has the same card.
 
-    by_class: with the table of classes. Raises InputError where the evaluation's files are missing.
+    by_class: include the table of classes. Raises InputError if files of the evaluation are missing.
     """
     content, evidence = read_content(w.EVALUATION), Evidence.read(w.EVALUATION)
     frame = manifest.read(w.MANIFEST)
@@ -58,7 +58,7 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         parts=list(_parts(params)),
         served=served,
     )
-    # MLflow's page shows a table without space between its columns.
+    # MLflow's page shows tables without space between columns.
     return re.sub(r" \| (?!---)", " | &ensp;", card)
 
 
@@ -73,10 +73,10 @@ def _counts(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def _parts(params: p.Params) -> Iterator[tuple[str, str, str, bool]]:
-    """What others made: for what it is used, its name, its revision, and whether the model has weights of it."""
+    """Yield each part from others: its use, name, revision, and whether the model contains its weights."""
 
     def part(use: str, source: p.Pretrained, inside: bool = True) -> tuple[str, str, str, bool]:
-        # A folder of this machine says nothing elsewhere, but for its own name.
+        # The path of a local folder means nothing elsewhere: only its name.
         name = f"the folder {Path(source.model).name}" if Path(source.model).is_dir() else source.model
         return use, name, source.revision or "none", inside
 
@@ -84,29 +84,29 @@ def _parts(params: p.Params) -> Iterator[tuple[str, str, str, bool]]:
     if isinstance(captioner, p.VisionLanguageModel):
         yield part("captions of the training images", captioner, inside=False)
     if isinstance(captioner, p.Endpoint):
-        yield "captions of the training images", captioner.model, "as its endpoint had it", False
+        yield "captions of the training images", captioner.model, "chosen by its endpoint", False
     if first.kind == "backbone":
         yield part("latent space: its features", first.backbone)
     if first.pretrained:
-        yield part("latent space: the autoencoder that it began as", first.pretrained)
+        yield part("latent space: the autoencoder that was fine-tuned", first.pretrained)
     if first.perceptual:
         yield part("loss of the latent space's training", first.perceptual, inside=False)
     if isinstance(text, p.PretrainedTextEncoder):
         yield part("text encoder", text)
     if params.train.pretrained:
-        yield part("denoiser that it began as", params.train.pretrained)
+        yield part("denoiser: the weights before training", params.train.pretrained)
     for features in params.evaluate.detection.features:
         if isinstance(features, p.BackboneFeatures):
-            yield part("features in which photograph and reconstruction are compared", features)
+            yield part("features that compare image and reconstruction", features)
 
 
 def _text(value: str) -> str:
-    """Any text as Markdown that shows it and does nothing else."""
+    """Escape text for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(str(value).split()))
 
 
 def _number(value: float | None, interval: list[float] | None = None) -> str:
-    """A measure in [0, 1], with its interval."""
+    """Format a value in [0, 1] with its interval."""
     if value is None:
         return "not defined"
     return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")

@@ -1,4 +1,4 @@
-"""Hand a judged model to MLflow: a run that says what made it, and a version that loads without this repository."""
+"""Register an evaluated model in MLflow: a run with its lineage, and a version that loads without this repository."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ from vlmdiff.registry import lineage, served
 from vlmdiff.registry.card import model_card
 from vlmdiff.registry.store import FINGERPRINT, open_store
 
-# What the served model imports: no Prefect, no DVC, no Great Expectations where the model serves.
+# What the served model imports: neither Prefect nor DVC nor Great Expectations.
 REQUIREMENTS = (
     "torch",
     "diffusers",
@@ -65,24 +65,23 @@ PARAMETERS = ParamSchema(
 )
 EXAMPLE_SIDE = 256
 CARD = "model_card.md"
-# What a version's description may have, of characters: MLflow on PostgreSQL takes no more.
+# Characters of a version's description: MLflow on PostgreSQL takes no more.
 DESCRIPTION = 5000
 
 
 def register(params: Params, code: dict[str, str] | None = None) -> int:
-    """Log the evaluated model of this workspace and register it; its version, the one there is where there is one.
+    """Log and register the evaluated model of this workspace; return its version.
 
-    code: tags that say what code made it, where not that of git's HEAD.
-    A version is the detector's and its metrics' hashes: to register twice changes nothing, and who was killed on the
-    way goes on. Raises InputError where the stages have not run, their outputs are not what dvc.lock records, or the
-    store does not answer.
+    A version is identified by the hashes of the detector and its metrics: a second call returns the same version, and a
+    call after a kill completes the registration. code: tags of the code's revision, instead of git's HEAD. Raises
+    InputError if the stages have not run, their outputs differ from dvc.lock, or the store does not answer.
     """
     recorded = lineage.read_lock(w.DVC_LOCK)
     fingerprint = lineage.fingerprint(recorded)
     tags = {
         FINGERPRINT: fingerprint,
         **(lineage.code_revision() if code is None else code),
-        # Of the reports, the run's files and dvc.lock there tell.
+        # The run has the reports themselves.
         **{f"dvc.{path}": value for path, value in recorded.items() if not path.startswith("reports/")},
     }
     results = Results.read(w.METRICS)
@@ -92,15 +91,15 @@ def register(params: Params, code: dict[str, str] | None = None) -> int:
             client.create_registered_model(name, description="Visual anomaly detection: VLMDiff (arXiv 2511.08173).")
         for version in client.search_model_versions(f"name = '{name}'"):
             if version.tags.get(FINGERPRINT) == fingerprint:
-                say(f"register: this model is version {version.version} already")
+                say(f"register: this model is already version {version.version}")
                 return int(version.version)
         run_id, model_uri = _find_run(client, params, fingerprint) or _log_run(params, results, tags)
-        # A server asks for the id that the address ends with; a store that is opened directly does without.
+        # A server needs the id at the end of the URI; a store that is opened directly does not.
         model_id = model_uri.removeprefix("models:/")
         version = client.create_model_version(
             name, model_uri, run_id, tags, description=_description(params), model_id=model_id
         )
-        # As `mlflow.register_model` does: else the model's page says that it is not registered.
+        # As `mlflow.register_model` does. Otherwise the model's page says that it is not registered.
         known = json.dumps([{"name": name, "version": version.version}])
         client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: known})
     say(f"register: version {version.version} of {name}")
@@ -108,7 +107,7 @@ def register(params: Params, code: dict[str, str] | None = None) -> int:
 
 
 def _find_run(client: MlflowClient, params: Params, fingerprint: str) -> tuple[str, str] | None:
-    """The finished run of the same model that was not registered: somebody was killed in between."""
+    """Return the finished run of the same model that was not registered because of a kill, None if there is none."""
     experiment = client.get_experiment_by_name(params.registry.experiment)
     if experiment is None:
         return None
@@ -116,13 +115,13 @@ def _find_run(client: MlflowClient, params: Params, fingerprint: str) -> tuple[s
         if run.info.status == "FINISHED":
             return run.info.run_id, run.data.tags["model_uri"]
         if run.info.status == "RUNNING":
-            # Nobody else is in here: whoever logged it is gone.
+            # The store is locked, so the process that logged this run is gone.
             client.set_terminated(run.info.run_id, "KILLED")
     return None
 
 
 def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[str, str]:
-    """Log everything to a new run; its id and the model's address."""
+    """Log everything to a new run; return its id and the model's URI."""
     example = _example(params)
     mlflow.set_experiment(params.registry.experiment)
     title = f"{params.registry.model_name} {tags[FINGERPRINT][:8]}"
@@ -156,7 +155,7 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
 
 
 def _inputs(params: Params) -> Schema:
-    """A photograph, as its file's base64 (or bytes: MLflow lets them pass) or as a path; and the caption it needs."""
+    """Return the inputs: an image as base64 (or bytes, which MLflow accepts) or a path, and a caption if needed."""
     columns = [ColSpec(DataType.string, name, required=False) for name in ("image", "path")]
     kind = params.evaluate.detection.captions
     if kind != "none":
@@ -165,7 +164,7 @@ def _inputs(params: Params) -> Schema:
 
 
 def _description(params: Params) -> str:
-    """The model card without its title, and without the table of classes where that makes it too long for MLflow."""
+    """Return the model card without its title, and without the table of classes if it is too long for MLflow."""
     card = _untitled(model_card(params))
     if len(card) > DESCRIPTION:
         card = _untitled(model_card(params, by_class=False))
@@ -173,12 +172,12 @@ def _description(params: Params) -> str:
 
 
 def _untitled(card: str) -> str:
-    """MLflow's list of versions shows the first line."""
+    """Drop the title: MLflow's list of versions shows the first line."""
     return card.partition("\n\n")[2]
 
 
 def _example(params: Params) -> dict[str, str]:
-    """A normal test image as a client sends it: the base64 of its file, made small, and the caption that it needs."""
+    """Return a normal test image as a client sends it: base64 of a small copy, and a caption if needed."""
     frame = manifest.read(w.MANIFEST)
     row = frame[(frame["split"] == "test") & ~frame["is_anomalous"]].iloc[0]
     image = read_image(resolve(params.prepare.image_root, row["path"]), params.prepare.max_pixels)
@@ -195,7 +194,7 @@ def _example(params: Params) -> dict[str, str]:
 
 
 def _defined(results: Results) -> dict[str, float]:
-    """The metrics as MLflow names them, `au_pro` and `au_pro/CLASS`; what is not defined is left out."""
+    """Return the defined metrics by MLflow's names, `au_pro` and `au_pro/CLASS`."""
     values = dict(results.mean)
     for name, metrics in results.classes.items():
         values |= {f"{metric}/{_allowed(name)}": value for metric, value in metrics.items()}
@@ -203,7 +202,7 @@ def _defined(results: Results) -> dict[str, float]:
 
 
 def _allowed(name: str) -> str:
-    """A class's name in the characters that MLflow allows in a metric's."""
+    """Replace the characters that MLflow does not allow in a metric's name."""
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
 
 

@@ -1,4 +1,4 @@
-"""From a judged model to the champion, where the gate lets it pass."""
+"""Judge registered versions by the gate, promote the champion, roll it back."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +23,12 @@ from vlmdiff.evaluation.verdict import Criterion, Override, Verdict
 from vlmdiff.registry import lineage
 from vlmdiff.registry.store import CHAMPION, FINGERPRINT, champion_version, open_store
 
-# Tags of a version: the gate's word, its reasons, the champion that it was judged against, who overrode it and why.
+# Tags of a version: the gate's verdict and reasons, the champion it was compared with, who overrode the gate and why.
 VERDICT, REASONS, AGAINST = "gate.verdict", "gate.reasons", "gate.champion"
 OVERRIDE_BY, OVERRIDE_REASON = "gate.override.by", "gate.override.reason"
-# Who was champion before it became that, which stays when it is judged again.
+# The champion before this one. It stays when the version is judged again.
 BEFORE = "champion.before"
-# Why a champion was taken back, by whom, and in whose favour; and the same on the one that was put back.
+# Who rolled a champion back, why, and to which version; and the same on the version that was restored.
 ROLLBACK_BY, ROLLBACK_REASON, ROLLBACK_TO = ROLLBACK = "rollback.by", "rollback.reason", "rollback.to"
 RESTORED_BY, RESTORED_REASON, RESTORED_FROM = "restored.by", "restored.reason", "restored.from"
 NONE = "none"
@@ -36,9 +36,9 @@ TAG_LENGTH = 5000
 
 
 def gate(params: Params, version: int | None = None) -> Verdict:
-    """Judge a version, or the model of this workspace, and change nothing in the registry.
+    """Judge a registered version, or the model of this workspace if None, without changing the registry.
 
-    `reports/gate.json` has the verdict, and `reports/gate.html` is the report with it.
+    Writes the verdict to `reports/gate.json`, and the report with the verdict to `reports/gate.html`.
     """
     with open_store(params.registry) as client:
         tags = _tags_here(client, params) if version is None else _tags(client, params, version)
@@ -52,12 +52,11 @@ def gate(params: Params, version: int | None = None) -> Verdict:
 
 
 def promote(params: Params, version: int, override: Override | None = None) -> Verdict:
-    """Judge a version by the gate; where it passes, it becomes champion. Twice is as good as once.
+    """Judge a version by the gate; if it passes, it becomes champion. A second call changes nothing.
 
-    The version's tags and its run get the verdict, with the files that `gate` writes. An `override` makes champion what
-    the gate does not, and is recorded with it; that the version was once rolled back is then forgotten. The champion
-    itself is judged against the one before it, and stays champion whatever comes out: only a better version takes its
-    place.
+    The verdict goes into the version's tags and, with the files that `gate` writes, into its run. An `override`
+    promotes a version that the gate refuses; it is recorded, and clears an earlier rollback of the version. The current
+    champion is compared with the champion before it, and stays champion whatever the verdict.
     """
     name = params.registry.model_name
     while True:
@@ -65,7 +64,7 @@ def promote(params: Params, version: int, override: Override | None = None) -> V
             tags = _tags(client, params, version)
             champion = champion_version(client, params.registry)
         against, before = _opponent(version, champion, tags)
-        # It may have to judge images, which takes its time: nobody is kept from the store meanwhile.
+        # This may evaluate images, which takes long: the store is not locked meanwhile.
         case = _hear(params, version, against, tags)
         verdict = case.verdict(params, version, against)
         if not verdict.passed:
@@ -73,14 +72,14 @@ def promote(params: Params, version: int, override: Override | None = None) -> V
         verdict = replace(verdict, is_champion=verdict.passed or version == champion or verdict.override is not None)
         with open_store(params.registry) as client:
             if champion_version(client, params.registry) != champion:
-                say("promote: there is another champion by now: judging against that one")
+                say("promote: another version became champion meanwhile; judging against that one")
                 continue
             if _rollback_of(_tags(client, params, version)) != _rollback_of(tags):
-                say("promote: it was rolled back by now: judging again")
+                say("promote: the version was rolled back meanwhile; judging again")
                 continue
             case.publish(verdict)
             becomes = verdict.is_champion and champion != version
-            # The tags first: who is killed before the alias runs again and ends the same.
+            # Tags first: after a kill between tags and alias, a second call completes the promotion.
             written = _as_tags(verdict) | ({BEFORE: str(champion or NONE)} if becomes else {})
             for key, value in written.items():
                 client.set_model_version_tag(name, str(version), key, value)
@@ -96,27 +95,27 @@ def promote(params: Params, version: int, override: Override | None = None) -> V
 
 
 def rollback(params: Params, by: str, reason: str) -> tuple[int, int]:
-    """Put the previous champion back; the version that was champion and the one that is now.
+    """Restore the previous champion; return the version that was champion and the version that is now.
 
-    Both get tags that say why, by whom, and which the other is. The one that goes does not pass the gate again, but for
-    an override. Another rollback goes one further back; versions that were rolled back themselves are passed over.
-    Raises InputError where there is no champion, or none before it.
+    Both get tags with the person, the reason and the other version. The gate does not promote a version that was
+    rolled back again, except by an override. A further rollback goes one champion further back and skips versions that
+    were rolled back. Raises InputError if there is no champion, or none before it.
     """
     name = params.registry.model_name
-    # All of it alone with the store: a promotion that goes on meanwhile finds another champion, and judges again.
+    # All under the lock of the store: a concurrent promotion then finds another champion and judges again.
     with open_store(params.registry) as client:
         champion = champion_version(client, params.registry)
         if champion is None:
-            raise InputError(f"{name} has no champion: there is nothing to roll back")
+            raise InputError(f"{name} has no champion, so there is nothing to roll back")
         known, seen = _versions(client, params), {champion}
         before = _champion_before(known[champion])
         while before is not None and before not in seen and _rollback_of(known.get(before, {})):
             seen.add(before)
             before = _champion_before(known[before])
         if before is None or before in seen:
-            raise InputError(f"version {champion} is champion, and none was before it: there is nothing to go back to")
+            raise InputError(f"version {champion} is the first champion: there is no previous one to restore")
         if before not in known:
-            raise InputError(f"version {before}, champion before version {champion}, is no longer in the registry")
+            raise InputError(f"version {before}, the champion before version {champion}, is no longer in the registry")
         # The tags first, as in `promote`.
         why = reason[:TAG_LENGTH]
         for version, written in (
@@ -130,21 +129,21 @@ def rollback(params: Params, by: str, reason: str) -> tuple[int, int]:
 
 
 def _versions(client: MlflowClient, params: Params) -> dict[int, dict[str, str]]:
-    """Every version's tags."""
+    """Return the tags of every version."""
     return {int(v.version): v.tags for v in client.search_model_versions(f"name = '{params.registry.model_name}'")}
 
 
 def _tags(client: MlflowClient, params: Params, version: int) -> dict[str, str]:
-    """The tags of a version. InputError where there is no such version."""
+    """Return the tags of a version. Raises InputError if there is no such version."""
     found = _versions(client, params)
     if version not in found:
         known = ", ".join(map(str, sorted(found))) or "none"
-        raise InputError(f"{params.registry.model_name} has no version {version}: known versions are {known}")
+        raise InputError(f"{params.registry.model_name} has no version {version}. Known versions: {known}")
     return found[version]
 
 
 def _tags_here(client: MlflowClient, params: Params) -> dict[str, str]:
-    """The tags of the version that this workspace's model is, if it is one."""
+    """Return the tags of the version with this workspace's model, empty if it is not registered."""
     try:
         model = lineage.fingerprint(lineage.read_lock(w.DVC_LOCK))
     except InputError:
@@ -153,18 +152,18 @@ def _tags_here(client: MlflowClient, params: Params) -> dict[str, str]:
 
 
 def _champion_before(tags: dict[str, str]) -> int | None:
-    """The champion that this one took the place of; of one of an earlier release, that it was judged against."""
+    """Return the champion that this version replaced; versions of earlier releases only name their opponent."""
     before = tags.get(BEFORE, tags.get(AGAINST, NONE))
     return None if before == NONE else int(before)
 
 
 def _rollback_of(tags: dict[str, str]) -> str | None:
-    """Who rolled a version back and why, in a sentence's rest; None where nobody did."""
+    """Return who rolled a version back and why, as the end of a sentence; None if nobody did."""
     return f"rolled back by {tags[ROLLBACK_BY]}: {tags[ROLLBACK_REASON]}" if set(ROLLBACK) <= tags.keys() else None
 
 
 def _opponent(version: int | None, champion: int | None, tags: dict[str, str]) -> tuple[int | None, Override | None]:
-    """Against whom a version is judged, and who overrode the gate when it became champion."""
+    """Return the version to compare with, and the override by which this version became champion, if any."""
     if version is None or version != champion:
         return champion, None
     by = tags.get(OVERRIDE_BY)
@@ -181,9 +180,9 @@ def _as_tags(verdict: Verdict) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model before the gate, and the champion that it is judged against; folders are those of their evaluations.
+    """The evaluations of a model and of the champion it is compared with.
 
-    rolled_back: by whom and why it was taken back when it was champion, where it was.
+    rolled_back: who rolled the model back and why, None if nobody did.
     """
 
     folder: Path
@@ -193,7 +192,7 @@ class Case:
     champion: Evidence | InputError | None = None
 
     def verdict(self, params: Params, version: int | None, against: int | None) -> Verdict:
-        """The gate's word, before anybody became champion."""
+        """Return the verdict, before it changes the champion."""
         rejudged = self.champion_folder is not None and w.JUDGED_AGAIN in self.champion_folder.parents
         criteria = judge(self.model, self.champion, params.gate)
         if self.rolled_back:
@@ -202,7 +201,7 @@ class Case:
         return Verdict(version, against, rejudged, False, criteria)
 
     def publish(self, verdict: Verdict) -> None:
-        """Write the verdict's file, and the page on which the model's report follows it."""
+        """Write the verdict as JSON, and the page that shows it above the model's report."""
         champion, difference = None, None
         if isinstance(self.champion, Evidence):
             champion, difference = read_content(self.champion_folder), self.model.resampled - self.champion.resampled
@@ -212,7 +211,7 @@ class Case:
 
 
 def _hear(params: Params, version: int | None, against: int | None, tags: dict[str, str]) -> Case:
-    """Read what is known of a version (None: of this workspace's model) and of the champion on the same test images."""
+    """Read the evaluations of a version (None: this workspace's model) and of the champion on the same test images."""
     folder = w.EVALUATION if version is None else _evaluation(params, version)
     model, rolled_back = Evidence.read(folder), _rollback_of(tags)
     if against is None:
@@ -221,14 +220,14 @@ def _hear(params: Params, version: int | None, against: int | None, tags: dict[s
         champion_folder = _evaluation_on(params, against, model.test_set)
         return Case(folder, model, rolled_back, champion_folder, Evidence.read(champion_folder))
     except InputError as error:
-        # Is it the champion, or does the store no longer answer? That one is no verdict, but an error.
+        # If the store no longer answers, this raises: an unreachable store must not become a verdict.
         with open_store(params.registry) as client:
             champion_version(client, params.registry)
         return Case(folder, model, rolled_back, None, error)
 
 
 def _evaluation(params: Params, version: int) -> Path:
-    """The folder of a version's evaluation, fetched once into the workspace's cache."""
+    """Return the folder of a version's evaluation, downloaded once into the workspace's cache."""
     with open_store(params.registry) as client:
         run = client.get_model_version(params.registry.model_name, str(version)).run_id
         folder = w.REGISTRY_CACHE / run / "evaluation"
@@ -242,13 +241,13 @@ def _evaluation(params: Params, version: int) -> Path:
 
 
 def _evaluation_on(params: Params, version: int, test_set: str) -> Path:
-    """The folder of a version's evaluation on these test images: where its own is on others, it is judged again."""
+    """Return a version's evaluation on these test images; evaluate it again if its own used other images."""
     folder = _evaluation(params, version)
     try:
         if Evidence.read(folder).test_set == test_set:
             return folder
     except InputError:
-        # Of a release that kept less.
+        # An earlier release kept less.
         pass
     again = w.JUDGED_AGAIN / f"{folder.parent.name}-{test_set[:16]}"
     if again.exists():
@@ -256,15 +255,15 @@ def _evaluation_on(params: Params, version: int, test_set: str) -> Path:
     frame = manifest.read(w.MANIFEST)
     if hash_test_set(frame, params.prepare, params.evaluate.max_fpr) != test_set:
         raise InputError(
-            f"version {version} was judged on other test images, and this workspace has neither these nor the model's: "
-            "run `dvc repro`, then register and promote what it makes"
+            f"version {version} was evaluated on other test images, and those of the model are not in this workspace. "
+            "Run `dvc repro`, then register and promote the result"
         )
     detector_folder = _detector(params, version)
     try:
         detector = Detector.from_pretrained(detector_folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"version {version} cannot be loaded: {error}") from error
-    say(f"judging version {version} on the test images of today")
+    say(f"evaluating version {version} on the current test images")
     judged = judge_images(detector, frame, params.prepare, read_captions(w.CAPTIONS), params.evaluate)
     with atomic_folder(again) as temporary:
         judged.write(temporary, folder_mb(detector_folder), {"version": version})
@@ -272,7 +271,7 @@ def _evaluation_on(params: Params, version: int, test_set: str) -> Path:
 
 
 def _detector(params: Params, version: int) -> Path:
-    """A version's detector, fetched once into the workspace's cache."""
+    """Return a version's detector, downloaded once into the workspace's cache."""
     with open_store(params.registry) as client:
         name = params.registry.model_name
         folder = w.REGISTRY_CACHE / client.get_model_version(name, str(version)).run_id / "model"
@@ -282,14 +281,16 @@ def _detector(params: Params, version: int) -> Path:
                 mlflow.artifacts.download_artifacts(source, dst_path=str(temporary))
     found = list(folder.rglob("detector.json"))
     if len(found) != 1:
-        raise InputError(f"version {version} cannot be loaded: its artifacts hold no detector")
+        raise InputError(f"version {version} cannot be loaded: its artifacts have no detector")
     return found[0].parent
 
 
 def champion(params: Params) -> tuple[int, Path]:
-    """The champion's version, and its detector, fetched once into the cache. InputError where there is none."""
+    """Return the champion's version and its detector, downloaded once. Raises InputError if there is no champion."""
     with open_store(params.registry) as client:
         version = champion_version(client, params.registry)
     if version is None:
-        raise InputError(f"{params.registry.model_name} has no champion: run `make demo`, or name a folder by --model")
+        raise InputError(
+            f"{params.registry.model_name} has no champion. Run `make demo`, or name a detector's folder with --model"
+        )
     return version, _detector(params, version)
