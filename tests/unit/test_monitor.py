@@ -86,7 +86,7 @@ def test_more_alarms_than_guarantee_and_defects_explain_are_drift(model) -> None
     rows.loc[rows.index % 3 == 0, "score"] = 0.9
     said = judge(model, rows)
     assert "alarms" in found(said)
-    assert "67 alarms in 201 photographs" in said.found[[test.what for test in said.found].index("alarms")].why
+    assert "67 alarms in 201 images" in said.found[[test.what for test in said.found].index("alarms")].why
     assert "alarms" not in found(judge(model, rows, defect_rate=0.33))
 
 
@@ -132,7 +132,7 @@ def test_the_command_writes_the_verdict_first_then_tests_then_distributions(mode
     said, page, output = run("scores.parquet", "--model", model)
     assert said["drift"] and said["outcome"].startswith("drift in the last 200 images: ")
     (sharpness,) = (test for test in said["tests"] if test["what"] == "sharpness")
-    assert not sharpness["passed"] and sharpness["corrected"] <= 0.01 and "its mean was" in sharpness["why"]
+    assert not sharpness["passed"] and sharpness["corrected"] <= 0.01 and "the mean was" in sharpness["why"]
     assert "Drift in the last 200 images" in page and page.count("<svg") == 9 and "http:" not in page
     assert page.index("Drift in the last") < page.index("<table") < page.index("<svg")
     assert "drift in the last 200" in output and "out/monitor.html" in output
@@ -172,7 +172,7 @@ def test_what_is_missing_or_something_else_is_said(model) -> None:
     with pytest.raises(InputError, match=r"not a detector's folder"):
         run(file, "--model", "out")
     (model / "reference.parquet").unlink()
-    with pytest.raises(InputError, match=r"model has no reference.parquet.*run `vlmdiff evaluate`"):
+    with pytest.raises(InputError, match=r"model has no reference.parquet.*Run `vlmdiff evaluate`"):
         run(file, "--model", model)
     pd.read_parquet(file).drop(columns="sharpness").to_parquet(file)
     shutil.rmtree(model)

@@ -309,8 +309,9 @@ def _alarms(
     p = min(1.0, float(chances[alarms:].sum()))
     then = calibration.guarantee + (1 - calibration.guarantee) * defect_rate
     why = (
-        f"{alarms} alarms in {images} images; at most {then * images:.0f} are expected, from {calibration.guarantee:.1%}"
-        f" false alarms and {defect_rate:.1%} defective images; up to {usual} are usual in this mix of products"
+        f"{alarms} alarms in {images} images; at most {then * images:.0f} are expected, with "
+        f"{calibration.guarantee:.1%} false alarms and {defect_rate:.1%} defective images; up to {usual} are usual in "
+        "this mix of products"
     )
     return Answer(float(alarms), p, then, alarms / images, why)
 
