@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,35 +19,29 @@ from vlmdiff.cli import app
 from vlmdiff.core.params import Params, load
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = [
-    "core",
-    "data",
-    "captions",
-    "model",
-    "training",
-    "detection",
-    "evaluation",
-    "registry",
-    "production",
-    "setup",
-]
+ROOMS = ["core", "data", "captions", "model", "training", "detection", "evaluation", "registry", "production", "setup"]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
-def imports(file: Path) -> Iterator[str]:
+SOURCES = sorted((ROOT / "vlmdiff").rglob("*.py"))
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in [*SOURCES, *sorted((ROOT / "flows").glob("*.py"))]
+}
+
+
+def imports(file: Path) -> set[str]:
     """The modules that a file imports, at the top or anywhere else, by their full names."""
-    package = file.relative_to(ROOT).parts[:-1]
+    found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-
-
-SOURCES = sorted((ROOT / "vlmdiff").rglob("*.py"))
+            assert not node.level, f"{file} has a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # Of a package either its modules are imported or what it defines itself.
+            found |= names & MODULES.keys() if names & MODULES.keys() else {node.module}
+    return found
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -54,16 +49,25 @@ def test_the_package_knows_neither_prefect_nor_dvc(file) -> None:
     assert {name.partition(".")[0] for name in imports(file)}.isdisjoint({"prefect", "dvc", "flows"})
 
 
-@pytest.mark.parametrize("position", range(len(FOLDERS)), ids=lambda position: FOLDERS[position])
-def test_a_folder_imports_only_from_those_before_it(position) -> None:
-    later = {f"vlmdiff.{name}" for name in [*FOLDERS[position + 1 :], "stages", "cli"]}
-    for file in (ROOT / "vlmdiff" / FOLDERS[position]).rglob("*.py"):
+@pytest.mark.parametrize("position", range(len(ROOMS)), ids=lambda position: ROOMS[position])
+def test_a_room_imports_only_from_those_before_it(position) -> None:
+    later = {f"vlmdiff.{name}" for name in [*ROOMS[position + 1 :], "stages", "cli"]}
+    for file in (ROOT / "vlmdiff" / ROOMS[position]).rglob("*.py"):
         found = {".".join(name.split(".")[:2]) for name in imports(file)} & later
         assert not found, f"{file.relative_to(ROOT)} imports {found}"
 
 
-def test_each_folder_of_the_package_has_its_place() -> None:
-    assert {file.parent.name for file in (ROOT / "vlmdiff").glob("*/__init__.py")} == set(FOLDERS)
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {name: imports(file) & MODULES.keys() for name, file in MODULES.items()}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_only_the_rooms_stages_and_commands_stand_at_the_root_of_the_package() -> None:
+    assert {file.parent.name for file in (ROOT / "vlmdiff").glob("*/__init__.py")} == set(ROOMS)
+    assert {file.name for file in (ROOT / "vlmdiff").glob("*.py")} == {"__init__.py", "stages.py", "cli.py"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
