@@ -6,8 +6,8 @@ Run it in a workspace where `dvc repro` has run with a preset for photographs an
 
 PatchCore (Roth et al., CVPR 2022) has one memory bank for all classes. It uses patches of MobileNetV2's layers 4, 11
 and 14, averaged over 3 x 3 and normalised to unit length; 6,000 random patches per class; and the distance to the
-nearest patch, smoothed by a Gaussian of sigma 4. Neither method knows the class of a test image. Intervals come from 1,000
-bootstrap samples of each class's test images, the same for both methods.
+nearest patch, smoothed by a Gaussian of sigma 4. Neither method knows the class of a test image. Intervals come from
+1,000 bootstrap samples of each class's test images, the same for both methods.
 """
 
 import time
