@@ -1,6 +1,6 @@
-"""What a training step at the paper's scale needs of memory: weights, moments, average, gradients, activations.
+"""Compute the memory of a training step at the paper's scale: weights, moments, average, gradients, activations.
 
-It is counted, not measured, and needs no GPU: tensors have shapes and lifetimes but no values (`training/cost.py`).
+Nothing is measured and no GPU is needed: tensors have shapes and lifetimes but no values (`vlmdiff/training/cost.py`).
 """
 
 from types import SimpleNamespace
@@ -19,9 +19,9 @@ CARD = 24
 
 
 def step_memory(params: Train, rows: int) -> Count:
-    """Memory of a step of the denoiser's training, at the size of Stable Diffusion 1.5.
+    """Return the memory of a training step of the denoiser, at the size of Stable Diffusion 1.5.
 
-    `rows` images of 256 pixels are computed at once.
+    rows: images of 256 pixels per forward pass.
     """
     with FakeTensorMode():
         networks = SimpleNamespace(unet=UNet2DConditionModel(cross_attention_dim=768), sgn=SemanticGuidedNetwork())
@@ -38,13 +38,13 @@ def main() -> None:
         "precision",
         "checkpointing",
         "parts",
-        title="GiB of a training step, 4 images of 256 pixels at once, counted, not measured",
+        title="GiB per training step, computed for 4 images of 256 pixels at once",
         caption=(
-            "step: gradients and activations at their worst moment. Not counted: the GPU's context and workspaces, "
-            "about 1 GiB, which has to fit beside the total."
+            "step: peak of gradients and activations. The total does not include the GPU's context and workspaces, "
+            "about 1 GiB."
         ),
     )
-    for title in ("weights", "moments", "average", "step", "total", f"{CARD} GiB enough?"):
+    for title in ("weights", "moments", "average", "step", "total", f"fits {CARD} GiB"):
         table.add_column(title, justify="right")
     for precision, checkpointing, parts in (
         ("fp32", False, 12),
@@ -72,7 +72,7 @@ def main() -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"{needed.trained / 1e6:.1f} million parameters are trained, {needed.frozen / 1e6:.1f} are frozen.")
+    console.print(f"{needed.trained / 1e6:.1f} million trained parameters, {needed.frozen / 1e6:.1f} million frozen")
 
 
 if __name__ == "__main__":
