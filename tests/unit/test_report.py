@@ -13,11 +13,12 @@ from PIL import Image
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
 from vlmdiff.detection.calibration import Calibration
+from vlmdiff.detection.heatmap import heatmap
 from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.evaluation.gate import Criterion, Override, Verdict
 from vlmdiff.evaluation.metrics import METRICS, Results, evaluate_classes
 from vlmdiff.evaluation.plots import curves
-from vlmdiff.evaluation.report import Example, compose, heatmap, pick_examples, read_content, render
+from vlmdiff.evaluation.report import Example, compose, pick_examples, read_content, render
 
 NOTHING = {"pro": [], "roc": [], "precision_recall": []}
 CALIBRATION = Calibration(1.0, [1.0], 1.0, 39, 0.05, 0.4)
