@@ -219,15 +219,15 @@ def score(
     sources: Annotated[
         list[str], typer.Argument(help="Photographs, folders, patterns, or tables with a column `path`.")
     ],
-    out: Annotated[Path, typer.Option(help="The folder of a Parquet dataset, a row an image; what is in it is kept.")],
-    heatmaps: Annotated[bool, typer.Option("--heatmaps", help="A PNG of each new alarm, in OUT/_heatmaps.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder of a Parquet dataset, to which a row for each image is added.")],
+    heatmaps: Annotated[bool, typer.Option("--heatmaps", help="Write a PNG of each alarm to OUT/_heatmaps.")] = False,
     model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
     class_name: Annotated[
-        str | None, typer.Option(help="The photographs' class, for a model that judges by its classes' captions.")
+        str | None, typer.Option(help="The photographs' class, for a model that judges by the captions of classes.")
     ] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Judge photographs by the champion; run again, only new and changed ones. Exit status 1 if none can be judged."""
+    """Judge new and changed photographs. Exit status 1 if none of them all can be judged."""
     from rich.console import Console
 
     from vlmdiff.core import lifeline
@@ -236,14 +236,14 @@ def score(
 
     lifeline.watch()
     scored = score(sources, out, load(params), model, class_name, heatmaps)
-    if scored is None:  # of several processes the main one speaks
+    if scored is None:  # only the main process prints
         return
     if scored.rows:
         Console().print(scores_table(scored))
     for error in scored.errors:
         print(f"skipped: {error}")
     if scored.unreadable > len(scored.errors):
-        print(f"skipped: {scored.unreadable - len(scored.errors)} more, their rows say why")
+        print(f"skipped: {scored.unreadable - len(scored.errors)} more; the column `error` says why")
     print(scored)
     if not scored.judged:
         raise typer.Exit(1)
@@ -279,19 +279,20 @@ class Truth(StrEnum):
 
 @app.command(rich_help_panel=USE)
 def feedback(
-    truth: Annotated[Truth, typer.Argument(help="What a person has found them to be.")],
+    truth: Annotated[Truth, typer.Argument(help="What the photographs are.")],
     photographs: Annotated[list[Path], typer.Argument(help="Photographs.")],
-    class_name: Annotated[str, typer.Option(help="What they show: a class of the dataset.")],
+    class_name: Annotated[str, typer.Option(help="The class of the dataset that they show.")],
     defect: Annotated[
-        str | None, typer.Option(help="Kind of defect of anomalous ones.  [default: anomaly]", show_default=False)
+        str | None,
+        typer.Option(help="The kind of defect of anomalous photographs.  [default: anomaly]", show_default=False),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Where the defect is, above zero, in one anomalous photograph.")
+        Path | None, typer.Option(help="A mask of one anomalous photograph, above zero where the defect is.")
     ] = None,
-    by: Annotated[str | None, typer.Option(help="Your name.  [default: the user's]", show_default=False)] = None,
+    by: Annotated[str | None, typer.Option(help="Your name.  [default: your login]", show_default=False)] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Add photographs to the dataset: normal ones to train on, anomalous ones to test on."""
+    """Add photographs to the dataset: normal ones for training, anomalous ones for the test."""
     import getpass
 
     from vlmdiff.core.params import load
@@ -304,7 +305,7 @@ def feedback(
     added = give_feedback(photographs, Statement(class_name, kind, by or getpass.getuser()), loaded, w.FEEDBACK, mask)
     for file in added:
         print(file)
-    print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; {w.FEEDBACK} has who")
+    print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; log: {w.FEEDBACK}")
     root = loaded.prepare.root
     tracked = root.with_name(f"{root.name}.dvc")
     first = f"`dvc add {root}`, then " if tracked.exists() else ""
@@ -314,35 +315,17 @@ def feedback(
 @app.command("inspect", rich_help_panel=USE)
 def inspect_(
     model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port of the page.")] = 8501,
     address: Annotated[
-        str, typer.Option(help="Where it listens; other machines reach it by another one.")
+        str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines open the page.")
     ] = "127.0.0.1",
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """A page for the inspector: drop in a photograph, see what the champion says, and say what you think."""
+    """Open a page that shows what the model says of a photograph, and takes the inspector's feedback."""
     from vlmdiff.core.params import load
+    from vlmdiff.production.inspector import serve
 
-    loaded, called = load(params), str(model)
-    if model is None:
-        from vlmdiff.registry.promotion import champion
-
-        version, model = champion(loaded)
-        called = f"version {version} of {loaded.registry.model_name}, the champion"
-    settings = {
-        "server.address": address,
-        "server.port": port,
-        "server.headless": "true",
-        "server.fileWatcherType": "none",
-        "browser.gatherUsageStats": "false",
-        "client.toolbarMode": "minimal",
-    }
-    print(f"the inspector's page: http://{address}:{port}", flush=True)
-    page = str(Path(__file__).with_name("production") / "inspector.py")
-    options = [f"--{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "streamlit", "run", page, *options, "--", str(model), called]
-    # Its process takes this one's place: who ends this command ends the page.
-    os.execv(sys.executable, command)
+    serve(load(params), model, address, port)
 
 
 @app.command(rich_help_panel=USE)

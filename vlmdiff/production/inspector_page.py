@@ -1,6 +1,6 @@
-"""The inspector's page, by Streamlit: a photograph in, what the model says of it, and what the inspector says of that.
+"""The inspector's page, for Streamlit: show what the model says of a photograph, and take the inspector's feedback.
 
-`vlmdiff inspect` runs it in a workspace; its arguments are the detector's folder and what to call it.
+`vlmdiff inspect` runs it in a workspace. Its arguments are the detector's folder and the model's name.
 """
 
 import getpass
@@ -20,12 +20,12 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Params, load
 from vlmdiff.data import manifest
 from vlmdiff.data.feedback import PLACES, Statement, give_feedback
-from vlmdiff.data.images import SUFFIXES, decode, load_rgb, resolve, to_rgb
+from vlmdiff.data.images import SUFFIXES, load_rgb, read_image, resolve
 from vlmdiff.detection.detector import Detection, Detector, Region, to_tensor
-from vlmdiff.evaluation.report import heatmap
+from vlmdiff.detection.heatmap import heatmap
 from vlmdiff.training.encoded import Encoded
 
-# Side of the grid of latents by which photographs are compared.
+# Photographs are compared by latents on a grid of this side.
 GRID = 8
 SIDE = 640
 BOX = (0, 220, 255)
@@ -33,13 +33,13 @@ BOX = (0, 220, 255)
 
 @st.cache_resource(show_spinner="Loading the model")
 def load_detector(folder: str, stamp: int) -> Detector:
-    """The detector, loaded again where its folder has changed since `stamp`."""
+    """Load the detector; another `stamp` of its folder loads it again."""
     return Detector.from_pretrained(folder)
 
 
 @st.cache_resource(show_spinner=False)
 def training_images(stamp: int) -> tuple[list[str], np.ndarray] | None:
-    """Paths of the normal training images and a row of features each; None where this workspace has them no more."""
+    """Return the paths of the normal training images and their features, a row each; None where they are missing."""
     try:
         encoded, frame = Encoded.open(w.ENCODED), manifest.read(w.MANIFEST)
     except InputError:
@@ -54,29 +54,29 @@ def training_images(stamp: int) -> tuple[list[str], np.ndarray] | None:
 
 
 def describe(latents: torch.Tensor) -> np.ndarray:
-    """Rows (B, F) by which photographs are compared: latents (B, C, h, w) on a coarse grid, of length one."""
+    """Return rows (B, F) of length one by which photographs are compared: latents (B, C, h, w) on a coarse grid."""
     pooled = torch.nn.functional.adaptive_avg_pool2d(latents.float(), GRID).flatten(1)
     return torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
 
 
 @st.cache_data(show_spinner="Looking", max_entries=32)
 def judge(data: bytes, name: str, folder: str, stamp: int, caption: str | None) -> tuple[np.ndarray, Detection]:
-    """The photograph, uint8 (H, W, 3), and what the detector says of it."""
-    image = np.array(to_rgb(decode(io.BytesIO(data), load(w.PARAMS).prepare.max_pixels, name)))
+    """Return the photograph, uint8 (H, W, 3), and what the detector says of it."""
+    image = np.array(read_image(io.BytesIO(data), load(w.PARAMS).prepare.max_pixels, name))
     (detection,) = load_detector(folder, stamp).detect([image], captions=None if caption is None else [caption])
     return image, detection
 
 
 @torch.no_grad()
 def most_similar(detector: Detector, image: np.ndarray) -> str | None:
-    """The path of the normal training image most like this one."""
+    """Return the path of the most similar normal training image, None where they are missing."""
     known = training_images(stamp_of(w.ENCODED / "index.parquet"))
     if known is None:
         return None
     x = to_tensor(image, detector.pipeline.config.image_size)[None].to(detector.pipeline.device)
     (features,) = describe(detector.pipeline.encode_images(x))
     if features.shape[0] != known[1].shape[1]:
-        # The workspace has been encoded anew by another first stage.
+        # The workspace's first stage is not this detector's.
         return None
     return known[0][int(np.argmax(known[1] @ features))]
 
@@ -86,8 +86,7 @@ def stamp_of(file: Path) -> int:
 
 
 def overlay(image: np.ndarray, detection: Detection, strength: float, boxes: bool) -> Image.Image:
-    """The anomaly map over the photograph, of that strength from 0 to 1, with the regions' boxes; SIDE pixels long."""
-    # The threshold, 0.5, is half way up the scale.
+    """Return the photograph, SIDE pixels long, with the anomaly map, of strength 0 to 1, and the regions' boxes."""
     laid = heatmap(image, detection.anomaly_map, 1.0)
     picture = Image.blend(Image.fromarray(image), Image.fromarray(laid), strength)
     scale = SIDE / max(picture.size)
@@ -112,7 +111,7 @@ def region_rows(regions: list[Region]) -> list[dict[str, str | int]]:
 
 
 def ask_for_caption(detector: Detector) -> str | None:
-    """What a detector that judges by captions needs beside the photograph."""
+    """Ask for the caption by which the detector judges; None where it judges without."""
     match detector.params.captions:
         case "class":
             name = st.selectbox("Product", sorted(detector.class_captions or {}))
@@ -123,7 +122,7 @@ def ask_for_caption(detector: Detector) -> str | None:
 
 
 def show(image: np.ndarray, detection: Detection, similar: str | None, params: Params) -> None:
-    """The verdict, the pictures and the regions; `similar` is the path of the most similar normal training image."""
+    """Show the verdict, the pictures and the regions. similar: the path of the most similar normal training image."""
     verdict, score = st.columns([3, 1], vertical_alignment="center")
     if detection.is_anomalous:
         verdict.error("**Anomalous**: the score is above the threshold.", icon=":material/report:")
@@ -144,10 +143,10 @@ def show(image: np.ndarray, detection: Detection, similar: str | None, params: P
 
 
 def ask_for_feedback(upload, similar: str | None, params: Params) -> None:
-    """What the inspector says of the photograph goes where training and test find it."""
+    """Ask what the photograph shows, and add it to the dataset."""
     st.subheader("Your verdict")
     if params.prepare.layout not in PLACES:
-        st.caption(f"Data of the layout {params.prepare.layout} take no feedback; those of {' and '.join(PLACES)} do.")
+        st.caption(f"Only data of the layouts {' and '.join(PLACES)} take feedback, not {params.prepare.layout}.")
         return
     classes = manifest.read(w.MANIFEST).set_index("path")["class_name"]
     names = sorted(set(classes))
@@ -171,7 +170,7 @@ def ask_for_feedback(upload, similar: str | None, params: Params) -> None:
         except InputError as error:
             st.warning(str(error))
             return
-    st.success(f"Added as {added[0]}; the next retrain has it." if added else "The dataset has it already.")
+    st.success(f"Added as {added[0]}. The next retrain uses it." if added else "The dataset has it already.")
 
 
 def page(folder: str, name: str) -> None:
