@@ -1,6 +1,7 @@
 """Every entrance shows the model the same pixels, however a photograph is encoded."""
 
 import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from vlmdiff.data import manifest
 from vlmdiff.data.feedback import Statement, give_feedback
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.judging import judge_images
+from vlmdiff.production.inspector_page import judge
 from vlmdiff.production.score import score
 from vlmdiff.registry.served import Inspector
 
@@ -115,8 +117,6 @@ def serving(files: list[Path], model: Path) -> Seen:
 
 
 def inspecting(files: list[Path], model: Path) -> Seen:
-    from vlmdiff.production.inspector import judge
-
     found = [judge(file.read_bytes(), file.name, str(model), 0, None) for file in files]
     return [np.append(image.ravel(), detection.anomaly_map) for image, detection in found]
 
@@ -128,7 +128,9 @@ def feedback(files: list[Path], model: Path) -> Seen:
 
 
 def pillow_images(files: list[Path], model: Path) -> Seen:
-    detections = Detector.from_pretrained(model).detect([Image.open(file) for file in files])
+    # Pillow itself scrambles an uncompressed TIFF that is to be turned, where it opens it by its path.
+    images = [Image.open(io.BytesIO(file.read_bytes())) for file in files]
+    detections = Detector.from_pretrained(model).detect(images)
     return [detection.anomaly_map for detection in detections]
 
 
@@ -163,14 +165,12 @@ def test_an_entrance_sees_the_same_pixels_whatever_the_encoding(
     entrance: Callable[[list[Path], Path], Seen], files, model
 ):
     first, *others = entrance(files, model)
-    assert len(others) == len(files) - 1 > 8
-    for_each = zip(files[1:], others, strict=True)
     different = {
-        file.name: float(abs(seen.astype(float) - first).max()) if seen.shape == first.shape else seen.shape
-        for file, seen in for_each
+        file.name: seen.shape
+        for file, seen in zip(files[1:], others, strict=True)
         if seen.shape != first.shape or abs(seen.astype(float) - first).max() > 1e-6
     }
-    assert not different
+    assert len(files) > 8 and not different
 
 
 def test_training_scoring_serving_and_the_detector_agree_on_a_photograph(files, model):
