@@ -236,14 +236,14 @@ def score(
 
     lifeline.watch()
     scored = score(sources, out, load(params), model, class_name, heatmaps)
-    if scored is None:  # of several processes the main one speaks
+    if scored is None:  # only the main process prints
         return
     if scored.rows:
         Console().print(scores_table(scored))
     for error in scored.errors:
         print(f"skipped: {error}")
     if scored.unreadable > len(scored.errors):
-        print(f"skipped: {scored.unreadable - len(scored.errors)} more, their rows say why")
+        print(f"skipped: {scored.unreadable - len(scored.errors)} more; the column `error` says why")
     print(scored)
     if not scored.judged:
         raise typer.Exit(1)
@@ -304,7 +304,7 @@ def feedback(
     added = give_feedback(photographs, Statement(class_name, kind, by or getpass.getuser()), loaded, w.FEEDBACK, mask)
     for file in added:
         print(file)
-    print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; {w.FEEDBACK} has who")
+    print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; log: {w.FEEDBACK}")
     root = loaded.prepare.root
     tracked = root.with_name(f"{root.name}.dvc")
     first = f"`dvc add {root}`, then " if tracked.exists() else ""
@@ -322,27 +322,9 @@ def inspect_(
 ) -> None:
     """Open a page that judges single images with the champion and records your feedback."""
     from vlmdiff.core.params import load
+    from vlmdiff.production.inspector import serve
 
-    loaded, called = load(params), str(model)
-    if model is None:
-        from vlmdiff.registry.promotion import champion
-
-        version, model = champion(loaded)
-        called = f"version {version} of {loaded.registry.model_name}, the champion"
-    settings = {
-        "server.address": address,
-        "server.port": port,
-        "server.headless": "true",
-        "server.fileWatcherType": "none",
-        "browser.gatherUsageStats": "false",
-        "client.toolbarMode": "minimal",
-    }
-    print(f"the inspector's page: http://{address}:{port}", flush=True)
-    page = str(Path(__file__).with_name("production") / "inspector.py")
-    options = [f"--{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "streamlit", "run", page, *options, "--", str(model), called]
-    # Its process takes this one's place: who ends this command ends the page.
-    os.execv(sys.executable, command)
+    serve(load(params), model, address, port)
 
 
 @app.command(rich_help_panel=USE)

@@ -13,10 +13,11 @@ from PIL import Image
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
 from vlmdiff.detection.calibration import Calibration
+from vlmdiff.detection.heatmap import heatmap
 from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.evaluation.metrics import METRICS, Results, evaluate_classes
 from vlmdiff.evaluation.plots import curves
-from vlmdiff.evaluation.report import Example, compose, heatmap, pick_examples, read_content, render
+from vlmdiff.evaluation.report import Example, compose, pick_examples, read_content, render
 from vlmdiff.evaluation.verdict import Criterion, Override, Verdict
 
 NOTHING = {"pro": [], "roc": [], "precision_recall": []}

@@ -134,12 +134,12 @@ def test_sources_are_photographs_folders_patterns_and_tables_each_photograph_onc
     ("source", "words"),
     [
         ("new/gone.png", r"new/gone\.png does not exist"),
-        ("new/*.bmp", r"new/\*\.bmp gives no photographs"),
-        ("empty", "empty gives no photographs"),
+        ("new/*.bmp", r"new/\*\.bmp has no photographs"),
+        ("empty", "empty has no photographs"),
         ("outside.csv", r"outside\.csv, line 2: \.\./x\.png leaves"),
-        ("nameless.csv", r"nameless\.csv needs one column 'path'.*it has file"),
+        ("nameless.csv", r"nameless\.csv has no column `path`, only file"),
         ("twice.csv", r"good0\.png is listed twice"),
-        ("odd", r"\\udcff\.png' is no name in UTF-8"),
+        ("odd", r"\\udcff\.png' is not a name in UTF-8"),
         ("short.csv", r"short\.csv, line 2: 1 cells under 2 columns"),
     ],
 )
