@@ -214,9 +214,7 @@ def _coco(file: Path, content: dict) -> Iterator[Row]:
     except (LookupError, TypeError) as error:
         raise ValueError(f"{where}: not in COCO's format: {type(error).__name__} {error}") from error
     if further:
-        say(
-            f"caption: {file.name} has {further} more caption(s) of the same images; only the first of each image counts"
-        )
+        say(f"caption: {file.name} has {further} more caption(s) of the same images; the first of each counts")
 
 
 def _lists(file: Path, images: Path) -> Iterator[Row]:
