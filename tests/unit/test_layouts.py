@@ -538,7 +538,7 @@ def test_a_row_that_is_there_twice_is_kept_for_the_contract(tmp_path):
         (["path;class_name;label", "a.png;nut;0"], ["no column 'path'", "path;class_name;label"]),
         (
             ["path,class_name,label", "a.png,nut,0", "b.png,nut,nut"],
-            ["line 3", "label is 'nut'", "use the column class_name"],
+            ["line 3", "label is 'nut'", "column class_name"],
         ),
         (["path,class_name,label", "", "a.png,nut,"], ["line 3", "label is ''"]),
         (["path,class_name,label", "c.png,nut,0"], ["line 2", "'c.png' is not a file"]),

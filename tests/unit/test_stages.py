@@ -47,7 +47,7 @@ def run():
 @pytest.mark.parametrize(
     ("stage", "said"),
     [
-        ("encode", "models/first_stage holds no first stage: run the first_stage stage first"),
+        ("encode", "models/first_stage has no first stage. Run vlmdiff first_stage first."),
         ("train", "data/encoded does not exist: run the stages before this one first"),
         ("evaluate", "models/vlmdiff holds no pipeline: run the train stage first"),
     ],

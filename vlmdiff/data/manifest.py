@@ -88,9 +88,7 @@ def _records(params: Prepare, root: Path) -> list[Record]:
         raise InputError(f"{root} is not a folder. Set prepare.root to the dataset's folder.")
     records = sorted(LAYOUTS[params.layout](root, params), key=lambda record: record.path)
     if not records:
-        raise InputError(
-            f"{root} has no images in layout {params.layout}. See vlmdiff/data/layouts.py for the layouts."
-        )
+        raise InputError(f"{root} has no images in layout {params.layout}. See vlmdiff/data/layouts.py.")
     for record in records:
         for path in (record.path, record.mask_path):
             if path is not None:
