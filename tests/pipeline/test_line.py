@@ -121,7 +121,7 @@ def test_touching_one_photograph_recaptions_one(workspace):
     image.putpixel((0, 0), (1, 2, 3))
     image.save(file)
     output = workspace.run("dvc", "repro", "caption").stdout
-    assert "1 asked of the captioner" in output
+    assert "1 requested" in output
 
 
 def test_our_hashes_are_dvcs(workspace):
