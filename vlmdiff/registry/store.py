@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from vlmdiff.core import workspace as w
+from vlmdiff.core.dvc import check_output
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Registry
@@ -54,6 +56,15 @@ def open_store(params: Registry) -> Iterator[MlflowClient]:
                 f"MLflow at {shown(uri)} failed: {shown(str(error))}\n"
                 "Run the same command again when MLflow answers. Nothing is trained again."
             ) from error
+
+
+def fingerprint_of(recorded: dict[str, str]) -> str:
+    """Return what identifies the model of this workspace: the hashes of its detector and of its metrics.
+
+    recorded: What `read_lock` returns. Raises InputError if the files are not those that dvc.lock records.
+    """
+    detector, metrics = (check_output(path, recorded) for path in (w.DETECTOR, w.METRICS))
+    return f"{detector.removesuffix('.dir')}-{metrics}"
 
 
 def shown(text: str) -> str:

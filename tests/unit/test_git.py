@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.registry.lineage import code_revision, commit_workspace
+from vlmdiff.core.git import code_revision, commit_workspace
 
 
 def git(*arguments: str) -> str:
