@@ -89,7 +89,7 @@ def test_the_worker_is_killed(here):
     worker.send_signal(signal.SIGKILL)
 
     wait_for(lambda: all(map(is_gone, family)), 20, lambda: family)
-    assert "worker-vlmdiff is up" in here.up()
+    assert "started worker-vlmdiff" in here.up()
     assert_one_more_run_ends_right(here, [run])
     # Nobody was left to say so: the automation does, by the heartbeats that stay away.
     assert here.end(run, 150).state.is_crashed()
@@ -116,7 +116,7 @@ def test_the_prefect_server_is_killed(here):
     time.sleep(2)
 
     assert not is_gone(trainer)
-    assert "prefect is up" in here.up()
+    assert "started prefect" in here.up()
     # The training never noticed, and the run ends as if nothing had been.
     assert here.end(run).state.is_completed(), here.logs(run)
     again = here.trigger()

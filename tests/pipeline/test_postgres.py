@@ -74,7 +74,7 @@ def test_servers_and_a_run_keep_everything_in_postgres(postgres, tiny_line, tmp_
     }
     with services(tmp_path / "workspace", tiny_line, **addresses) as here:
         said = here.up()
-        assert "worker-vlmdiff is up" in said
+        assert "started worker-vlmdiff" in said
         run = here.trigger()
         assert here.end(run, 200).state.is_completed(), here.logs(run)
         shown = here.artifacts(run)

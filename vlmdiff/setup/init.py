@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
 from vlmdiff.core import dvc, git
 from vlmdiff.core import workspace as w
@@ -124,24 +125,44 @@ def write_params(found: Found, preset: Path | None, out: Path = w.PARAMS) -> str
             section[key] = value
         else:
             section.insert(0, key, value)
-    _write(document, out)
+    with atomic_path(out) as temporary:
+        _yaml().dump(document, temporary)
     return f"wrote {out}, from {template}" if preset else f"wrote the layout and the root to {out}"
 
 
 def use_preset(preset: Path, out: Path = w.PARAMS) -> None:
-    """Copy the model of a preset into params.yaml, with its comments. Data, gate, monitor and registry stay.
+    """Copy the model of a preset into params.yaml, with its comments. All other lines stay as they are.
 
     Raises InputError if one of the files is not valid; then params.yaml stays as it was.
     """
     load(preset)
-    theirs, ours = _read(preset), _read(out)
+    theirs, ours = _sections(preset), _sections(out)
     for name in MODEL:
-        ours[name] = theirs.get(name, CommentedMap())
-        # The comment beside a section's name, and the line after a section without keys.
-        ours.ca.items.pop(name, None)
-        if name in theirs.ca.items:
-            ours.ca.items[name] = theirs.ca.items[name]
-    _write(ours, out)
+        before, _ = ours.get(name, ("\n", ""))
+        _, lines = theirs.get(name, ("", f"{name}: {{}}\n"))
+        ours[name] = before, lines
+    # The lines after the last section stay at the end.
+    end = ours.pop("")
+    with atomic_path(out) as temporary:
+        temporary.write_text("".join(before + lines for before, lines in [*ours.values(), end]))
+        load(temporary)
+
+
+def _sections(file: Path) -> dict[str, tuple[str, str]]:
+    """Return the lines of each section of a YAML file: comments and blank lines before it, and its own lines.
+
+    The last section has the name "", and no lines of its own.
+    """
+    document, lines = _read(file), f"{file.read_text().rstrip()}\n".splitlines(keepends=True)
+    starts = [(name, document.lc.key(name)[0]) for name in document]
+    sections, done = {}, 0
+    for (name, start), (_, end) in pairwise([*starts, ("", len(lines))]):
+        while lines[end - 1].startswith(("#", "\n")):
+            end -= 1
+        sections[name] = "".join(lines[done:start]), "".join(lines[start:end])
+        done = end
+    sections[""] = "".join(lines[done:]), ""
+    return sections
 
 
 def _yaml() -> YAML:
@@ -157,14 +178,8 @@ def _yaml() -> YAML:
 def _read(file: Path) -> CommentedMap:
     try:
         return _yaml().load(file) or CommentedMap()
-    except YAMLError as error:
-        raise InputError(f"{file} is not valid YAML: {error}") from None
-
-
-def _write(document: CommentedMap, out: Path) -> None:
-    with atomic_path(out) as temporary:
-        _yaml().dump(document, temporary)
-        load(temporary)
+    except MarkedYAMLError as error:
+        raise InputError(f"{file}, line {error.problem_mark.line + 1}: {error.problem}") from None
 
 
 def _differences(ours: Params, theirs: Params) -> list[tuple[str, object, object]]:
