@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
@@ -28,6 +27,7 @@ from vlmdiff.core.console import say, track
 from vlmdiff.core.device import processes
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path
+from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
 from vlmdiff.data.images import decode, to_rgb
 from vlmdiff.data.sources import Photograph, find_photographs
@@ -215,11 +215,8 @@ def _alone(out: Path) -> Iterator[None]:
     if foreign or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} holds other files ({', '.join(foreign[:3])}): name a folder of its own by --out")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"another `vlmdiff score` writes to {out}: wait for it, or name another --out") from None
+    with hold(out / LOCK, f"the folder {out}"):
+        yield
 
 
 def _parts(out: Path) -> list[Path]:

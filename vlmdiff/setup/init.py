@@ -127,6 +127,7 @@ def write_params(found: Found, preset: Path | None, out: Path = w.PARAMS) -> str
             section.insert(0, key, value)
     with atomic_path(out) as temporary:
         _yaml().dump(document, temporary)
+        load(temporary)
     return f"wrote {out}, from {template}" if preset else f"wrote the layout and the root to {out}"
 
 
