@@ -24,9 +24,9 @@ import mlflow
 from rich.console import Console
 from rich.table import Table
 
-from flows.processes import end_group
 from vlmdiff.core import workspace as w
 from vlmdiff.core.params import load
+from vlmdiff.core.processes import end_group
 from vlmdiff.data import manifest
 from vlmdiff.data.images import resolve
 from vlmdiff.registry.store import CHAMPION, tracking_uri

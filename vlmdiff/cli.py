@@ -41,13 +41,13 @@ def init(
     root = there.relative_to(here) if there != here and there.is_relative_to(here) else there
     template = preset or (w.PARAMS if w.PARAMS.is_file() else None)
     if template is None:
-        raise InputError(f"{w.PARAMS} does not exist: name a file to start from by --preset")
+        raise InputError(f"{w.PARAMS} does not exist: pass a file to start from by --preset")
     found = look(root, load(template).prepare, layout)
     console = Console()
     console.print(table(found))
     for words in (write_params(found, preset), track(root)):
         console.print(words, markup=False, highlight=False)
-    console.print("Next: vlmdiff doctor, then make demo", markup=False, highlight=False)
+    console.print("next: vlmdiff doctor, then make demo", markup=False, highlight=False)
 
 
 @app.command(rich_help_panel=BEFORE)

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flows.dvc import stage_names
 from vlmdiff.cli import app
+from vlmdiff.core.dvc import stage_names
 from vlmdiff.core.params import Params, load
 
 ROOT = Path(__file__).parents[2]
@@ -98,8 +98,9 @@ def outputs(stages: dict) -> Iterator[str]:
         yield from stage.get("outs", []) + stage.get("metrics", [])
 
 
-def test_the_flow_takes_the_stages_from_the_graph() -> None:
-    assert stage_names(ROOT / "dvc.yaml") == list(STAGES)
+def test_the_flow_takes_the_stages_from_the_graph(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert stage_names() == list(STAGES)
 
 
 def test_what_a_stage_depends_on_of_the_sources_exists() -> None:
@@ -159,7 +160,7 @@ def test_help_answers_without_the_heavy_imports() -> None:
 def test_every_import_is_declared_as_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=\[]", item)[0].replace("-", "_").lower() for item in project["dependencies"]}
-    names = {"PIL": "pillow", "sklearn": "scikit_learn", "yaml": "pyyaml", "skimage": "scikit_image"}
+    names = {"PIL": "pillow", "sklearn": "scikit_learn", "yaml": "pyyaml", "ruamel": "ruamel.yaml"}
     found = set()
     for file in [*SOURCES, *(ROOT / "flows").glob("*.py")]:
         found |= {name.partition(".")[0] for name in imports(file)}
@@ -168,9 +169,9 @@ def test_every_import_is_declared_as_a_dependency() -> None:
 
 
 def test_public_functions_of_the_flows_say_what_they_do() -> None:
-    from flows import deployments, dvc, monitor, processes, retrain, score, servers
+    from flows import deployments, gpu, monitor, pages, retrain, score, servers
 
-    for module in (deployments, dvc, monitor, processes, retrain, score, servers):
+    for module in (deployments, gpu, monitor, pages, retrain, score, servers):
         for name, value in vars(module).items():
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
                 assert value.__doc__ or name == "main", f"{module.__name__}.{name} has no docstring"

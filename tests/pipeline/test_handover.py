@@ -24,8 +24,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from flows.processes import end_group
 from tests.pipeline.test_line import empty_store, made_store, registry, set_metrics  # noqa: F401
+from vlmdiff.core.processes import end_group
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from vlmdiff.core.dvc import dvc_hash
 from vlmdiff.evaluation.bootstrap import Resampled
-from vlmdiff.registry.lineage import dvc_hash
 
 CLIENT = """
 import json, sys, mlflow
@@ -368,7 +368,7 @@ def test_the_champion_loads_and_serves_without_this_repository(workspace, tmp_pa
         with urllib.request.urlopen(request, timeout=60) as response:
             (served,) = json.load(response)["predictions"]
     finally:
-        from flows.processes import end_group
+        from vlmdiff.core.processes import end_group
 
         end_group(server.pid)
         server.wait()

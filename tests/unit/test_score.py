@@ -233,7 +233,7 @@ def test_a_folder_of_other_things_or_of_another_run_is_refused(place, model):
     with pytest.raises(InputError, match=r"mine holds other files \(letter\.txt\)"):
         score("new", "--model", model, out="mine")
     score("new", "--model", model)
-    with FileLock("out/.lock"), pytest.raises(InputError, match="another `vlmdiff score` writes to out"):
+    with FileLock("out/.lock"), pytest.raises(InputError, match="another process holds the folder out"):
         score("new", "--model", model)
 
 

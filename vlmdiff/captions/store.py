@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.locks import hold
 
 BUSY_SECONDS = 60
 
@@ -31,16 +30,15 @@ class CaptionStore:
 
     def __init__(self, path: Path):
         self.path = path
-        with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Switching a new file to WAL in several processes at once can fail as busy without waiting.
-            with FileLock(path.with_name(path.name + ".lock")):
-                self._db = sqlite3.connect(path, timeout=BUSY_SECONDS)
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute(
-                    "CREATE TABLE IF NOT EXISTS captions"
-                    " (key TEXT PRIMARY KEY, caption TEXT NOT NULL, created TEXT NOT NULL) WITHOUT ROWID"
-                )
+        lock = hold(path.with_name(f"{path.name}.lock"), f"the caption store {path}", BUSY_SECONDS)
+        # Switching a new file to WAL in several processes at once can fail as busy without waiting.
+        with self._explained(), lock:
+            self._db = sqlite3.connect(path, timeout=BUSY_SECONDS)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS captions"
+                " (key TEXT PRIMARY KEY, caption TEXT NOT NULL, created TEXT NOT NULL) WITHOUT ROWID"
+            )
 
     def __enter__(self) -> "CaptionStore":
         return self

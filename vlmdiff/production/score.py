@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,6 +26,7 @@ from vlmdiff.core.console import say, track
 from vlmdiff.core.device import processes
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, sha256
+from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
 from vlmdiff.data.images import read_image
 from vlmdiff.data.sources import Photograph, find_photographs
@@ -209,11 +209,8 @@ def _alone(out: Path) -> Iterator[None]:
     if foreign or (out.exists() and not out.is_dir()):
         raise InputError(f"{out} holds other files ({', '.join(foreign[:3])}): give an empty or new folder as --out")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"another `vlmdiff score` writes to {out}: wait for it, or give another --out") from None
+    with hold(out / LOCK, f"the folder {out}"):
+        yield
 
 
 def _parts(out: Path) -> list[Path]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -19,6 +18,7 @@ from torch import nn
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import processes
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Training
 from vlmdiff.training import checkpoint
 
@@ -91,15 +91,9 @@ def fit(
         )
     if params.precision == "fp16" and here.device.type == "cpu":
         raise InputError(f"{name}.precision: fp16 needs a GPU; on a CPU choose fp32 or bf16")
-    state.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(state / "lock", timeout=0) if here.is_main_process else contextlib.nullcontext()
-    try:
-        with lock:
-            return _fit(name, model, loss, validation_loss, params, state / "checkpoint", adversary, keep_from)
-    except filelock.Timeout:
-        raise InputError(
-            f"another process is training {name} with the same inputs ({state}): wait for it or end it"
-        ) from None
+    # `state` belongs to these inputs: another process that holds it runs the same training.
+    with hold(state / "lock", f"{name}'s training state {state}") if here.is_main_process else contextlib.nullcontext():
+        return _fit(name, model, loss, validation_loss, params, state / "checkpoint", adversary, keep_from)
 
 
 def _fit(name, model, loss, validation_loss, params: Training, saved: Path, adversary, keep_from: int) -> History:
