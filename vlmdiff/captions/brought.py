@@ -14,7 +14,6 @@ ends in the other, such as an absolute path or a file name that only one image h
 means `000000000139.jpg`. Captions of images that the manifest does not list are counted and skipped (`.jsonl`: error).
 """
 
-import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ import pandas as pd
 
 from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import sha256
 from vlmdiff.core.params import CaptionFile
 from vlmdiff.data.images import resolve
 
@@ -44,7 +44,7 @@ class FromFile:
         file = _inside(dataset_root, params.file, "file")
         images = None if params.images is None else _inside(dataset_root, params.images, "images")
         self.captions = _match(file, images, frame)
-        digests = [hashlib.sha256(f.read_bytes()).hexdigest() for f in (file, images) if f is not None]
+        digests = [sha256(f) for f in (file, images) if f is not None]
         self.identity = {"captioner": "file", "sha256": digests}
 
     def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:

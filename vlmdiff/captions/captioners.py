@@ -1,6 +1,5 @@
 """Make captioners by name, and ask them for the captions that the store does not have yet."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -14,6 +13,7 @@ from vlmdiff.captions import describe
 from vlmdiff.captions.store import CaptionStore, key
 from vlmdiff.core import params as p
 from vlmdiff.core.console import say, track
+from vlmdiff.core.files import sha256
 from vlmdiff.core.processes import map_in_processes
 from vlmdiff.data import images
 
@@ -45,7 +45,7 @@ class Describe:
     def __init__(self, max_pixels: int):
         self.max_pixels = max_pixels
         # The hash of the code is the revision, so that no change of the algorithm goes unnoticed.
-        revision = hashlib.sha256(Path(describe.__file__).read_bytes()).hexdigest()
+        revision = sha256(Path(describe.__file__))
         self.identity = {"captioner": "describe", "revision": revision[:12]}
 
     def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 
 from vlmdiff.captions.prompts import NoCaption, caption_of, prompt_text, raise_for
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import sha256
 from vlmdiff.core.params import VisionLanguageModel
 from vlmdiff.data.images import read_image
 
@@ -165,6 +166,5 @@ def _digest(folder: Path) -> str:
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         name = file.relative_to(folder)
         if not any(part.startswith(".") for part in name.parts):
-            with file.open("rb") as stream:
-                digest.update(f"{name.as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{name.as_posix()}\0{sha256(file)}\n".encode())
     return digest.hexdigest()

@@ -1,6 +1,5 @@
 """The manifest: a Parquet file with one row per image. Equal images give equal bytes."""
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_path
+from vlmdiff.core.files import atomic_path, sha256
 from vlmdiff.core.params import Prepare
 from vlmdiff.data import cifar, demo
 from vlmdiff.data.images import decode, resolve
@@ -119,14 +118,12 @@ def _with_none(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _look(file: Path, max_pixels: int) -> dict[str, str | int | None]:
-    """Return an image's hash, size and mode, or the problem with it. Open the file once."""
-    with file.open("rb") as stream:
-        facts = {"image_id": hashlib.file_digest(stream, "sha256").hexdigest()}
-        stream.seek(0)
-        try:
-            image = decode(stream, max_pixels, name=str(file))
-        except InputError as error:
-            return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
+    """Return an image's hash, size and mode, or the problem with it."""
+    facts = {"image_id": sha256(file)}
+    try:
+        image = decode(file, max_pixels)
+    except InputError as error:
+        return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
     return {**facts, "width": image.width, "height": image.height, "mode": image.mode, "problem": None}
 
 
