@@ -151,7 +151,7 @@ def assert_kept(process: subprocess.Popen) -> None:
     result = json.loads(out)
     assert result["done"] > 3
     assert result["kept"] == list(range(result["done"]))
-    assert "captions.sqlite" in result["error"] and "is the disk full?" in result["error"]
+    assert "captions.sqlite" in result["error"] and "disk may be full" in result["error"]
 
 
 def rows(store: Path) -> list:

@@ -250,7 +250,7 @@ def test_a_model_that_is_not_a_local_folder_needs_a_revision():
 
 
 def test_mean_and_deviation_go_together():
-    with pytest.raises(ValueError, match="both of `image_mean` and `image_std`"):
+    with pytest.raises(ValueError, match="both `image_mean` and `image_std`"):
         VisionBackbone(model="some/model", image_mean=MEAN)
 
 

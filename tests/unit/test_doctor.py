@@ -78,7 +78,7 @@ def test_one_that_lacks_something_ends_with_status_one_and_says_how_to_get_it(he
     result = run(here, made(prepare={"layout": "folder", "root": "photographs"}))
 
     assert result.exit_code == 1
-    assert "set prepare.root" in result.output and "1 check(s) failed" in result.output
+    assert "Set prepare.root" in result.output and "1 check(s) failed" in result.output
     assert not list(here.iterdir())
 
 
