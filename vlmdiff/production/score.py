@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlmdiff.core.console import say, track
-from vlmdiff.core.device import processes
+from vlmdiff.core.device import process_group
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path
 from vlmdiff.core.params import Params
@@ -116,7 +116,7 @@ def score(
     the others. Raises InputError, and writes nothing, where a source or the model is missing, the detector needs other
     captions, or `out` is something else, another model's, or being written.
     """
-    here = processes()
+    here = process_group()
     folder, name, photographs = _from_main(here, lambda: (*_model(model, params), find_photographs(sources, out)))
     detector = Detector.from_pretrained(folder, str(here.device))
     name = name or f"sha256:{_sha256((folder / SETTINGS).read_bytes())[:16]}"

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from vlmdiff.core.console import say, track
-from vlmdiff.core.device import processes
+from vlmdiff.core.device import process_group
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import FirstStage, Part
 from vlmdiff.model import pretrained
@@ -37,7 +37,7 @@ def train_first_stage(
     the training images' latents have unit variance; a pretrained autoencoder keeps its own, which pretrained UNets
     know. With `steps: 0` the one row of the history measures the autoencoder as it is.
     """
-    here = processes()
+    here = process_group()
     torch.manual_seed(params.seed)
     vae = start(params).to(device, memory_format=torch.channels_last)
     normalization = Normalization(params.image_mean, params.image_std)

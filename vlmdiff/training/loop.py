@@ -17,7 +17,7 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch import nn
 
 from vlmdiff.core.console import say, track
-from vlmdiff.core.device import processes
+from vlmdiff.core.device import process_group
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Training
 from vlmdiff.training import checkpoint
@@ -83,7 +83,7 @@ def fit(
     Raises InputError where a batch cannot be shared out evenly, the precision has no hardware here, the loss is not
     finite, or another training has the folder.
     """
-    here = processes()
+    here = process_group()
     if params.batch_size % (params.accumulate * here.num_processes):
         raise InputError(
             f"{name}.batch_size = {params.batch_size} cannot be shared by {here.num_processes} processes in "
@@ -103,7 +103,7 @@ def fit(
 
 
 def _fit(name, model, loss, validation_loss, params: Training, saved: Path, adversary, keep_from: int) -> History:
-    here = processes()
+    here = process_group()
     main = here.is_main_process
     accelerator = Accelerator(
         mixed_precision="no" if params.precision == "fp32" else params.precision,
