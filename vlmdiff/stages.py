@@ -227,14 +227,17 @@ def write_history(report: Path, history: list[dict[str, float]]) -> None:
         write_json(temporary / "loss.json", history)
 
 
-def training_state(root: Path, params: p.Section, *inputs: Path) -> Path:
+def training_state(root: Path, params: p.Training, *inputs: Path) -> Path:
     """The folder for the state of the training that these parameters, inputs and this code define."""
     from accelerate.utils import broadcast_object_list
 
-    from vlmdiff.core.device import process_group
+    from vlmdiff.core.device import process_group, resolve_precision
 
+    here = process_group()
+    # A training that resumes on another machine must not change its precision.
+    params = params.model_copy(update={"precision": resolve_precision(params.precision, here.device)})
     # What the main process has found serves the others: the inputs are a whole dataset.
-    found = [_digest(params, *inputs) if process_group().is_main_process else None]
+    found = [_digest(params, *inputs) if here.is_main_process else None]
     folder = root / f"{type(params).__name__.lower()}-{broadcast_object_list(found)[0][:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

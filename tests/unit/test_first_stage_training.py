@@ -45,6 +45,7 @@ def trained(checkpoint, folder, **changes):
             "pretrained": {"model": str(checkpoint), "subfolder": "vae"},
             "image_size": SIZE,
             "steps": 3,
+            "precision": "fp32",
             "batch_size": 4,
             "learning_rate": 1e-3,
             "warmup_steps": 0,

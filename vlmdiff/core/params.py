@@ -179,12 +179,14 @@ class Training(Section):
     """What every training loop of ours has; rates fall by half a cosine after a linear warm-up.
 
     `batch_size` is that of an optimizer's step, whatever number of processes and of `accumulate` parts share it.
+    `precision` is what the networks compute in; the weights stay fp32. "auto" is bf16 on a GPU or CPU with instructions
+    for it, else fp32.
     """
 
     steps: Positive
     batch_size: Positive
     accumulate: Positive = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     learning_rate: PositiveFloat
     warmup_steps: Annotated[int, Field(ge=0)] = 50
