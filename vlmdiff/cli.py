@@ -52,15 +52,15 @@ def init(
 
 @app.command(rich_help_panel=BEFORE)
 def doctor(params: Annotated[Path, typer.Argument(help="The experiment, such as a preset.")] = w.PARAMS) -> None:
-    """What the experiment needs and whether it is there: dataset, models, memory, disk, time. Exit status 1 if not."""
+    """Check dataset, models, memory and disk, and measure the time. Exit status 1 if something is missing."""
     from rich.console import Console
 
     from vlmdiff.core.params import load
     from vlmdiff.setup.doctor import examine, report
 
-    checks = examine(load(params))
-    Console().print(report(checks))
-    if any(check.ok is False for check in checks):
+    rows = examine(load(params))
+    Console().print(report(rows))
+    if any(row.ok is False for row in rows):
         raise typer.Exit(1)
 
 

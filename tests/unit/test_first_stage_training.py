@@ -132,6 +132,14 @@ def test_all_losses_together_are_finite_and_fall(checkpoint, backbone, tmp_path,
     assert {weight.dtype for weight in vae.state_dict().values()} == {torch.float32}
 
 
+def test_a_decoder_of_a_backbones_features_trains_in_bfloat16(backbone, tmp_path):
+    space = {"model": str(backbone), "image_size": SIZE, "layers": [1, 2], "grid": 16}
+    settings = {"kind": "backbone", "backbone": space, "pretrained": None, "steps": 8}
+    vae, history = trained(None, tmp_path, **settings, precision="bf16")
+    assert history[-1]["validation_loss"] < history[0]["validation_loss"]
+    assert {weight.dtype for weight in vae.state_dict().values()} == {torch.float32}
+
+
 def test_the_perceptual_distance_is_between_normalised_features(backbone):
     params = Perceptual(model=str(backbone), image_size=32, layers=(1, 2))
     a, b = torch.rand(2, 2, 3, 32, 32)

@@ -1,5 +1,6 @@
 """Make the latent space: train an image autoencoder, fine-tune a pretrained one, or project a backbone's features."""
 
+import contextlib
 from pathlib import Path
 
 import accelerate.utils
@@ -99,7 +100,7 @@ class Reconstruction:
         params = self.params
         rows = batch_indices(len(self.images), params.batch_size, step, params.seed)[part]
         x = self._read(self.images[rows])
-        posterior = DiagonalGaussianDistribution(self.vae.encode(x).latent_dist.parameters.float())
+        posterior = self._encode(x)
         shape = (params.batch_size, *posterior.mean.shape[1:])
         noise = torch.randn(shape, generator=step_generator(params.seed, step))[part].to(self.device)
         z = posterior.mean + posterior.std * noise
@@ -125,7 +126,7 @@ class Reconstruction:
             batch = images[first : first + self.params.batch_size][share]
             if len(batch):
                 x = self._read(batch)
-                y = self.vae.decode(self.vae.encode(x).latent_dist.mode()).sample.float()
+                y = self.vae.decode(self._encode(x).mode()).sample.float()
                 total += float(F.l1_loss(y, x) + self._perceptual(y, x)) * len(batch)
         return total / len(images)
 
@@ -134,10 +135,17 @@ class Reconstruction:
         """Return the latents (N, C, h, w) of the images, not scaled."""
         size = self.params.batch_size
         batches = (images[first : first + size] for first in range(0, len(images), size))
-        return torch.cat([self.vae.encode(self._read(batch)).latent_dist.mode() for batch in batches])
+        return torch.cat([self._encode(self._read(batch)).mode() for batch in batches])
 
     def _read(self, images: np.ndarray) -> torch.Tensor:
         return self.normalization(from_uint8(images, self.device))
+
+    def _encode(self, x: torch.Tensor) -> DiagonalGaussianDistribution:
+        # A backbone's features stay as exact as later stages see them; on a CPU they cannot be resized in bf16.
+        exact = isinstance(self.vae, FeatureSpace)
+        with torch.autocast(self.device.type, enabled=False) if exact else contextlib.nullcontext():
+            posterior = self.vae.encode(x).latent_dist
+        return DiagonalGaussianDistribution(posterior.parameters.float())
 
     def _perceptual(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor | float:
         if self.features is None:

@@ -62,22 +62,6 @@ def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(merged)
 
 
-def untrained(params: TextEncoder, vocabulary: int, **ids: int) -> CLIPTextModel:
-    """Return a text model of the configured size. `ids`: the special tokens, as in `CLIPTextConfig`."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=params.hidden_size,
-            intermediate_size=4 * params.hidden_size,
-            num_hidden_layers=params.layers,
-            num_attention_heads=params.heads,
-            max_position_embeddings=params.max_tokens,
-            projection_dim=params.hidden_size,
-            **ids,
-        )
-    )
-
-
 def train_text_encoder(
     tokenizer: CLIPTokenizer,
     tokens: torch.Tensor,
@@ -92,8 +76,20 @@ def train_text_encoder(
     thumbnails: (N, 3, 8, 8) in [0, 1], the images that a linear image tower reads.
     """
     torch.manual_seed(seed)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = untrained(params, len(tokenizer), **ids).to(device)
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=params.hidden_size,
+            intermediate_size=4 * params.hidden_size,
+            num_hidden_layers=params.layers,
+            num_attention_heads=params.heads,
+            max_position_embeddings=params.max_tokens,
+            projection_dim=params.hidden_size,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).to(device)
     image_tower = nn.Linear(3 * THUMBNAIL**2, params.hidden_size).to(device)
     log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32, device=device))
     pixels = thumbnails.flatten(1)
