@@ -51,14 +51,17 @@ def init(
 
 
 @app.command(rich_help_panel=BEFORE)
-def doctor(params: Annotated[Path, typer.Argument(help="The experiment, such as a preset.")] = w.PARAMS) -> None:
+def doctor(
+    params: Annotated[Path, typer.Argument(help="The experiment, such as a preset.")] = w.PARAMS,
+    measure: Annotated[bool, typer.Option(help="Run a few steps of each training, for about a minute.")] = True,
+) -> None:
     """Check dataset, models, memory and disk, and measure the time. Exit status 1 if something is missing."""
     from rich.console import Console
 
     from vlmdiff.core.params import load
     from vlmdiff.setup.doctor import examine, report
 
-    rows = examine(load(params))
+    rows = examine(load(params), measure)
     Console().print(report(rows))
     if any(row.ok is False for row in rows):
         raise typer.Exit(1)

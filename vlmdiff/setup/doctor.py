@@ -36,7 +36,7 @@ from vlmdiff.training.cost import GIB, Cost, measure
 LIMIT = 60.0
 # The libraries in memory.
 AROUND = GIB
-# What `save_pretrained` of transformers and of diffusers calls the weights.
+# Names that `save_pretrained` of transformers and of diffusers gives the weights.
 WEIGHTS = "model.safetensors", "diffusion_pytorch_model.safetensors"
 UNKNOWN = "not measured"
 TRAININGS = "first_stage", "train"
@@ -62,14 +62,14 @@ class Model:
     parameters: int
 
 
-def examine(params: p.Params) -> list[Requirement]:
-    """Return everything that the experiment needs, in the order in which it needs it."""
+def examine(params: p.Params, measuring: bool = True) -> list[Requirement]:
+    """Return what the experiment needs, in the order in which it needs it; measure the trainings, if `measuring`."""
     rows, frame = _dataset(params)
     more, models = _models(params)
     missing = {row.name for row in more if not row.ok}
     device = pick_device()
     rows += [*more, _device(params, device)]
-    costs = {} if rows[-1].ok is False else _costs(params, device, models, missing)
+    costs = _costs(params, device, models, missing) if measuring and rows[-1].ok else {}
     for name, cost in costs.items():
         if cost.failure and not cost.too_large:
             rows.append(Requirement(f"{name}, a step", "fails", "to run", False, cost.failure))
@@ -117,11 +117,11 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
         f"{len(counts)} classes: {total['train']} train, {total['validation']} validation, {total['test']} test images "
         f"({(anomalous['split'] == 'test').sum()} anomalous)"
     )
-    checks = [Requirement("dataset", found, where, True)]
+    rows = [Requirement("dataset", found, where, True)]
 
     asked = pd.Series(least.model_dump())
     few = counts.index[(counts < asked[counts.columns]).any(axis=1)].tolist()
-    checks.append(
+    rows.append(
         Requirement(
             "images a class",
             ", ".join(f"{split} {count}" for split, count in counts.min().items()) + " at least",
@@ -131,40 +131,40 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
         )
     )
     with_mask, required = int(anomalous["mask_path"].notna().sum()), params.validate_.masks == "required"
-    checks.append(
+    rows.append(
         Requirement(
             "masks",
-            f"of {with_mask} of {len(anomalous)} anomalous images",
+            f"{with_mask} of {len(anomalous)} anomalous images",
             "all" if required else "none",
             with_mask == len(anomalous) or not required,
             "draw the others, or set validate.masks: optional and a gate.metric of whole images",
         )
     )
-    return checks, frame
+    return rows, frame
 
 
 # Models
 
 
 def _models(params: p.Params) -> tuple[list[Requirement], dict[str, Model]]:
-    """A check for each model that the parameters name, and those that are here by the key that names them."""
-    checks, found = [_captioner(params)], {}
+    """Return a row for each model that the parameters name, and the models that are here, by their key."""
+    rows, found = _captioner(params), {}
     for key, source, subfolder, pickled in _sources(params):
-        check, model = _model(key, source, subfolder, pickled)
-        checks.append(check)
+        row, model = _model(key, source, subfolder, pickled)
+        rows.append(row)
         if model is not None:
             found[key] = model
     for key, source, subfolder, files in _companions(params):
         try:
             folder = _folder(source, subfolder, files)
-            checks.append(Requirement(key, str(folder), _named(source, subfolder), True))
+            rows.append(Requirement(key, str(folder), _named(source, subfolder), True))
         except InputError as error:
-            checks.append(Requirement(key, "missing", _named(source, subfolder), False, str(error)))
-    return [check for check in checks if check is not None], found
+            rows.append(Requirement(key, "missing", _named(source, subfolder), False, str(error)))
+    return rows, found
 
 
 def _sources(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, bool]]:
-    """Networks: the key, where they come from, the subfolder, and whether the stage would read pickled weights."""
+    """Yield the networks: key, source, subfolder, and whether the stage would read pickled weights."""
     captioner, text = params.caption.captioner, params.encode.text_encoder
     if isinstance(captioner, p.VisionLanguageModel):
         yield "caption.captioner", captioner, "", False
@@ -184,7 +184,7 @@ def _sources(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, bool]]:
 
 
 def _companions(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, tuple[str, ...]]]:
-    """What networks need beside them, by any of its files."""
+    """Yield what the networks need as well: key, source, subfolder, and the files that may show it is there."""
     text = params.encode.text_encoder
     if isinstance(text, p.PretrainedTextEncoder):
         yield "tokenizer", text, text.tokenizer_subfolder, ("tokenizer.json", "vocab.json")
@@ -192,34 +192,36 @@ def _companions(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, tupl
         yield "noise schedule", params.train.pretrained, "scheduler", ("scheduler_config.json",)
 
 
-def _captioner(params: p.Params) -> Requirement | None:
-    """The check of a captioner that is no model here."""
-    captioner = params.caption.captioner
+def _captioner(params: p.Params) -> list[Requirement]:
+    """Return the row of a captioner that is not a model here, or of a mistake in one that is."""
+    captioner, key = params.caption.captioner, "caption.captioner"
     match captioner:
         case p.Describe():
-            return Requirement("caption.captioner", "describe", "no model", True)
+            return [Requirement(key, "describe", "no model", True)]
         case p.CaptionFile():
             names = [file for file in (captioner.file, captioner.images) if file is not None]
             needed = f"{', '.join(map(str, names))} in {params.prepare.root}"
-            for name in names:
-                try:
+            try:
+                for name in names:
                     if not resolve(params.prepare.root, name.as_posix()).is_file():
-                        raise InputError(f"{params.prepare.root / name} does not exist: write it, or name another")
-                except InputError as error:
-                    return Requirement("caption.captioner", "no such file", needed, False, str(error))
-            return Requirement("caption.captioner", "the file" if len(names) == 1 else "the files", needed, True)
+                        raise InputError(
+                            f"{params.prepare.root / name} does not exist. Write it, or name another file."
+                        )
+            except InputError as error:
+                return [Requirement(key, "no such file", needed, False, str(error))]
+            return [Requirement(key, "the file" if len(names) == 1 else "the files", needed, True)]
         case p.Endpoint():
             variable = captioner.api_key_variable
             needed = f"{captioner.base_url}, not asked" + (f"; a key in {variable}" if variable else ", without a key")
             try:
-                key = read_key(variable)
+                key_is_set = bool(read_key(variable))
             except InputError as error:
-                return Requirement("caption.captioner", "no key", needed, False, str(error))
-            return Requirement("caption.captioner", "a key is set" if key else "needs no key", needed, True)
+                return [Requirement(key, "no key", needed, False, str(error))]
+            return [Requirement(key, "a key is set" if key_is_set else "needs no key", needed, True)]
         case p.VisionLanguageModel() if Path(captioner.model).is_dir() and captioner.revision is not None:
-            advice = f"{captioner.model} is a folder here: take caption.captioner.revision out"
-            return Requirement("captioner's revision", captioner.revision, "none", False, advice)
-    return None
+            advice = f"{captioner.model} is a folder here. Remove caption.captioner.revision."
+            return [Requirement("captioner's revision", captioner.revision, "none", False, advice)]
+    return []
 
 
 def _model(key: str, source: p.Pretrained, subfolder: str, pickled: bool) -> tuple[Requirement, Model | None]:
@@ -240,7 +242,7 @@ def _named(source: p.Pretrained, subfolder: str) -> str:
 
 
 def _folder(source: p.Pretrained, subfolder: str, files: tuple[str, ...]) -> Path:
-    """The folder that has one of `files`, here or in the hub's cache. Raises InputError where there is none."""
+    """Return the folder that has one of `files`, here or in the hub's cache. Raise InputError if there is none."""
     try:
         check_pinned(source)
     except InputError as error:
@@ -248,7 +250,7 @@ def _folder(source: p.Pretrained, subfolder: str, files: tuple[str, ...]) -> Pat
     if Path(source.model).is_dir():
         folder = Path(source.model, subfolder)
         if not any((folder / name).is_file() for name in files):
-            raise InputError(f"{folder} has no {' or '.join(files)}: copy the whole of the model there")
+            raise InputError(f"{folder} has no {' or '.join(files)}. Copy the whole model there.")
         return folder
     for name in files:
         try:
@@ -256,17 +258,17 @@ def _folder(source: p.Pretrained, subfolder: str, files: tuple[str, ...]) -> Pat
                 source.model, f"{subfolder}/{name}" if subfolder else name, revision=source.revision
             )
         except ValueError as error:
-            raise InputError(f"{source.model} is no folder here and no name on the hub: {error}") from error
+            raise InputError(f"{source.model} is neither a folder here nor a name on the hub: {error}") from error
         if isinstance(cached, str):
             return Path(cached).parent
     raise InputError(
-        f"{source.model} is not in the hub's local cache at this revision: `hf download {source.model} --revision "
-        f"{source.revision}` brings it (so does the stage, where there is a network)"
+        f"{source.model} is not in the hub's local cache at this revision. Run `hf download {source.model} --revision "
+        f"{source.revision}`; with a network, the stage does so itself."
     )
 
 
 def _weights(folder: Path, pickled: bool) -> tuple[int, int]:
-    """Bytes and number of the weights in `folder`, by the files' headers. InputError where they are not whole."""
+    """Return bytes and number of the weights in `folder`, by the files' headers. Raise InputError if one is cut off."""
     files: list[Path] = []
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
@@ -277,17 +279,17 @@ def _weights(folder: Path, pickled: bool) -> tuple[int, int]:
         if files:
             break
     if not files and pickled and (file := folder / "pytorch_model.bin").is_file():
-        # Its header is code: by the size of float32.
+        # Reading its header would run code: count by the size of float32.
         return file.stat().st_size, file.stat().st_size // 4
     if not files:
-        raise InputError(f"{folder} has no {' or '.join(WEIGHTS)}: copy the whole of the model there")
+        raise InputError(f"{folder} has no {' or '.join(WEIGHTS)}. Copy the whole model there.")
     parameters = 0
     for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:
                 parameters += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is not whole ({error}): download it again") from error
+            raise InputError(f"{file} is incomplete ({error}). Download it again.") from error
     return sum(file.stat().st_size for file in files), parameters
 
 
@@ -409,7 +411,7 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
         if name in seconds:
             total += seconds[name]
             found = f"{_duration(seconds[name])}: {cost.step:.2g} s a step"
-        elif least := max([cost.unfinished or 0.0, *cost.steps[-1:]]):
+        elif least := cost.step or (cost.start and cost.unfinished):
             found = f"at least {_duration(least * training.steps)}: {least:.2g} s a step"
         else:
             found = UNKNOWN
@@ -460,7 +462,7 @@ def _json(file: Path) -> dict:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+        raise InputError(f"{file}: cannot decode as JSON ({error}). Copy or download it again.") from error
 
 
 def _bytes(size: float) -> str:
