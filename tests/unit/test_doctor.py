@@ -258,8 +258,8 @@ def test_captions_in_a_file_are_looked_for_in_the_dataset(here):
 def test_a_disk_that_is_too_small_is_missing(here, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**20, 2**20 - 1000, 1000))
-    result = run(here, TINY)
-    assert result.exit_code == 1 and re.search(r"disk: make room", result.output)
+    result = run(here, TINY, "--measure")
+    assert result.exit_code == 1 and "disk: free some space" in result.output
 
 
 def test_half_precision_needs_a_gpu(here, monkeypatch):
@@ -276,10 +276,10 @@ def cost(limit: float = 120.0, stage: str = "train", **sections) -> Cost:
 
 
 def test_a_larger_batch_takes_more_seconds_and_more_memory(here):
-    small, large = cost(), cost(train={"batch_size": 512})
+    small, large = cost(), cost(train={"batch_size": 128})
     assert small.failure is None and large.failure is None
     assert large.step > 4 * small.step
-    assert large.memory > small.memory + GIB / 20
+    assert large.memory > small.memory + GIB / 40
     assert small.trained == large.trained and small.weights == large.weights
 
 
