@@ -1,4 +1,4 @@
-# Needs Python 3.11 or later, git and make. Everything else goes into .venv.
+# Needs Python 3.11 or later, git and make. Everything else is installed into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# No tool reports its use to anybody.
+# Turn off the usage statistics of all tools.
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 export GX_ANALYTICS_ENABLED := false
@@ -19,34 +19,34 @@ export MLFLOW_DISABLE_TELEMETRY := true
 .DEFAULT_GOAL := help
 .PHONY: help demo test services lint up down bench
 
-help: ## List what can be made
+help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-demo: $(INSTALLED) ## From photographs to a promoted model: the flow `retrain` on params.yaml
+demo: $(INSTALLED) ## Train, register and judge a model: the flow `retrain` on params.yaml
 	@python -m flows.retrain
 
 test: $(INSTALLED) ## Run the tests
 	@pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-services: $(INSTALLED) ## Run the tests that bring up servers and a worker, and kill them
+services: $(INSTALLED) ## Run the tests that start and kill servers and workers (twenty minutes)
 	@pytest -m services
 
-lint: $(INSTALLED) ## Check style and unused code
+lint: $(INSTALLED) ## Check style, formatting and types
 	@ruff check .
 
-up: $(INSTALLED) ## Start servers and a worker on loopback, deploy the flows
+up: $(INSTALLED) ## Start the servers and a worker on this machine, and deploy the flows
 	@python -m flows.servers up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT) \
 		--reports-port $(REPORTS_PORT)
 
-down: $(INSTALLED) ## End what `make up` started
+down: $(INSTALLED) ## Stop what `make up` started
 	@python -m flows.servers down
 
-bench: $(INSTALLED) ## Run the benchmarks
+bench: $(INSTALLED) ## Run all benchmarks
 	@$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[test,bench]'
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; python $$file; done
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@echo "Installing into .venv (some minutes the first time) ..."
+	@echo "Installing into .venv (takes a few minutes the first time) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@

@@ -1,9 +1,9 @@
-"""Exact AU-PRO in closed form beside the two usual ways: a full sort, and a loop over 200 thresholds.
+"""Compare the closed-form AU-PRO with the two usual methods: a full sort, and a loop over 200 thresholds.
 
     python benchmarks/aupro.py --maps 60 --maps 400
 
-Each way starts from maps and masks, labels the regions and takes the area up to a rate of 0.3; the fastest of
-several runs counts. The loop over thresholds is an approximation: see its error.
+Each method starts from maps and masks, labels the regions and computes the area up to a false-positive rate of 0.3. The
+table shows the fastest of several runs. The loop over thresholds is an approximation; the table shows its error.
 """
 
 import gc
@@ -25,7 +25,7 @@ MAX_FPR = 0.3
 
 
 def full_sort(maps: np.ndarray, masks: np.ndarray) -> float:
-    """Sort all pixels, cumulate both rates, keep the last point of each score, integrate."""
+    """Sort all pixels, accumulate both rates, keep the last point of each score, and integrate."""
     pixels = collect(maps, masks)
     scores = np.concatenate([pixels.anomalous, pixels.normal])
     overlap = np.concatenate([pixels.shares, np.zeros(len(pixels.normal))])
@@ -39,8 +39,8 @@ def full_sort(maps: np.ndarray, masks: np.ndarray) -> float:
 
 
 def threshold_loop(maps: np.ndarray, masks: np.ndarray, thresholds: int = 200) -> float:
-    """As evaluations of this field commonly do, the reference's too: at each of evenly spaced thresholds scikit-image
-    finds the regions of every mask again, and the shares of them that are above the threshold are averaged."""
+    """Compute AU-PRO as the reference code and many others do: at each of `thresholds` evenly spaced thresholds,
+    scikit-image finds the regions of every mask again, and the overlaps are averaged over the regions."""
     normal, fpr, pro = ~masks, [0.0], [0.0]
     for threshold in np.linspace(maps.max(), maps.min(), thresholds):
         cut = maps >= threshold
@@ -62,7 +62,7 @@ def area_below_limit(fpr: np.ndarray, pro: np.ndarray) -> float:
 
 
 def make_maps(count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Blurred noise, raised inside three rectangles on every second map."""
+    """Return maps of blurred noise, raised inside three rectangles on every second map, and the rectangles' masks."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((count, size, size), bool)
     for mask in masks[::2]:
@@ -88,7 +88,7 @@ def fastest(method: Callable, maps: np.ndarray, masks: np.ndarray, repeats: int)
 def main(
     maps: Annotated[list[int], typer.Option(help="Number of maps; repeat it for several.")] = (60, 400),
     size: Annotated[int, typer.Option(help="Side of a map in pixels.")] = 256,
-    repeats: Annotated[int, typer.Option(help="Runs of each way, of which the fastest counts.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Runs of each method; the fastest counts.")] = 3,
     loop: Annotated[bool, typer.Option(help="Also time the loop over 200 thresholds.")] = True,
     seed: int = 0,
 ) -> None:
@@ -96,8 +96,8 @@ def main(
     if loop:
         ways["200 thresholds"] = threshold_loop
     table = Table(title=f"AU-PRO up to {MAX_FPR}, maps of {size}x{size} in float32")
-    for column in ("maps", "way", "seconds", "times as long", "AU-PRO", "off by"):
-        table.add_column(column, justify="left" if column == "way" else "right")
+    for column in ("maps", "method", "seconds", "relative time", "AU-PRO", "error"):
+        table.add_column(column, justify="left" if column == "method" else "right")
     for count in maps:
         anomaly_maps, masks = make_maps(count, size, seed)
         measured = {way: fastest(method, anomaly_maps, masks, repeats) for way, method in ways.items()}

@@ -1,7 +1,9 @@
-"""What diffusion adds: the detector of this workspace beside the autoencoder alone and each class's mean image.
+"""Measure what diffusion adds: compare this workspace's detector with its autoencoder alone and with class means.
 
-All three are compared with the photographs in the same features, on the same scales, with the same smoothing; only
-the reconstruction differs. Run it where `make demo` or `dvc repro` ran: python benchmarks/demo.py
+All three use the same features, scales and smoothing; only the reconstruction differs. Run it in a workspace where
+`make demo` or `dvc repro` has run:
+
+    python benchmarks/demo.py
 """
 
 from pathlib import Path
@@ -20,14 +22,14 @@ from vlmdiff.evaluation.metrics import evaluate_classes
 
 
 class AutoencoderAlone(Detector):
-    """Reconstructs by the first stage, without noise and without the denoiser."""
+    """Reconstruct with the first stage only, without noise and denoiser."""
 
     def reconstruct(self, latents, images, seed, captions=None) -> tuple[torch.Tensor, None]:
         return latents, None
 
 
 class MeanImage(Detector):
-    """Reconstructs by the mean of the training images of the class at hand."""
+    """Reconstruct every image as the mean of its class's training images."""
 
     mean: torch.Tensor
 

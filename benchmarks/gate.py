@@ -1,10 +1,13 @@
-"""What the gate's promises are worth, simulated with the demo's model: python benchmarks/gate.py, where the demo ran.
+"""Simulate how often the gate is right, with the demo's model. Run it in a workspace where `make demo` has run:
 
-A pool of new test images, five times as many as the demo's and drawn by another seed, is judged by the demo's model and
-by a weaker one. Then, over and over, a test set of the demo's size is drawn from the pool. How often does the better
-model pass for better than the weaker one? And how often does one of two that are alike, where for each image a coin
-decides who gets which one's judgement? The images without defects also say how often the conformal threshold of as many
-as the demo holds out raises a false alarm on the others.
+    python benchmarks/gate.py
+
+The demo's model and a weaker one judge a pool of new test images, generated with another seed and five times as large
+as the demo's test set. Test sets of the demo's size are then drawn from the pool many times, to count
+
+- how often the better model passes the comparison with the weaker one;
+- how often one of two equal models passes: for each image, a coin decides which model gets which judgement;
+- how often the conformal threshold raises a false alarm on new normal images.
 """
 
 import sys
@@ -35,13 +38,16 @@ CALIBRATIONS = 10000
 
 @dataclass(frozen=True)
 class Pool:
-    """Of a class: both models' statistics of each image, the better model's first."""
+    """Hold both models' statistics of each image of a class, the better model's first."""
 
     models: tuple[Statistics, Statistics]
 
     def test(self, rng: np.random.Generator, images: dict[bool, int], share: float) -> tuple[Statistics, Statistics]:
-        """Two models' statistics of so many good (False) and defective images; the first has this share of the better
-        model's judgements, the second all others."""
+        """Draw a test set of `images[False]` good and `images[True]` defective images.
+
+        Returns two models' statistics. The first model gets the share `share` of the better model's judgements, the
+        second model gets all others.
+        """
         truth = self.models[0].is_anomalous
         rows = np.concatenate(
             [rng.choice(np.flatnonzero(truth == kind), count, replace=False) for kind, count in images.items()]
@@ -59,7 +65,7 @@ class Pool:
 
 
 def pool(folder: Path) -> tuple[dict[str, Pool], np.ndarray]:
-    """The judged pool, class by class, and the better model's scores of the good images."""
+    """Return the judged pool of each class, and the better model's scores of the good images."""
     params = load(w.PARAMS)
     demo = params.prepare.demo
     prepare = params.prepare.model_copy(update={"layout": "mvtec_ad", "root": folder})
@@ -90,7 +96,7 @@ def pool(folder: Path) -> tuple[dict[str, Pool], np.ndarray]:
         truth = part["is_anomalous"].tolist()
         found = [detector.detect(images) for detector in (better, worse)]
         scores = [[one.score for one in detections] for detections in found]
-        # The two models' maps are counted in the same groups: an image may take either's.
+        # Both models' maps are counted in the same groups, because an image may get either model's judgement.
         maps = [[one.anomaly_map for one in detections] for detections in found]
         both = Statistics.of(maps[0] + maps[1], masks * 2, scores[0] + scores[1], truth * 2)
         halves = (slice(None, len(truth)), slice(len(truth), None))
@@ -117,11 +123,11 @@ def main() -> None:
         pools, normal = pool(Path(folder))
     whole = [evidence({name: p.models[i] for name, p in pools.items()}, max_fpr) for i in (0, 1)]
     apart = whole[0].results.mean["au_pro"] - whole[1].results.mean["au_pro"]
-    print(f"pool: {sum(len(p.models[0].scores) for p in pools.values())} images, AU-PRO apart by {apart:.4f}")
+    print(f"pool: {sum(len(p.models[0].scores) for p in pools.values())} images, AU-PRO differs by {apart:.4f}")
     defects = len(pools[min(pools)].models[0].is_anomalous) // POOL - demo.test_good
     images = {False: demo.test_good, True: defects}
 
-    table = Table("model", "better by", "passes", "with no class falling by 0.05", title=f"{trials} test sets each")
+    table = Table("model", "better by", "passes", "passes, max_class_drop 0.05", title=f"{trials} test sets each")
     for title, share in (("alike", 0.5), ("better", 1.0)):
         passed, gained = np.zeros(2), 0.0
         for _ in track(range(trials), title, trials):
@@ -145,9 +151,9 @@ def main() -> None:
         threshold = conformal_threshold(normal[order[:count]], rate)
         rates[i] = np.mean(normal[order[count:]] > threshold)
     print(
-        f"false alarms: {rates.mean():.4f} of new normal images over {CALIBRATIONS} calibrations of {count}; "
-        f"guaranteed {said.guarantee:.4f}, asked {rate}; between {low:.3f} and {high:.3f}, where 0.9 are expected of "
-        f"endless images, {np.mean((rates >= low) & (rates <= high)):.3f} of them"
+        f"false alarms: {rates.mean():.4f} of new normal images, over {CALIBRATIONS} calibrations with {count} images; "
+        f"guaranteed {said.guarantee:.4f}, requested {rate}; {np.mean((rates >= low) & (rates <= high)):.3f} of the "
+        f"calibrations have a rate between {low:.3f} and {high:.3f}, 0.9 are expected with unlimited images"
     )
 
 

@@ -1,10 +1,18 @@
-"""Does the monitor find drift, and keep quiet without? python benchmarks/monitor.py, where the demo ran.
+"""Measure how often the monitor finds drift, and how often it raises a false alarm. Run it where `make demo` has run:
 
-A pool of new photographs, drawn by another seed, is judged once by the demo's model, and a part of it once more in each
-kind of drift. Days of 200 photographs are drawn from it. First with the reference of the demo's own calibration: days
-without drift, in the same mix of products and in one that differs from day to day; days in other light, out of focus;
-and days in which one product is new, as its photographs were taken out of the reference. Then days without drift again,
-each with a calibration of its own, as large as the demo's and drawn from the pool: what the stated rate means.
+    python benchmarks/monitor.py
+
+The demo's model judges a pool of new images, generated with another seed, and a part of them again under each kind of
+drift. Simulated days of 200 images are drawn from the pool.
+
+With the demo's own calibration, the days have
+
+- no drift, with the same mix of products every day, or with a mix that changes from day to day;
+- other light, or blur;
+- a new product: its images are removed from the reference.
+
+Then each day without drift gets a calibration of its own, as large as the demo's and drawn from the pool. This is what
+the stated false-alarm rate refers to.
 """
 
 import sys
@@ -46,7 +54,7 @@ def brighter(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def judged(rows: pd.DataFrame, detector: Detector, folder: Path, change=lambda image: image) -> pd.DataFrame:
-    """What `vlmdiff score` would write of these photographs, with their truth."""
+    """Return the rows that `vlmdiff score` would write for these images, with their truth."""
     images = (change(load_rgb(resolve(folder, path), None, LIMIT)) for path in rows["path"])
     seen = []
 
@@ -61,7 +69,7 @@ def judged(rows: pd.DataFrame, detector: Detector, folder: Path, change=lambda i
 
 
 def pool(params: Params, detector: Detector) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
-    """The pool as it is, and a part of its good photographs in each kind of drift."""
+    """Return the judged pool, and a part of its good images under each kind of drift."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_demo(folder, seed=SEED, train=1, test_good=GOOD, test_per_defect=DEFECTIVE, size=params.prepare.demo.size)
@@ -77,7 +85,7 @@ def pool(params: Params, detector: Detector) -> tuple[pd.DataFrame, dict[str, pd
 
 
 def calibrated(params: Params, detector: Detector) -> tuple[pd.DataFrame, Calibration]:
-    """The reference that `vlmdiff evaluate` writes beside this workspace's detector."""
+    """Return the reference that `vlmdiff evaluate` writes next to this workspace's detector."""
     held_out = manifest.read(w.MANIFEST)
     held_out = held_out[held_out["split"] == "validation"]
     size, root = detector.pipeline.config.image_size, params.prepare.image_root
@@ -89,13 +97,13 @@ def calibrated(params: Params, detector: Detector) -> tuple[pd.DataFrame, Calibr
 
 
 def draw(rng: np.random.Generator, good: pd.DataFrame, bad: pd.DataFrame | None, share: float, mix: float | None):
-    """A day's photographs: so large a share of defective ones; the classes in equal shares, or in Dirichlet(`mix`)."""
+    """Draw the images of a day: the share `share` is defective; class shares are equal or from Dirichlet(`mix`)."""
     names = sorted(good["class_name"].unique())
     shares = np.full(len(names), 1 / len(names)) if mix is None else rng.dirichlet(np.full(len(names), mix))
     defective = 0 if bad is None else rng.binomial(IMAGES, share)
     counts = rng.multinomial(IMAGES - defective, shares)
     parts = [
-        # A day of one product alone needs more than the pool has: some of its photographs come twice.
+        # A day with a single product may need more images than the pool has: some are then drawn twice.
         part.sample(count, replace=count > len(part), random_state=rng)
         for count, part in zip(counts, (good[good["class_name"] == name] for name in names), strict=True)
     ]
@@ -105,7 +113,7 @@ def draw(rng: np.random.Generator, good: pd.DataFrame, bad: pd.DataFrame | None,
 
 
 def anew(rng: np.random.Generator, good: pd.DataFrame, size: int, calibration: Calibration):
-    """A calibration of so many photographs of the pool, and the others, their scores in its terms."""
+    """Calibrate on `size` images of the pool; return them and the others, both rescored, and the calibration."""
     order = good.groupby("class_name").sample(size // good["class_name"].nunique(), random_state=rng).index
     raw = good["score"] / (1 - good["score"])
     threshold = conformal_threshold(raw[order].to_numpy(), calibration.false_alarm_rate)
@@ -123,7 +131,7 @@ def main() -> None:
     good = everything[everything["defect"].isna()].reset_index(drop=True)
     bad = everything[everything["defect"].notna()]
     known = Known.of(reference)
-    table = Table("days of 200 photographs", "days", "drift found", "tests that found it", title="Monitor")
+    table = Table("days of 200 images", "days", "days with drift", "tests that found it", title="Monitor")
 
     def add(title: str, checks: list[DriftCheck]) -> None:
         found = [one for one in checks if one.drift]
@@ -139,10 +147,10 @@ def main() -> None:
     add("no drift, shares from Dirichlet(1)", [clean(1.0) for _ in range(days)])
     for mix in (None, 1.0):
         checks = []
-        for _ in track(range(days), "calibrate anew", days):
+        for _ in track(range(days), "calibrate", days):
             own, others, said = anew(rng, good, len(reference), calibration)
             checks.append(clean(mix, Known.of(own), others, said))
-        add(f"no drift, calibrated anew, {'equal shares' if mix is None else 'Dirichlet(1)'}", checks)
+        add(f"no drift, new calibration per day, {'equal shares' if mix is None else 'Dirichlet(1)'}", checks)
     for title, rows in drifted.items():
         add(title, [check(draw(rng, rows, None, 0, None), known, calibration, settings) for _ in range(DRIFT_DAYS)])
     for name in sorted(reference["class_name"].unique()):
@@ -150,8 +158,8 @@ def main() -> None:
         add(f"{name} is new", [clean(None, without) for _ in range(DRIFT_DAYS)])
     Console().print(table)
     print(
-        f"{len(reference)} photographs at calibration. Stated: at most {settings.false_alarm_rate:.0%} of days without "
-        f"drift, where {settings.defect_rate:.0%} of photographs are defective"
+        f"{len(reference)} calibration images. Stated rate: drift on at most {settings.false_alarm_rate:.0%} of days "
+        f"without drift, if {settings.defect_rate:.0%} of the images are defective"
     )
 
 

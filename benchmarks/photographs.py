@@ -1,10 +1,13 @@
-"""The detector of this workspace beside PatchCore in the same backbone, on the same test images, at the same size.
+"""Compare this workspace's detector with PatchCore: same backbone, same test images, same image size.
 
-PatchCore (Roth et al., CVPR 2022) with one memory bank for all classes: patches of MobileNetV2's layers 4, 11 and 14,
-averaged over 3 x 3, each of unit length; 6,000 of a class at random; the distance to the nearest, smoothed by a
-Gaussian of sigma 4. Neither is told the class. Intervals are of 1,000 bootstrap samples of each class's test images,
-the same for both. Run it where `dvc repro` ran with a preset for photographs and a MobileNetV2 as models/backbone:
-python benchmarks/photographs.py
+Run it in a workspace where `dvc repro` has run with a preset for photographs and a MobileNetV2 in models/backbone:
+
+    python benchmarks/photographs.py
+
+PatchCore (Roth et al., CVPR 2022) has one memory bank for all classes. It uses patches of MobileNetV2's layers 4, 11
+and 14, averaged over 3 x 3 and normalised to unit length; 6,000 random patches per class; and the distance to the
+nearest patch, smoothed by a Gaussian of sigma 4. Neither method knows the class of a test image. Intervals come from
+1,000 bootstrap samples of each class's test images, the same for both methods.
 """
 
 import time
@@ -32,7 +35,7 @@ CPU, BACKBONE = torch.device("cpu"), Path("models/backbone")
 
 
 class PatchCore:
-    """images: uint8 (N, S, S, 3), normal, of these classes."""
+    """PatchCore with one memory bank for normal images, uint8 (N, S, S, 3), of these classes."""
 
     def __init__(self, images: np.ndarray, classes: np.ndarray):
         self.size = images.shape[1]
@@ -47,7 +50,7 @@ class PatchCore:
         self.squares = self.bank.square().sum(dim=1)
 
     def patches(self, images: np.ndarray) -> torch.Tensor:
-        """(N, places, features)."""
+        """Return patches (N, places, features)."""
         parts = []
         for start in range(0, len(images), 16):
             maps = [F.avg_pool2d(x, 3, 1, 1) for x in self.backbone(from_uint8(images[start : start + 16], CPU))]
@@ -55,7 +58,7 @@ class PatchCore:
         return torch.cat(parts)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Maps (N, S, S)."""
+        """Return anomaly maps (N, S, S)."""
         maps = []
         for patches in self.patches(images):
             squared = patches.square().sum(dim=1, keepdim=True) + self.squares - 2 * patches @ self.bank.T
@@ -69,7 +72,7 @@ def interval(values: tuple[float, float]) -> str:
 
 def main() -> None:
     if not BACKBONE.is_dir():
-        print(f"no {BACKBONE} here: this is not a workspace of photographs")
+        print(f"skipped: {BACKBONE} does not exist, so this is not a workspace with real photographs")
         return
     params = load(w.PARAMS)
     frame, root, max_pixels = manifest.read(w.MANIFEST), params.prepare.image_root, params.prepare.max_pixels
@@ -85,7 +88,7 @@ def main() -> None:
         [empty if path is None else load_mask(resolve(root, path), size, max_pixels) for path in test["mask_path"]]
     )
     truths, images = test["is_anomalous"].to_numpy(), read(test)
-    # It takes the held-out normal images as well, which ours calibrates on.
+    # PatchCore also gets the held-out normal images, on which our detector calibrates.
     patchcore = PatchCore(read(normal), normal["class_name"].to_numpy())
     began = time.monotonic()
     found = list(ours.stream(images, 16))
@@ -95,7 +98,7 @@ def main() -> None:
     maps["PatchCore"] = patchcore(images)
     pace["PatchCore"] = len(images) / (time.monotonic() - began)
     scores["PatchCore"] = maps["PatchCore"].max(axis=(1, 2))
-    # Beside it with our way from a map to a score.
+    # PatchCore again, with our detector's score of a map.
     maps["PatchCore, same score"] = maps["PatchCore"]
     scores["PatchCore, same score"] = image_scores(maps["PatchCore"], ours.params.image_score)
 
@@ -110,7 +113,7 @@ def main() -> None:
     table.add_section()
     means = [result.mean for result in results.values()]
     table.add_row("mean", *(f"{values['au_pro']:.3f} / {values['image_auroc']:.3f}" for values in means))
-    table.add_row("images a second", *(f"{pace[title]:.1f}" for title in pace))
+    table.add_row("images / s", *(f"{pace[title]:.1f}" for title in pace))
     Console().print(table)
 
     members = {name: classes == name for name in sorted(set(classes))}
@@ -124,7 +127,7 @@ def main() -> None:
             less = (
                 ""
                 if title == "vlmdiff"
-                else f", vlmdiff less it {interval((drawn['vlmdiff'] - found).interval(metric))}"
+                else f", vlmdiff minus {title} {interval((drawn['vlmdiff'] - found).interval(metric))}"
             )
             print(f"{METRICS[metric]}, {title}: {interval(found.interval(metric))}{less} (95 %)")
 

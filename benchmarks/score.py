@@ -1,8 +1,8 @@
-"""`vlmdiff score` on photographs of the demo factory: images a second and memory, by one process and by two.
+"""Measure images per second and memory of `vlmdiff score` on demo images, with one process and with two.
 
     python benchmarks/score.py --images 10000
 
-By the detector of this workspace (`make demo` makes one), or by --model's. Each process has one thread.
+It uses the detector of this workspace (`make demo` creates one) or the one of --model. Each process has one thread.
 """
 
 import os
@@ -37,7 +37,7 @@ DEFECTIVE = 0.1
 
 
 class Moment(NamedTuple):
-    """When so many images were judged: memory of the largest process, and CPU seconds of all until then."""
+    """State after `images` judged images: memory of the largest process, and CPU seconds of all processes so far."""
 
     images: int
     mebibytes: float
@@ -51,7 +51,7 @@ def look(process: psutil.Process, images: int) -> Moment:
 
 
 def score(launcher: list[str], arguments: list[str]) -> tuple[float, list[Moment]]:
-    """Images a second, and the moments at which the main process has written a part."""
+    """Return images per second, and the moments at which the main process wrote a part."""
     process = psutil.Popen(
         [*launcher, "-m", "vlmdiff.cli", "score", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
@@ -63,17 +63,17 @@ def score(launcher: list[str], arguments: list[str]) -> tuple[float, list[Moment
         if found := re.match(r"score: (\d+) of about", line):
             moments.append(look(process, int(found[1])))
     if process.wait():
-        sys.exit(f"it did not score: {line}")
+        sys.exit(f"vlmdiff score failed: {line}")
     return float(re.search(r"([\d.]+) images a second", line)[1]), moments
 
 
 def main(
-    images: Annotated[int, typer.Option(min=240, help="About so many photographs.")] = 2000,
-    model: Annotated[Path, typer.Option(help="A detector's folder.")] = w.DETECTOR,
-    processes: Annotated[list[int], typer.Option(help="By so many processes.")] = (1, 2),
+    images: Annotated[int, typer.Option(min=240, help="Approximate number of images.")] = 2000,
+    model: Annotated[Path, typer.Option(help="Folder of a detector.")] = w.DETECTOR,
+    processes: Annotated[list[int], typer.Option(help="Number of processes; repeat it for several.")] = (1, 2),
 ) -> None:
-    table = Table(title=f"vlmdiff score, {images} photographs of {Demo().size} x {Demo().size}")
-    for column in ("processes", "images a second", "a CPU second", "MiB at a tenth", "MiB at the end"):
+    table = Table(title=f"vlmdiff score, {images} images of {Demo().size} x {Demo().size}")
+    for column in ("processes", "images / s", "images / CPU s", "MiB after a tenth", "MiB at the end"):
         table.add_column(column, justify="right")
     defects = sum(len(kinds) for _, kinds in PRODUCTS.values())
     per_defect = round(DEFECTIVE * images / defects)
@@ -92,7 +92,7 @@ def main(
             assert written["path"].is_unique and written["error"].isna().all()
             assert len(written) == good * len(PRODUCTS) + per_defect * defects
             early, last = next(m for m in moments if m.images >= images / 10), moments[-1]
-            # On a machine that has other things to do, CPU seconds say more; without those of starting.
+            # On a busy machine, CPU seconds are more reliable. The start-up is left out.
             work = (last.images - moments[0].images) / (last.seconds - moments[0].seconds)
             sizes = (f"{early.mebibytes:.0f}", f"{last.mebibytes:.0f}")
             table.add_row(str(count), f"{speed:.1f}", f"{work:.1f}", *sizes)

@@ -1,7 +1,9 @@
-"""How a served champion answers under load: errors, throughput, latency, by `mlflow models serve` on loopback.
+"""Measure errors, throughput and latency of the champion, served by `mlflow models serve` on loopback.
 
-Each request is a test photograph's file in base64, as a client sends it; the client threads ask again as soon as they
-are answered. Run it where there is a champion: python benchmarks/serving.py
+Each request sends test images as base64. Each client thread sends its next request as soon as it has an answer. Run it
+in a workspace that has a champion:
+
+    python benchmarks/serving.py
 """
 
 import argparse
@@ -22,9 +24,9 @@ import mlflow
 from rich.console import Console
 from rich.table import Table
 
-from flows.processes import end_group
 from vlmdiff.core import workspace as w
 from vlmdiff.core.params import load
+from vlmdiff.core.processes import end_group
 from vlmdiff.data import manifest
 from vlmdiff.data.images import resolve
 from vlmdiff.registry.store import CHAMPION, tracking_uri
@@ -34,7 +36,7 @@ PATIENCE = 180.0
 
 @contextlib.contextmanager
 def serve(model: str, store: str) -> Iterator[str]:
-    """The address of a server of the model, which ends with the block."""
+    """Yield the address of a server of the model; the server stops when the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -50,7 +52,7 @@ def serve(model: str, store: str) -> Iterator[str]:
                         break
                 if server.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise SystemExit(f"the server does not start:\n{log.read()}")
+                    raise SystemExit(f"the server did not start:\n{log.read()}")
                 time.sleep(0.2)
             yield url
         finally:
@@ -61,10 +63,12 @@ def serve(model: str, store: str) -> Iterator[str]:
 def main() -> None:
     params = load(w.PARAMS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default=f"models:/{params.registry.model_name}@{CHAMPION}", help="MLflow's address")
+    parser.add_argument(
+        "--model", default=f"models:/{params.registry.model_name}@{CHAMPION}", help="MLflow URI of the model"
+    )
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=1, help="photographs of a request")
+    parser.add_argument("--rows", type=int, default=1, help="images per request")
     asked = parser.parse_args()
 
     store = tracking_uri(params.registry)
@@ -73,7 +77,7 @@ def main() -> None:
     test = frame[frame["split"] == "test"]
     wanted = mlflow.models.get_model_info(asked.model).signature.inputs.required_input_names()
     if "caption" in wanted:
-        raise SystemExit("this model wants a caption of each photograph, which this benchmark does not send")
+        raise SystemExit("this model needs a caption for each image; this benchmark does not send captions")
     rows = []
     for path, class_name in zip(test["path"], test["class_name"], strict=True):
         data = Path(resolve(params.prepare.image_root, path)).read_bytes()
@@ -83,7 +87,7 @@ def main() -> None:
     with serve(asked.model, store) as url, httpx.Client(base_url=url, timeout=120) as client:
 
         def ask(number: int) -> tuple[float, str]:
-            """Seconds, and what was wrong with the answer."""
+            """Return the seconds that the answer took, and its error, empty if there is none."""
             start = number * asked.rows
             body = {"dataframe_records": [rows[i % len(rows)] for i in range(start, start + asked.rows)]}
             began = time.perf_counter()
@@ -96,7 +100,7 @@ def main() -> None:
             return time.perf_counter() - began, wrong
 
         with ThreadPoolExecutor(asked.clients) as pool:
-            # The first of each client, which find nothing warm, do not count.
+            # Warm up: the first request of each client is not counted.
             list(pool.map(ask, range(asked.clients)))
             began = time.perf_counter()
             answers = list(pool.map(ask, range(asked.requests)))
@@ -105,9 +109,9 @@ def main() -> None:
     errors = [wrong for _, wrong in answers if wrong]
     cuts = statistics.quantiles((1000 * seconds for seconds, _ in answers), n=100, method="inclusive")
     table = Table("measure", "value", title=f"{asked.model}, {asked.clients} clients, {os.cpu_count()} CPU cores")
-    table.add_row("requests", f"{asked.requests} of {asked.rows} photograph(s)")
+    table.add_row("requests", f"{asked.requests} of {asked.rows} image(s)")
     table.add_row("errors", str(len(errors)))
-    table.add_row("throughput", f"{asked.requests * asked.rows / taken:.1f} photographs/s")
+    table.add_row("throughput", f"{asked.requests * asked.rows / taken:.1f} images/s")
     for percent in (50, 95, 99):
         table.add_row(f"latency, {percent}th percentile", f"{cuts[percent - 1]:.0f} ms")
     Console().print(table)

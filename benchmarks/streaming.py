@@ -1,8 +1,8 @@
-"""All seven metrics from one pass, beside the exact ones: time, memory over the number of maps, the bound they tell.
+"""Compare one-pass metrics with exact ones: time, memory for many maps, and the error bound that they report.
 
     python benchmarks/streaming.py --many 10000 --many 114585
 
-Then the bootstrap: a thousand samples of a thousand images, for two models and their difference.
+Afterwards, time the bootstrap: a thousand samples of a thousand images, for two models and their difference.
 """
 
 import time
@@ -45,11 +45,11 @@ def fastest(method: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
 
 
 def main(
-    beside: Annotated[list[int], typer.Option(help="Maps to judge both ways.")] = (60, 400),
-    many: Annotated[list[int], typer.Option(help="Maps to judge in one pass.")] = (100, 10_000),
+    beside: Annotated[list[int], typer.Option(help="Number of maps for both methods.")] = (60, 400),
+    many: Annotated[list[int], typer.Option(help="Number of maps for the one-pass method.")] = (100, 10_000),
 ) -> None:
-    table = Table(title=f"Seven metrics of a class, maps of {SIDE} x {SIDE}")
-    for column in ("maps", "exact, s", "one pass, s", "AU-PRO off by", "at most"):
+    table = Table(title=f"Seven metrics of one class, maps of {SIDE} x {SIDE}")
+    for column in ("maps", "exact, s", "one pass, s", "AU-PRO error", "error bound"):
         table.add_column(column, justify="right")
     for count in beside:
         maps, masks = make_maps(count, SIDE, 0)
@@ -65,13 +65,13 @@ def main(
     pool, truths = make_maps(64, SIDE, 1)
     pool = 1 / (1 + np.exp(-pool))
     table = Table(title="One pass over many maps")
-    for column in ("maps", "seconds", "memory grew by, MiB", "largest bound"):
+    for column in ("maps", "seconds", "memory growth, MiB", "largest error bound"):
         table.add_column(column, justify="right")
     for count in many:
         before, began = megabytes(), time.perf_counter()
         metrics = StreamingMetrics()
         for i in range(count):
-            # As many different maps as there are shifts of so many.
+            # Shifted copies of the pool are different maps.
             shift, k = (i * 37 % SIDE, i * 101 % SIDE), i % len(pool)
             anomaly_map, mask = np.roll(pool[k], shift, (0, 1)), np.roll(truths[k], shift, (0, 1))
             metrics.add("nut", anomaly_map, mask, float(anomaly_map.max()))

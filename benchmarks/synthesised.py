@@ -1,9 +1,10 @@
-"""Ways to detect with this workspace's pipeline, judged without a test image: by synthesised defects.
+"""Compare detection settings for this workspace's pipeline on synthesised defects, without using test images.
 
-Each held-out normal image is judged as it is and with five defects drawn on it, in a small and a large size: a line, a
-hole, a stain, a part of another image of its class, a blurred part. The first row is `evaluate.detection` of
-params.yaml; each argument, a YAML mapping, changes some of its keys for another row:
-python benchmarks/synthesised.py '{noise_level: 500}' '{smoothing: 6, samples: 8}'
+Each held-out normal image is judged unchanged and with five kinds of defect drawn on it, each in a small and a large
+size: a line, a hole, a stain, a part of another image of its class, and a blurred part. The first row of the table is
+`evaluate.detection` of params.yaml. Each argument is a YAML mapping that changes some of its keys and adds a row:
+
+    python benchmarks/synthesised.py '{noise_level: 500}' '{smoothing: 6, samples: 8}'
 """
 
 import sys
@@ -32,7 +33,7 @@ SIZES = {"small": (0.04, 0.08), "large": (0.12, 0.3)}  # of the image's side
 
 
 def blob(rng: np.random.Generator, size: int, across: float) -> np.ndarray:
-    """A mask of one irregular part, about `across` pixels wide, somewhere in the image."""
+    """Return the mask of an irregular region, about `across` pixels wide, at a random place."""
     y, x = np.mgrid[:size, :size]
     centre = rng.uniform(across / 2, size - across / 2, 2)
     stretch, turn = rng.uniform(0.6, 1.6), rng.uniform(0, np.pi)
@@ -44,7 +45,7 @@ def blob(rng: np.random.Generator, size: int, across: float) -> np.ndarray:
 
 
 def line(rng: np.random.Generator, size: int, across: float) -> np.ndarray:
-    """A mask of a wandering line, three times `across` long."""
+    """Return the mask of a curved line of length 3 `across`, at a random place."""
     steps = 12
     turns = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.35, steps))
     points = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], axis=1) * 3 * across / steps, axis=0)
@@ -55,7 +56,7 @@ def line(rng: np.random.Generator, size: int, across: float) -> np.ndarray:
 
 
 def spoil(rng: np.random.Generator, image: np.ndarray, other: np.ndarray, kind: str, across: float):
-    """The image, uint8 (S, S, 3), with a defect of this kind, and its mask, boolean (S, S)."""
+    """Return the image with a defect of this kind, uint8 (S, S, 3), and the defect's mask, boolean (S, S)."""
     size = len(image)
     while not (mask := (line if kind == "line" else blob)(rng, size, across)).any():
         pass
@@ -63,7 +64,7 @@ def spoil(rng: np.random.Generator, image: np.ndarray, other: np.ndarray, kind: 
     match kind:
         case "line" | "hole":
             there = np.median(clean[mask], axis=0)
-            # Darker on what is bright, brighter on what is dark, so that there is something to see.
+            # Darker on bright places, brighter on dark ones, so that the defect is visible.
             put = np.clip(there + rng.uniform(40, 110) * np.where(there.mean() > 110, -1, 1), 0, 255)
         case "stain":
             put = 0.5 * clean + 0.5 * rng.uniform(0, 255, 3)
@@ -76,7 +77,7 @@ def spoil(rng: np.random.Generator, image: np.ndarray, other: np.ndarray, kind: 
 
 
 def synthesise(images: list[np.ndarray], classes: list[str]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(row, image, mask) of every defective image, `row` that of the normal one; the same each time."""
+    """Yield (row, image, mask) of every defective image; `row` is its normal image's. The result is deterministic."""
     rng = np.random.default_rng(0)
     for row, image in enumerate(images):
         others = [i for i, name in enumerate(classes) if name == classes[row] and i != row] or [row]
@@ -104,7 +105,7 @@ def main() -> None:
     for argument in ("{}", *sys.argv[1:]):
         detection = Detection.model_validate(params.evaluate.detection.model_dump() | yaml.safe_load(argument))
         if detection.captions == "class":
-            sys.exit("captions: class is not judged here")
+            sys.exit("this benchmark does not support captions: class")
         prompts = None if detection.captions == "none" else [texts[frame["image_id"][row]] for row in rows]
         detector = Detector(pipeline, detection)
         detector.calibrate(normal, captions=prompts and prompts[: len(normal)])

@@ -1,4 +1,4 @@
-"""The Prefect API of a run, and the pages of `make up`: on loopback, over the workspace's stores."""
+"""Start and stop servers on loopback, over the workspace's stores: a Prefect API for one run, or all of `make up`."""
 
 import contextlib
 import json
@@ -18,18 +18,19 @@ from typing import Annotated
 import psutil
 import typer
 
-from flows.processes import end_family, end_group
 from vlmdiff.core import lifeline
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
 from vlmdiff.core.lifeline import is_alive
 from vlmdiff.core.params import load
+from vlmdiff.core.processes import end_family, end_group
 
 STATE = Path(".cache/servers")
 REPORTS = Path("reports")
 WORKER = "worker"
+# Seconds.
 START_TIMEOUT = 120.0
-# The slots of a limit are in the database: leases in memory would leave them taken when the server dies.
+# The slots of a limit are in the database. Leases in memory would leave them taken if the server died.
 PREFECT_SERVER = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
@@ -38,7 +39,7 @@ Port = Annotated[int, typer.Option(min=1, max=65535)]
 
 @dataclass(frozen=True)
 class Server:
-    """A server that `up` started, the leader of its own process group."""
+    """A server that `up` started. It is the leader of a process group."""
 
     name: str
     url: str
@@ -47,7 +48,7 @@ class Server:
 
     @property
     def is_up(self) -> bool:
-        """Whether that process lives, and is no later one with its id."""
+        """Whether the process runs, and is not another one that has got its id."""
         try:
             process = psutil.Process(self.pid)
             return is_alive(process) and process.cmdline() == self.command
@@ -56,14 +57,14 @@ class Server:
 
 
 def find(name: str) -> Server | None:
-    """The server of that name that `up` started and that still runs, if there is one."""
+    """Return the server of that name if `up` started it and it still runs, else None."""
     file = STATE / f"{name}.json"
     server = Server(**json.loads(file.read_text())) if file.exists() else None
     return server if server and server.is_up else None
 
 
 def address(page: Path) -> str:
-    """Where a browser finds a page of reports/: at the server of `make up` or, without it, the file."""
+    """Return the address of a page of reports/: at the server of `make up` if it runs, else that of the file."""
     page = page.absolute()
     if (server := find("reports")) and page.is_relative_to(REPORTS.absolute()):
         return f"{server.url}/{page.relative_to(REPORTS.absolute()).as_posix()}"
@@ -71,7 +72,7 @@ def address(page: Path) -> str:
 
 
 def prefect_settings() -> dict[str, str]:
-    """Settings for the server of `make up` where it runs, else for an API of this process, which ends with it."""
+    """Return Prefect settings for the server of `make up` if it runs, else for an API that ends with this process."""
     if server := find("prefect"):
         return {"api.url": f"{server.url}/api"}
     with socket.socket() as probe:
@@ -86,7 +87,7 @@ def prefect_settings() -> dict[str, str]:
 def _start(
     name: str, command: list[str], ready: Callable[[], bool], environment: dict[str, str] | None = None
 ) -> subprocess.Popen:
-    """Start a server as the leader of its own process group; InputError where it does not become `ready`."""
+    """Start a server as the leader of a process group. Raises InputError if it is not `ready` in START_TIMEOUT."""
     STATE.mkdir(parents=True, exist_ok=True)
     log = STATE / f"{name}.log"
     with log.open("w") as output:
@@ -102,7 +103,7 @@ def _start(
     try:
         while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise InputError(f"{name} did not start; {log} says why:\n{log.read_text()[-2000:]}")
+                raise InputError(f"{name} did not start. The end of {log}:\n{log.read_text()[-2000:]}")
             time.sleep(0.1)
     except BaseException:
         end_group(process.pid)
@@ -120,7 +121,7 @@ def _answers(url: str) -> bool:
 
 @app.command()
 def api(port: int, owner: int) -> None:
-    """Serve the Prefect API until the process `owner` is gone."""
+    """Serve the Prefect API until the process `owner` ends."""
     import uvicorn
     from prefect.server.api.server import create_app
 
@@ -139,29 +140,31 @@ def api(port: int, owner: int) -> None:
 
 @app.command()
 def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port = 5080) -> None:
-    """Start what does not run yet, deploy the flows of prefect.yaml, and say where everything is.
+    """Start the servers and workers that do not run yet, and deploy the flows of prefect.yaml.
 
-    A server that the environment names, by PREFECT_API_URL or MLFLOW_TRACKING_URI, is used and not started.
+    A server that PREFECT_API_URL or MLFLOW_TRACKING_URI names is used, not started.
     """
     store = os.environ.get("MLFLOW_TRACKING_URI") or load().registry.tracking_uri
     ours = os.environ.get("PREFECT_API_URL")
     if ours:
-        print(f"prefect is not ours to start: {ours}")
+        print(f"prefect: use {ours} (PREFECT_API_URL)")
     else:
         command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)]
-        # Its pages would ask at port 4200.
+        # Without it, its pages call port 4200.
         pages = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{prefect_port}/api"}
         _up("prefect", prefect_port, "/api/health", command, PREFECT_SERVER | pages)
     if store.startswith("http"):
-        print(f"mlflow is not ours to start: {store}")
+        from vlmdiff.registry.store import shown
+
+        print(f"mlflow: use {shown(store)} (MLFLOW_TRACKING_URI or registry.tracking_uri)")
     else:
         # One worker: several that open a fresh SQLite store at once would break it.
         command = ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(mlflow_port)]
-        # The address by the environment: it may hold a password. The page only shows: MLflow needs none of the
-        # processes that evaluate language models for it.
+        # The address goes by the environment: it may hold a password. Jobs are processes that evaluate language models,
+        # which nobody needs here.
         settings = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         _up("mlflow", mlflow_port, "/health", command, settings)
-    # A browser follows no link from a server's page to a file.
+    # A browser does not follow a link from a server's page to a file.
     REPORTS.mkdir(exist_ok=True)
     command = ["http.server", str(reports_port), "--bind", "127.0.0.1", "--directory", str(REPORTS)]
     _up("reports", reports_port, "/", command)
@@ -169,25 +172,25 @@ def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port =
 
 
 def _deploy(api: str) -> None:
-    """Install deployments, limit and automations in the server, and start a worker for each pool of processes."""
-    # Prefect takes a second to import, and its settings from the environment.
+    """Install the deployments in the server, and start a worker for each pool of processes."""
+    # Prefect takes a second to import, and reads its settings from the environment then.
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
     from prefect.workers.process import ProcessWorker
 
     from flows import deployments
 
-    # A run starts in a folder of its own before it comes here.
+    # A run starts in a temporary folder before it changes to the workspace.
     environment = {"PREFECT_API_URL": api, "PREFECT_HOME": str(PREFECT_HOME.value().absolute())}
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         names, pools = deployments.install(client, os.environ | environment)
-        print(f"deployed: {', '.join(names)}")
+        print(f"deployed {', '.join(names)}")
         for pool in pools:
             page = f"{api.removesuffix('/api')}/work-pools/work-pool/{pool.name}"
             if pool.type != ProcessWorker.type:
-                print(f"a worker for pool {pool.name} is not ours to start: it is of type {pool.type}")
+                print(f"pool {pool.name} is of type {pool.type}: start its worker yourself")
             elif worker := find(f"{WORKER}-{pool.name}"):
-                print(f"{worker.name} is already up: {worker.url}")
+                print(f"{worker.name} already runs: {worker.url}")
             else:
                 name = f"{WORKER}-{uuid.uuid4().hex[:8]}"
                 command = ["prefect", "worker", "start", "--pool", pool.name, "--name", name, "--type", pool.type]
@@ -202,7 +205,7 @@ def _deploy(api: str) -> None:
 
 def _up(name: str, port: int, health: str, command: list[str], environment: dict[str, str] | None = None) -> None:
     if server := find(name):
-        print(f"{name} is already up: {server.url}")
+        print(f"{name} already runs: {server.url}")
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -210,7 +213,7 @@ def _up(name: str, port: int, health: str, command: list[str], environment: dict
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             other = f"make up {name.upper()}_PORT={port + 1}"
-            raise InputError(f"port {port} is taken: choose another, as in `{other}`") from error
+            raise InputError(f"port {port} is in use: choose another one, such as `{other}`") from error
     url = f"http://127.0.0.1:{port}"
     _keep(name, url, command, lambda: _answers(url + health), environment)
 
@@ -223,24 +226,24 @@ def _keep(
     environment: dict[str, str] | None,
     ends_with_it: bool = False,
 ) -> None:
-    """Start a Python module in the background and note it for `find` and `down`.
+    """Start a Python module in the background, and record it for `find` and `down`.
 
-    With `ends_with_it`, what the process starts ends with it, even where it is killed with -9 (core/lifeline.py).
+    ends_with_it: Processes that it starts end with it, even if it is killed with -9 (vlmdiff/core/lifeline.py).
     """
     command = [sys.executable, "-m", *module]
     prefix = ["sh", "-c", f'{lifeline.OWNER}=$$ exec "$@"', "sh"] if ends_with_it else []
     process = _start(name, prefix + command, ready, environment)
     write_json(STATE / f"{name}.json", asdict(Server(name, url, process.pid, command)))
-    print(f"{name} is up: {url}")
+    print(f"started {name}: {url}")
 
 
 @app.command()
 def down() -> None:
-    """End what `up` started, and the runs under way: the worker first, while it can still tell the server."""
+    """Stop what `up` started, and the runs in progress: the worker first, while it can still tell the server."""
     for file in sorted(STATE.glob("*.json"), key=lambda file: (not file.stem.startswith(WORKER), file.stem)):
         if server := find(file.stem):
             end_family(server.pid)
-            print(f"{server.name} is down")
+            print(f"stopped {server.name}")
         file.unlink()
 
 

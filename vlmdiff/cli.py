@@ -1,4 +1,4 @@
-"""The `vlmdiff` command: arguments to parameters to one function; a heavy import waits for its command."""
+"""The `vlmdiff` command. Each command loads the parameters and calls one function; heavy imports are inside it."""
 
 import os
 import sys
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from vlmdiff.core.params import Params
 
 app = typer.Typer(
-    help="Visual anomaly detection from photographs to a promoted model.",
+    help="Visual anomaly detection, from images to a promoted model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="The experiment's parameters.", show_default=True)]
+ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters of the experiment.", show_default=True)]
 BEFORE, STAGES, HANDOVER, USE = "Before a run", "Stages, in order (dvc.yaml runs them)", "Hand-over", "Use"
 
 
 @app.command(rich_help_panel=BEFORE)
 def init(
-    data: Annotated[Path, typer.Option(help="The folder with the photographs.", show_default=False)],
-    layout: Annotated[str | None, typer.Option(help="How they lie in it, where that is not to be guessed.")] = None,
-    preset: Annotated[Path | None, typer.Option(help="Parameters to start from, instead of those here.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder with the images.", show_default=False)],
+    layout: Annotated[str | None, typer.Option(help="Layout of the folder; detected if omitted.")] = None,
+    preset: Annotated[Path | None, typer.Option(help="Parameters to start from; params.yaml if omitted.")] = None,
 ) -> None:
-    """Look at a folder of photographs, write params.yaml for it, put it under DVC. Again, for photographs that came."""
+    """Write params.yaml for a folder of images and put it under DVC. Run it again after adding images."""
     from rich.console import Console
 
     from vlmdiff.core.params import load
@@ -41,21 +41,21 @@ def init(
     root = there.relative_to(here) if there != here and there.is_relative_to(here) else there
     template = preset or (w.PARAMS if w.PARAMS.is_file() else None)
     if template is None:
-        raise InputError(f"{w.PARAMS} does not exist: name a file to start from by --preset")
+        raise InputError(f"{w.PARAMS} does not exist: pass a file to start from by --preset")
     found = look(root, load(template).prepare, layout)
     console = Console()
     console.print(table(found))
     for words in (write_params(found, preset), track(root)):
         console.print(words, markup=False, highlight=False)
-    console.print("Next: vlmdiff doctor, then make demo", markup=False, highlight=False)
+    console.print("next: vlmdiff doctor, then make demo", markup=False, highlight=False)
 
 
 @app.command(rich_help_panel=BEFORE)
 def doctor(
-    params: Annotated[Path, typer.Argument(help="The experiment, such as a preset.")] = w.PARAMS,
+    params: Annotated[Path, typer.Argument(help="Parameters, such as a preset.")] = w.PARAMS,
     measure: Annotated[bool, typer.Option(help="Run a few steps of each training, for about a minute.")] = True,
 ) -> None:
-    """Check dataset, models, memory and disk, and measure the time. Exit status 1 if something is missing."""
+    """Check dataset, models, memory, disk and time for a run. Exits with status 1 if something is missing."""
     from rich.console import Console
 
     from vlmdiff.core.params import load
@@ -68,7 +68,7 @@ def doctor(
 
 
 def stage(name: str):
-    """A stage's command: run in the workspace, ended with whoever started it."""
+    """Register the command of a stage. It runs in the workspace and ends with the process that started it."""
 
     def register(function):
         @app.command(name, help=function.__doc__, rich_help_panel=STAGES)
@@ -86,7 +86,7 @@ def stage(name: str):
 
 @stage("prepare")
 def _prepare(params: "Params") -> None:
-    """Images, classes, splits and masks into one manifest."""
+    """List images, classes, splits and masks in the manifest."""
     from vlmdiff import stages
 
     stages.prepare(params.prepare, w.MADE, w.MANIFEST)
@@ -94,7 +94,7 @@ def _prepare(params: "Params") -> None:
 
 @stage("validate")
 def _validate(params: "Params") -> None:
-    """The data contract: fails with the rule and the files where it is broken."""
+    """Check the data contract; fail with the broken rule and its files."""
     from vlmdiff import stages
 
     stages.validate(params.validate_, params.prepare, w.MANIFEST, w.DATA_REPORT)
@@ -102,7 +102,7 @@ def _validate(params: "Params") -> None:
 
 @stage("caption")
 def _caption(params: "Params") -> None:
-    """A caption for every image, from the store where it holds one."""
+    """Caption every image; captions in the store are reused."""
     from vlmdiff import stages
 
     stages.caption(params.caption, params.prepare, w.MANIFEST, w.CAPTION_STORE, w.CAPTIONS, w.CAPTION_REPORT)
@@ -110,7 +110,7 @@ def _caption(params: "Params") -> None:
 
 @stage("first_stage")
 def _first_stage(params: "Params") -> None:
-    """The latent space: train the image autoencoder."""
+    """Train the latent space."""
     from vlmdiff import stages
 
     stages.first_stage(
@@ -120,7 +120,7 @@ def _first_stage(params: "Params") -> None:
 
 @stage("encode")
 def _encode(params: "Params") -> None:
-    """Latents, text embeddings and hints, computed once."""
+    """Compute latents, text embeddings and hints once."""
     from vlmdiff import stages
 
     stages.encode(params.encode, params.prepare, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED)
@@ -128,7 +128,7 @@ def _encode(params: "Params") -> None:
 
 @stage("train")
 def _train(params: "Params") -> None:
-    """The denoiser; a training that was killed goes on where it was."""
+    """Train the denoiser; an interrupted training continues."""
     from vlmdiff import stages
 
     stages.train(params.train, w.ENCODED, w.FIRST_STAGE, w.TRAINING_STATE, w.PIPELINE, w.TRAIN_REPORT)
@@ -136,7 +136,7 @@ def _train(params: "Params") -> None:
 
 @stage("evaluate")
 def _evaluate(params: "Params") -> None:
-    """Calibrate, reconstruct the test images, judge, report."""
+    """Calibrate, judge the test images, write metrics and report."""
     from vlmdiff import stages
 
     stages.evaluate(params, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
@@ -144,7 +144,7 @@ def _evaluate(params: "Params") -> None:
 
 @app.command(rich_help_panel=HANDOVER)
 def register(params: ParamsFile = w.PARAMS) -> None:
-    """Log the evaluated model to MLflow and register it; once, however often it is asked."""
+    """Log the evaluated model to MLflow and register it. Running it again changes nothing."""
     from vlmdiff.core.params import load
     from vlmdiff.registry.packaging import register
 
@@ -155,11 +155,11 @@ def register(params: ParamsFile = w.PARAMS) -> None:
 @app.command(rich_help_panel=HANDOVER)
 def gate(
     version: Annotated[
-        int | None, typer.Argument(help="A registered version, instead of this workspace's model.", show_default=False)
+        int | None, typer.Argument(help="Registered version; this workspace's model if omitted.", show_default=False)
     ] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """What the gate says, with nothing registered or promoted. Exit status 1 where it does not let the model pass."""
+    """Show the gate's verdict; change nothing in the registry. Exits with status 1 if the model does not pass."""
     from rich.console import Console
 
     from vlmdiff.core.params import load
@@ -174,14 +174,14 @@ def gate(
 
 @app.command(rich_help_panel=HANDOVER)
 def promote(
-    version: Annotated[int, typer.Argument(help="The version to judge; `vlmdiff register` prints it.")],
+    version: Annotated[int, typer.Argument(help="Version to judge, as `vlmdiff register` prints it.")],
     override: Annotated[
-        str | None, typer.Option(help="Your name, to promote what the gate does not; give --reason too.")
+        str | None, typer.Option(help="Your name: promote even if the gate fails. Needs --reason.")
     ] = None,
-    reason: Annotated[str | None, typer.Option(help="Why. Name and reason are recorded with the version.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Reason for the override. It is recorded.")] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Judge a registered version by the gate; where it passes, it becomes champion."""
+    """Judge a registered version by the gate and make it champion if it passes."""
     from rich.console import Console
 
     from vlmdiff.core.params import load
@@ -197,11 +197,11 @@ def promote(
 
 @app.command(rich_help_panel=HANDOVER)
 def rollback(
-    reason: Annotated[str, typer.Option(help="Why. It is recorded with both versions.", show_default=False)],
-    by: Annotated[str | None, typer.Option(help="Your name, instead of that of your login.")] = None,
+    reason: Annotated[str, typer.Option(help="Reason. It is recorded with both versions.", show_default=False)],
+    by: Annotated[str | None, typer.Option(help="Your name; your login name if omitted.")] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Put the previous champion back; the gate does not let the other one pass again, but for an override."""
+    """Make the previous champion the champion again. The other version then needs an override to pass the gate."""
     import getpass
 
     from vlmdiff.core.params import load
@@ -219,18 +219,18 @@ def rollback(
 
 @app.command(rich_help_panel=USE)
 def score(
-    sources: Annotated[
-        list[str], typer.Argument(help="Photographs, folders, patterns, or tables with a column `path`.")
+    sources: Annotated[list[str], typer.Argument(help="Images, folders, patterns, or tables with a column `path`.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the Parquet dataset, one row per image. Existing rows are kept.")
     ],
-    out: Annotated[Path, typer.Option(help="The folder of a Parquet dataset, a row an image; what is in it is kept.")],
-    heatmaps: Annotated[bool, typer.Option("--heatmaps", help="A PNG of each new alarm, in OUT/_heatmaps.")] = False,
-    model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
+    heatmaps: Annotated[bool, typer.Option("--heatmaps", help="Write a PNG per new alarm to OUT/_heatmaps.")] = False,
+    model: Annotated[Path | None, typer.Option(help="Folder of a detector; the champion if omitted.")] = None,
     class_name: Annotated[
-        str | None, typer.Option(help="The photographs' class, for a model that judges by its classes' captions.")
+        str | None, typer.Option(help="Class of the images; only for models with `captions: class`.")
     ] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Judge photographs by the champion; run again, only new and changed ones. Exit status 1 if none can be judged."""
+    """Judge new and changed images with the champion. Exits with status 1 if no image can be judged."""
     from rich.console import Console
 
     from vlmdiff.core import lifeline
@@ -239,14 +239,14 @@ def score(
 
     lifeline.watch()
     scored = score(sources, out, load(params), model, class_name, heatmaps)
-    if scored is None:  # of several processes the main one speaks
+    if scored is None:  # only the main process prints
         return
     if scored.rows:
         Console().print(scores_table(scored))
     for error in scored.errors:
         print(f"skipped: {error}")
     if scored.unreadable > len(scored.errors):
-        print(f"skipped: {scored.unreadable - len(scored.errors)} more, their rows say why")
+        print(f"skipped: {scored.unreadable - len(scored.errors)} more; the column `error` says why")
     print(scored)
     if not scored.judged:
         raise typer.Exit(1)
@@ -254,15 +254,15 @@ def score(
 
 @app.command(rich_help_panel=USE)
 def monitor(
-    scores: Annotated[Path, typer.Argument(help="What `vlmdiff score` wrote.")],
-    out: Annotated[Path, typer.Option(help="The folder for monitor.json and monitor.html.")] = w.MONITOR,
-    model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
+    scores: Annotated[Path, typer.Argument(help="Folder that `vlmdiff score` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for monitor.json and monitor.html.")] = w.MONITOR,
+    model: Annotated[Path | None, typer.Option(help="Folder of a detector; the champion if omitted.")] = None,
     last: Annotated[
-        int | None, typer.Option(min=1, help="How many of the newest photographs; monitor.last of them where not said.")
+        int | None, typer.Option(min=1, help="Number of newest images to check; `monitor.last` if omitted.")
     ] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Have new photographs drifted from those that the model was calibrated on?"""
+    """Check whether new images have drifted from the calibration images."""
     from rich.console import Console
 
     from vlmdiff.core.params import load
@@ -274,7 +274,7 @@ def monitor(
 
 
 class Truth(StrEnum):
-    """What a person says of a photograph."""
+    """A person's verdict on an image."""
 
     NORMAL = "normal"
     ANOMALOUS = "anomalous"
@@ -282,19 +282,19 @@ class Truth(StrEnum):
 
 @app.command(rich_help_panel=USE)
 def feedback(
-    truth: Annotated[Truth, typer.Argument(help="What a person has found them to be.")],
-    photographs: Annotated[list[Path], typer.Argument(help="Photographs.")],
-    class_name: Annotated[str, typer.Option(help="What they show: a class of the dataset.")],
+    truth: Annotated[Truth, typer.Argument(help="Your verdict on the images.")],
+    photographs: Annotated[list[Path], typer.Argument(help="Image files.")],
+    class_name: Annotated[str, typer.Option(help="Class of the images, as in the dataset.")],
     defect: Annotated[
-        str | None, typer.Option(help="Kind of defect of anomalous ones.  [default: anomaly]", show_default=False)
+        str | None, typer.Option(help="Kind of defect, for anomalous images; `anomaly` if omitted.", show_default=False)
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Where the defect is, above zero, in one anomalous photograph.")
+        Path | None, typer.Option(help="Mask of the defect (nonzero pixels), for one anomalous image.")
     ] = None,
-    by: Annotated[str | None, typer.Option(help="Your name.  [default: the user's]", show_default=False)] = None,
+    by: Annotated[str | None, typer.Option(help="Your name; your login name if omitted.", show_default=False)] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Add photographs to the dataset: normal ones to train on, anomalous ones to test on."""
+    """Add images to the dataset: normal images for training, anomalous images for the test."""
     import getpass
 
     from vlmdiff.core.params import load
@@ -307,7 +307,7 @@ def feedback(
     added = give_feedback(photographs, Statement(class_name, kind, by or getpass.getuser()), loaded, w.FEEDBACK, mask)
     for file in added:
         print(file)
-    print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; {w.FEEDBACK} has who")
+    print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; log: {w.FEEDBACK}")
     root = loaded.prepare.root
     tracked = root.with_name(f"{root.name}.dvc")
     first = f"`dvc add {root}`, then " if tracked.exists() else ""
@@ -316,41 +316,23 @@ def feedback(
 
 @app.command("inspect", rich_help_panel=USE)
 def inspect_(
-    model: Annotated[Path | None, typer.Option(help="A detector's folder, instead of the champion.")] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
+    model: Annotated[Path | None, typer.Option(help="Folder of a detector; the champion if omitted.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
     address: Annotated[
-        str, typer.Option(help="Where it listens; other machines reach it by another one.")
+        str, typer.Option(help="Address to listen on. The default is reachable from this machine only.")
     ] = "127.0.0.1",
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """A page for the inspector: drop in a photograph, see what the champion says, and say what you think."""
+    """Open a page that judges single images with the champion and records your feedback."""
     from vlmdiff.core.params import load
+    from vlmdiff.production.inspector import serve
 
-    loaded, called = load(params), str(model)
-    if model is None:
-        from vlmdiff.registry.promotion import champion
-
-        version, model = champion(loaded)
-        called = f"version {version} of {loaded.registry.model_name}, the champion"
-    settings = {
-        "server.address": address,
-        "server.port": port,
-        "server.headless": "true",
-        "server.fileWatcherType": "none",
-        "browser.gatherUsageStats": "false",
-        "client.toolbarMode": "minimal",
-    }
-    print(f"the inspector's page: http://{address}:{port}", flush=True)
-    page = str(Path(__file__).with_name("production") / "inspector.py")
-    options = [f"--{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "streamlit", "run", page, *options, "--", str(model), called]
-    # Its process takes this one's place: who ends this command ends the page.
-    os.execv(sys.executable, command)
+    serve(load(params), model, address, port)
 
 
 @app.command(rich_help_panel=USE)
 def results() -> None:
-    """The last evaluation's table and the gate's last verdict."""
+    """Show the metrics of the last evaluation and the gate's last verdict."""
     from rich.console import Console
 
     from vlmdiff.evaluation.metrics import Results
@@ -364,7 +346,7 @@ def results() -> None:
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is a sentence on standard error and exit status 1."""
+    """Run the command line. A user error prints one sentence to stderr and exits with status 1."""
     # The libraries' bars for what takes a second, and their news of the day, would bury what we say.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

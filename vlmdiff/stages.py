@@ -17,7 +17,7 @@ from vlmdiff.core import params as p
 from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_folder, folder_mb, write_json
-from vlmdiff.registry.lineage import code_revision
+from vlmdiff.core.git import code_revision
 
 
 def prepare(params: p.Prepare, made: Path, out: Path) -> None:

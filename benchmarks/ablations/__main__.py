@@ -1,9 +1,13 @@
-"""Parameter sets side by side, as a table and a plot: a set of the file PLAN is a row.
+"""Compare sets of parameters in a table and a plot. The file PLAN defines the sets; each set becomes a row.
 
-Run it in a workspace where `make demo` or `dvc repro` ran: python benchmarks/ablations PLAN [OUT]. Every set is
-params.yaml with some keys changed, once for each value of `repeat`, and runs as `dvc repro` does: what it shares with
-the others is computed once, and a command that was interrupted goes on where it was. At the end the workspace is as it
-was. OUT (reports/ablations/PLAN) gets table.md and plot.png, whose whiskers are the least and the most of the repeats.
+Run it in a workspace where `make demo` or `dvc repro` has run:
+
+    python benchmarks/ablations PLAN [OUT]
+
+Each set changes some keys of params.yaml and runs `dvc repro`, once for each combination of values in `repeat`. Stages
+that sets share run once, and an interrupted command continues where it stopped. At the end, the workspace is in its
+original state. table.md and plot.png are written to OUT (default: reports/ablations/PLAN). The whiskers of the plot
+show the minimum and maximum over the repeats.
 """
 
 import itertools
@@ -26,7 +30,7 @@ Measured = dict[str, list[dict[str, float]]]
 
 
 def changed(base: dict, changes: dict) -> dict:
-    """`base` with the dotted keys of `changes` set."""
+    """Return a copy of `base` with the dotted keys of `changes` set."""
     values = json.loads(json.dumps(base))
     for key, value in changes.items():
         *path, last = key.split(".")
@@ -38,7 +42,7 @@ def changed(base: dict, changes: dict) -> dict:
 
 
 def shuffle_captions(file: Path) -> None:
-    """Write the workspace's captions to `file`, each image with another's; the same each time."""
+    """Write the workspace's captions to `file` in a fixed random order, so that images get other images' captions."""
     rows = [json.loads(line) for line in w.CAPTIONS.read_text().splitlines()]
     order = np.random.default_rng(0).permutation(len(rows))
     dealt = [{"image_id": row["image_id"], "caption": rows[i]["caption"]} for row, i in zip(rows, order, strict=True)]
@@ -50,7 +54,7 @@ def repro(*stages: str) -> None:
 
 
 def measure(plan: dict) -> Measured:
-    """The mean metrics of each set, a row a repeat. params.yaml is put back, whatever happens."""
+    """Return the mean metrics of each set, one dict per repeat. params.yaml is always restored."""
     original = w.PARAMS.read_text()
     base, repeat = yaml.safe_load(original), plan.get("repeat", {})
     repeats = [dict(zip(repeat, values, strict=True)) for values in itertools.product(*repeat.values())]
@@ -78,7 +82,7 @@ def measure(plan: dict) -> Measured:
 
 
 def spread(rows: list[dict[str, float]], metric: str) -> tuple[float, float, float]:
-    """Mean, least and most."""
+    """Return mean, minimum and maximum of a metric."""
     values = [row[metric] for row in rows]
     return float(np.mean(values)), min(values), max(values)
 

@@ -7,46 +7,41 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flows.dvc import stage_names
 from vlmdiff.cli import app
+from vlmdiff.core.dvc import stage_names
 from vlmdiff.core.params import Params, load
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = [
-    "core",
-    "data",
-    "captions",
-    "model",
-    "training",
-    "detection",
-    "evaluation",
-    "registry",
-    "production",
-    "setup",
-]
+ROOMS = ["core", "data", "captions", "model", "training", "detection", "evaluation", "registry", "production", "setup"]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
-def imports(file: Path) -> Iterator[str]:
+SOURCES = sorted((ROOT / "vlmdiff").rglob("*.py"))
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in [*SOURCES, *sorted((ROOT / "flows").glob("*.py"))]
+}
+
+
+def imports(file: Path) -> set[str]:
     """The modules that a file imports, at the top or anywhere else, by their full names."""
-    package = file.relative_to(ROOT).parts[:-1]
+    found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-
-
-SOURCES = sorted((ROOT / "vlmdiff").rglob("*.py"))
+            assert not node.level, f"{file} has a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # Of a package either its modules are imported or what it defines itself.
+            found |= names & MODULES.keys() if names & MODULES.keys() else {node.module}
+    return found
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -54,16 +49,25 @@ def test_the_package_knows_neither_prefect_nor_dvc(file) -> None:
     assert {name.partition(".")[0] for name in imports(file)}.isdisjoint({"prefect", "dvc", "flows"})
 
 
-@pytest.mark.parametrize("position", range(len(FOLDERS)), ids=lambda position: FOLDERS[position])
-def test_a_folder_imports_only_from_those_before_it(position) -> None:
-    later = {f"vlmdiff.{name}" for name in [*FOLDERS[position + 1 :], "stages", "cli"]}
-    for file in (ROOT / "vlmdiff" / FOLDERS[position]).rglob("*.py"):
+@pytest.mark.parametrize("position", range(len(ROOMS)), ids=lambda position: ROOMS[position])
+def test_a_room_imports_only_from_those_before_it(position) -> None:
+    later = {f"vlmdiff.{name}" for name in [*ROOMS[position + 1 :], "stages", "cli"]}
+    for file in (ROOT / "vlmdiff" / ROOMS[position]).rglob("*.py"):
         found = {".".join(name.split(".")[:2]) for name in imports(file)} & later
         assert not found, f"{file.relative_to(ROOT)} imports {found}"
 
 
-def test_each_folder_of_the_package_has_its_place() -> None:
-    assert {file.parent.name for file in (ROOT / "vlmdiff").glob("*/__init__.py")} == set(FOLDERS)
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {name: imports(file) & MODULES.keys() for name, file in MODULES.items()}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_only_the_rooms_stages_and_commands_stand_at_the_root_of_the_package() -> None:
+    assert {file.parent.name for file in (ROOT / "vlmdiff").glob("*/__init__.py")} == set(ROOMS)
+    assert {file.name for file in (ROOT / "vlmdiff").glob("*.py")} == {"__init__.py", "stages.py", "cli.py"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -94,8 +98,9 @@ def outputs(stages: dict) -> Iterator[str]:
         yield from stage.get("outs", []) + stage.get("metrics", [])
 
 
-def test_the_flow_takes_the_stages_from_the_graph() -> None:
-    assert stage_names(ROOT / "dvc.yaml") == list(STAGES)
+def test_the_flow_takes_the_stages_from_the_graph(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert stage_names() == list(STAGES)
 
 
 def test_what_a_stage_depends_on_of_the_sources_exists() -> None:
@@ -155,7 +160,7 @@ def test_help_answers_without_the_heavy_imports() -> None:
 def test_every_import_is_declared_as_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=\[]", item)[0].replace("-", "_").lower() for item in project["dependencies"]}
-    names = {"PIL": "pillow", "sklearn": "scikit_learn", "yaml": "pyyaml", "skimage": "scikit_image"}
+    names = {"PIL": "pillow", "sklearn": "scikit_learn", "yaml": "pyyaml", "ruamel": "ruamel.yaml"}
     found = set()
     for file in [*SOURCES, *(ROOT / "flows").glob("*.py")]:
         found |= {name.partition(".")[0] for name in imports(file)}
@@ -164,9 +169,9 @@ def test_every_import_is_declared_as_a_dependency() -> None:
 
 
 def test_public_functions_of_the_flows_say_what_they_do() -> None:
-    from flows import deployments, dvc, monitor, processes, retrain, score, servers
+    from flows import deployments, gpu, monitor, pages, retrain, score, servers
 
-    for module in (deployments, dvc, monitor, processes, retrain, score, servers):
+    for module in (deployments, gpu, monitor, pages, retrain, score, servers):
         for name, value in vars(module).items():
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
                 assert value.__doc__ or name == "main", f"{module.__name__}.{name} has no docstring"

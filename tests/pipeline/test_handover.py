@@ -24,8 +24,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from flows.processes import end_group
 from tests.pipeline.test_line import empty_store, made_store, registry, set_metrics  # noqa: F401
+from vlmdiff.core.processes import end_group
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
 
@@ -208,10 +208,10 @@ def bad_requests(good: bytes) -> dict[str, tuple[list[dict[str, Any]], dict[str,
         "a threshold of text": ([row], {"threshold": "high"}, "threshold"),
         "a path outside": ([{"path": "../secret.png"}], {}, "row 0: `path` '../secret.png' leaves the folder"),
         "a path from the top": ([{"path": "/etc/passwd"}], {}, "leaves the folder"),
-        "a path to nothing": ([{"path": "missing.png"}], {}, "no file that can be read"),
-        "a folder": ([{"path": "line 1"}], {}, "no file that can be read"),
+        "a path to nothing": ([{"path": "missing.png"}], {}, "not a file that can be read"),
+        "a folder": ([{"path": "line 1"}], {}, "not a file that can be read"),
         "a path with a zero byte": ([{"path": "a\0.png"}], {}, "leaves the folder"),
-        "a path too long": ([{"path": "a" * 5000}], {}, "no file that can be read"),
+        "a path too long": ([{"path": "a" * 5000}], {}, "not a file that can be read"),
     }
 
 
@@ -276,7 +276,7 @@ def test_in_python_bytes_are_taken_and_without_a_root_no_path_is(champion, tmp_p
     score, path, rows = done.stdout.splitlines()[-3:]
     (local,) = champion.detector.detect([photograph(champion.files[0])])
     assert float(score) == pytest.approx(local.score, abs=1e-6)
-    assert "VLMDIFF_IMAGE_ROOT is not set" in path and "at most 2 are taken" in rows
+    assert "VLMDIFF_IMAGE_ROOT is not set" in path and "at most 2 are allowed" in rows
 
 
 def test_the_card_travels_with_the_model_and_stands_in_the_registry(champion):
@@ -309,9 +309,9 @@ def test_the_card_travels_with_the_model_and_stands_in_the_registry(champion):
         f"between {100 * alarms['range'][0]:.1f} % and {100 * alarms['range'][1]:.1f} %",
         content["provenance"]["manifest"],
         content["provenance"]["captions"].split(", ")[1],
-        "one of its own covers 2.0 x 2.0",
+        "one model pixel covers 2.0 x 2.0",
         "products other than those above",
-        "ms a photograph",
+        "ms per image",
         "Apache-2.0",
         "No pretrained part",
         "mlflow models serve",

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.conftest import ROOT, Workspace
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import load
-from vlmdiff.setup.init import use_preset
+from vlmdiff.setup.init import look, use_preset, write_params
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def test_grown_data_is_taken_in_and_edits_stay(fresh):
     photographs(fresh.path / "data/raw/parts", good=9, first=6)
     said = init(fresh, "--data", "data/raw/parts", "--preset", ROOT / "presets/photographs.yaml")
 
-    assert "since the last run of prepare 6 came and 0 went" in said
-    assert "train.steps: 421, where this would be 1500" in said
+    assert "since the last run of prepare: 6 new, 0 removed" in said
+    assert "train.steps: 421, here 1500" in said
     assert file.read_text() == edited
     assert (fresh.path / "data/raw/parts.dvc").read_text() != tracked
 
@@ -83,7 +83,7 @@ def test_a_preset_is_written_with_the_folder_in_its_place(fresh):
     )
     assert written == preset | {"prepare": {"layout": "folder", "root": "data/raw/parts"}}
     again = init(fresh, "--data", "data/raw/parts", "--preset", ROOT / "presets/photographs.yaml")
-    assert "says so already" in again
+    assert "params.yaml is up to date" in again
 
 
 def test_a_folder_elsewhere_is_read_in_place_and_followed(fresh, tmp_path):
@@ -98,7 +98,7 @@ def test_a_folder_elsewhere_is_read_in_place_and_followed(fresh, tmp_path):
 def test_what_fits_no_layout_is_told_layout_by_layout(fresh):
     (fresh.path / "data/raw/parts/bolt/fine").mkdir(parents=True)
     said = init(fresh, "--data", "data/raw/parts", check=False)
-    assert "is of no layout that is known" in said and "folder: data/raw/parts/bolt has no good" in said
+    assert "fits no layout" in said and "folder: data/raw/parts/bolt has no good" in said
     assert "data/raw/nowhere is not a folder" in init(fresh, "--data", "data/raw/nowhere", check=False)
     assert "choose one of" in init(fresh, "--data", "data/raw/parts", "--layout", "heap", check=False)
     assert yaml.safe_load((fresh.path / "params.yaml").read_text())["prepare"]["layout"] == "demo"
@@ -121,11 +121,67 @@ def test_a_presets_model_for_the_data_that_are_there(tmp_path, preset):
     for section in type(now).model_fields:
         source = theirs if section in ("caption", "first_stage", "encode", "train", "evaluate") else ours
         assert getattr(now, section) == getattr(source, section), section
-    # Sections are where they were, with the comments of where they come from.
+    # Sections stay in their order, and bring their comments.
     assert list(yaml.safe_load(file.read_text())) == list(yaml.safe_load((ROOT / "params.yaml").read_text()))
     assert set(comments(preset.read_text().partition("train:")[2].partition("evaluate:")[0])) <= set(
         comments(file.read_text())
     )
+
+
+OURS = """\
+# Line 3.
+prepare: {layout: folder, root: 'data/raw/our parts'}
+
+train:
+  steps: 5 # ours
+# Strict: nobody looks at these parts again.
+gate:
+    floors: {au_pro: {mean: 0.5, every_class: 0.5}}   # by class, as agreed with the customer, who looks at each by hand
+    max_latency_ms: null
+"""
+PRESET = """\
+encode: {mirror: [horizontal]}
+
+train: # of the preset
+  steps: 7
+
+  # slow
+  learning_rate: 0.0001
+"""
+
+
+def test_a_preset_changes_no_line_outside_of_the_model(tmp_path):
+    file, preset = tmp_path / "params.yaml", tmp_path / "preset.yaml"
+    file.write_text(OURS)
+    preset.write_text(PRESET)
+    use_preset(preset, file)
+    train = PRESET.partition("\n\n")[2]
+    expected = OURS.replace("train:\n  steps: 5 # ours\n", train)
+    for other in ("caption: {}", "first_stage: {}", "encode: {mirror: [horizontal]}", "evaluate: {}"):
+        expected += f"\n{other}\n"
+    assert file.read_text() == expected
+
+
+def test_a_key_that_stands_twice_is_refused_by_its_line(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text("train: {steps: 3}\ntrain: {steps: 4}\n")
+    with pytest.raises(InputError, match=r"params\.yaml, line 2: found duplicate key \"train\""):
+        use_preset(ROOT / "presets/visa_fast.yaml", file)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "prepare: {layout: demo}\n", "# ours\nprepare:\n  # see wiki\n  test_fraction: 0.5\n"]
+)
+def test_layout_and_root_are_added_where_they_are_not_written(tmp_path, text):
+    file = tmp_path / "preset.yaml"
+    file.write_text(text)
+    photographs(tmp_path / "parts")
+    found = look(tmp_path / "parts", load(file).prepare, None)
+    write_params(found, file, tmp_path / "params.yaml")
+    now = load(tmp_path / "params.yaml").prepare
+    assert (now.layout, now.root) == ("folder", tmp_path / "parts")
+    assert now.test_fraction == load(file).prepare.test_fraction
+    assert comments((tmp_path / "params.yaml").read_text()) == comments(text)
 
 
 def test_a_preset_that_is_none_leaves_params_as_they_are(tmp_path):

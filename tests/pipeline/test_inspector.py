@@ -49,7 +49,7 @@ def test_an_inspector_sees_what_the_detector_says_and_says_what_it_is(workspace,
     drop(page, elsewhere)
     expect(page.get_by_text("taken.png, sha256")).to_be_visible(timeout=PATIENCE)  # the whole page is the new one's
     page.get_by_role("button", name="It is normal: learn from it").click()
-    expect(page.get_by_text("the next retrain has it")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("The next retrain uses it")).to_be_visible(timeout=PATIENCE)
     assert (workspace.path / "data/feedback.jsonl").read_text().count('"normal"') == 1
     added = [file for file in (workspace.path / "data/raw/photos").rglob("*.png") if file.read_bytes()[-1:] == b"\0"]
     assert len(added) == 1 and added[0].parent.name == "good"

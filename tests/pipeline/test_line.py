@@ -17,8 +17,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from vlmdiff.core.dvc import dvc_hash
 from vlmdiff.evaluation.bootstrap import Resampled
-from vlmdiff.registry.lineage import dvc_hash
 
 CLIENT = """
 import json, sys, mlflow
@@ -121,7 +121,7 @@ def test_touching_one_photograph_recaptions_one(workspace):
     image.putpixel((0, 0), (1, 2, 3))
     image.save(file)
     output = workspace.run("dvc", "repro", "caption").stdout
-    assert "1 asked of the captioner" in output
+    assert "1 requested" in output
 
 
 def test_our_hashes_are_dvcs(workspace):
@@ -220,7 +220,7 @@ def test_a_champion_is_judged_again_where_the_test_has_changed(workspace):
     # It is the same model: judged by the same images it is the same.
     (gain,) = [row for row in found["criteria"] if row["name"].startswith("gain")]
     assert gain["measured"] == 0 and "differs from the champion's by +0.0000" in gain["why"]
-    assert "judged again, on these" in (workspace.path / "reports/gate.html").read_text()
+    assert "judged again on these" in (workspace.path / "reports/gate.html").read_text()
 
     # Without its weights it cannot be; that is no reason to let another pass, but a person may.
     for weights in (workspace.path / "mlruns").glob("*/models/*/artifacts/artifacts/detector/unet/*.safetensors"):
@@ -368,7 +368,7 @@ def test_the_champion_loads_and_serves_without_this_repository(workspace, tmp_pa
         with urllib.request.urlopen(request, timeout=60) as response:
             (served,) = json.load(response)["predictions"]
     finally:
-        from flows.processes import end_group
+        from vlmdiff.core.processes import end_group
 
         end_group(server.pid)
         server.wait()

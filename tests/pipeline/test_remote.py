@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from flows import dvc
 from tests.conftest import Workspace
+from vlmdiff.core import dvc
 from vlmdiff.core.errors import InputError
 
 FLOW = (sys.executable, "-m", "flows.retrain")
@@ -114,6 +114,13 @@ def test_a_remote_that_is_away_says_so(here):
     dvc.run_stage("count", print, pull=True)
     with pytest.raises(dvc.DvcFailed, match=r"`dvc push` failed:\n.*nowhere"):
         dvc.push(print)
+
+
+def test_a_dvc_that_fails_is_an_error_and_not_an_empty_answer(here):
+    (here.path / ".dvc/config").write_text("[core\n")
+    for ask in (dvc.default_remote, lambda: dvc.take_in(print, None)):
+        with pytest.raises(dvc.DvcFailed, match=r"`dvc .*` failed:\n.*config"):
+            ask()
 
 
 def test_a_clone_reproduces_the_champions_lock_from_the_remote_alone_and_runs_no_stage(

@@ -39,7 +39,7 @@ def test_the_flow_scores_with_the_champion_and_shows_the_worst(scored, recorded)
     shown = json.loads(artifacts["scores"]["data"])
     assert [row["score"] for row in shown] == [f"{s:.3f}" for s in sorted(frame["score"].dropna(), reverse=True)]
     summary = artifacts["score-summary"]["data"]
-    assert "| judged | 6 |" in summary and "| could not be read | 1 |" in summary and "text.png" in summary
+    assert "| judged | 6 |" in summary and "| unreadable | 1 |" in summary and "text.png" in summary
 
     assert "7 of them scored before" in run().stdout
     pd.testing.assert_frame_equal(pd.read_parquet(workspace.path / "reports/scores/vlmdiff-1"), frame)

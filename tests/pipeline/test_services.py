@@ -22,6 +22,7 @@ from tests.services import Services, services
 pytestmark = pytest.mark.services
 
 FLOW = (sys.executable, "-m", "flows.retrain")
+SERVERS = {"prefect", "mlflow", "reports", "worker-vlmdiff"}
 HOLD = """
 import sys, time
 from prefect.concurrency.sync import concurrency
@@ -36,13 +37,8 @@ def up(tiny_line, tmp_path_factory) -> Services:
     """A tiny line whose stages have run, and all of `make up`; the tests go from one to the next."""
     with services(tmp_path_factory.mktemp("services") / "workspace", tiny_line) as here:
         said = here.up()
-        assert {line.partition(" is up")[0] for line in said.splitlines() if " is up" in line} == {
-            "prefect",
-            "mlflow",
-            "reports",
-            "worker-vlmdiff",
-        }
-        assert "deployed: " in said and "retrain" in said
+        assert set(re.findall(r"^started ([\w-]+): http", said, re.MULTILINE)) == SERVERS
+        assert "deployed retrain, score, monitor" in said
         yield here
 
 
@@ -120,7 +116,7 @@ def test_up_again_starts_nothing_and_keeps_what_a_person_paused(up):
 
         said = up.up()
 
-        assert said.count("already up") == 4 and started(up) == before
+        assert set(re.findall(r"^([\w-]+) already runs: http", said, re.MULTILINE)) == SERVERS and started(up) == before
         deployment = client.read_deployment_by_name("retrain/retrain")
         assert [schedule.active for schedule in deployment.schedules] == [False]
         (automation,) = client.read_automations_by_name("vlmdiff: drift starts retrain")
@@ -190,6 +186,6 @@ def test_a_second_run_says_who_has_the_workspace_and_down_ends_all_with_the_run_
     assert not up.run(run).state.is_final()
     assert len(up.processes()) > 6
     said = up.down()
-    assert said.splitlines() == [f"{name} is down" for name in ("worker-vlmdiff", "mlflow", "prefect", "reports")]
+    assert said.splitlines() == [f"stopped {name}" for name in ("worker-vlmdiff", "mlflow", "prefect", "reports")]
     assert up.processes() == []
     assert list(Path(up.workspace.path / ".cache/servers").glob("*.json")) == []

@@ -198,7 +198,7 @@ def test_shapes_that_do_not_match_name_the_map():
         aupro([np.zeros((2, 2)), np.zeros((2, 3))], [np.zeros((2, 2)), np.zeros((3, 2))])
     with pytest.raises(InputError, match="anomaly map 0 has shape"):
         aupro(np.zeros((3, 3)), np.zeros((3, 3)))
-    with pytest.raises(InputError, match="2 anomaly maps but 1 masks"):
+    with pytest.raises(InputError, match="2 anomaly maps, but 1 masks"):
         aupro(np.zeros((2, 3, 3)), np.zeros((1, 3, 3)))
 
 

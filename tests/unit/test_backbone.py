@@ -168,13 +168,13 @@ def test_others_take_any_size(family, saved):
 def test_a_model_that_cannot_interpolate_its_positions_says_so(tmp_path):
     config = tf.HieraConfig(image_size=[64, 64], embed_dim=8, depths=[1, 1], num_heads=[1, 1], num_query_pool=1)
     tf.HieraModel(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="cannot take images of 67 pixels"):
+    with pytest.raises(InputError, match="rejects images of 67 pixels"):
         backbone(tmp_path, image_size=67)
 
 
 def test_a_model_that_hides_patches_is_refused(tmp_path):
     tf.ViTMAEModel(tf.ViTMAEConfig(**transformer())).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no maps of the image"):
+    with pytest.raises(InputError, match="not maps of the image"):
         backbone(tmp_path)
 
 
@@ -240,11 +240,11 @@ def test_a_damaged_checkpoint_is_refused(saved, tmp_path):
 
 def test_a_model_of_text_is_refused(tmp_path):
     tf.BertModel(tf.BertConfig(**transformer(vocab_size=100))).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="BertModel: not a model of images"):
+    with pytest.raises(InputError, match="BertModel, not a vision model"):
         backbone(tmp_path)
 
 
-def test_what_is_no_folder_needs_a_revision():
+def test_a_model_that_is_not_a_local_folder_needs_a_revision():
     with pytest.raises(InputError, match=r"some/model.*revision"):
         Backbone.load(VisionBackbone(model="some/model"))
 

@@ -82,7 +82,7 @@ def test_samples_are_read_as_they_were_written(tmp_path):
         for metric, values in metrics.items():
             np.testing.assert_array_equal(again.classes[name][metric], values.astype(np.float32))
     (tmp_path / "text.npz").write_text("no samples")
-    for file, said in (("text.npz", "holds no bootstrap samples"), ("no.npz", "does not exist")):
+    for file, said in (("text.npz", "has no bootstrap samples"), ("no.npz", "does not exist")):
         with pytest.raises(InputError, match=said):
             Resampled.load(tmp_path / file)
 

@@ -146,7 +146,7 @@ def test_retry_after_is_heeded(tmp_path, how):
 
 def test_an_endpoint_that_wants_an_hours_rest_is_an_error(tmp_path):
     with Endpoint(lambda *_: Reply("quota", 429, {"Retry-After": "3600"})) as endpoint:
-        with pytest.raises(InputError, match=r"0\.png: http.* wants no request for 3600 s, status 429: 'quota'"):
+        with pytest.raises(InputError, match=r"0\.png: http.* accepts no requests for 3600 s \(status 429: 'quota'"):
             captioned(photographs(tmp_path, 1), tmp_path, endpoint.url)
         assert endpoint.asked == [0]
 
@@ -157,7 +157,7 @@ def test_attempts_are_bounded_and_the_answers_before_are_kept(tmp_path):
 
     frame = photographs(tmp_path, 6)
     with Endpoint(behave) as endpoint:
-        with pytest.raises(InputError, match=r"3\.png: .* no caption in 4 attempt\(s\), the last: status 503"):
+        with pytest.raises(InputError, match=r"3\.png: .* no caption in 4 attempt\(s\) \(last: status 503"):
             captioned(frame, tmp_path, endpoint.url, concurrency=1)
         assert Counter(endpoint.asked) == {0: 1, 1: 1, 2: 1, 3: 4}
         endpoint.asked.clear()
@@ -172,7 +172,7 @@ def test_a_refused_request_stops_at_once_and_names_the_image(tmp_path, status):
         return Reply({"error": {"message": "not so"}}, status) if number == 2 else completion(caption(number))
 
     with Endpoint(behave) as endpoint:
-        with pytest.raises(InputError, match=rf"good/2\.png: .* refuses it, status {status}: .*not so"):
+        with pytest.raises(InputError, match=rf"good/2\.png: .* refuses it \(status {status}: .*not so"):
             captioned(photographs(tmp_path, 9), tmp_path, endpoint.url, concurrency=1)
         assert endpoint.asked == [0, 1, 2]
 
@@ -206,8 +206,8 @@ def test_what_is_under_way_when_one_fails_is_kept(tmp_path):
         (completion(None), "the answer is empty"),
         (completion(" \n"), "the answer is empty"),
         (completion("A thing that has", "length"), "cut at caption.captioner.max_new_tokens"),
-        (completion(None, refusal="I would rather not."), "the model refuses: I would rather not."),
-        (completion("A", "content_filter"), "the model refuses: filtered"),
+        (completion(None, refusal="I would rather not."), "the model refuses (I would rather not.)"),
+        (completion("A", "content_filter"), "the model refuses (filtered)"),
     ],
 )
 def test_an_answer_that_is_no_caption_names_its_image_and_the_others_go_on(tmp_path, answer, why):
@@ -225,9 +225,11 @@ def test_an_answer_that_is_no_caption_names_its_image_and_the_others_go_on(tmp_p
 
 
 @pytest.mark.parametrize("body", ["<html>Welcome!</html>", "[]", "{}", {"choices": []}, {"choices": [{"text": "A"}]}])
-def test_what_is_no_chat_completion_is_an_error_that_shows_it(tmp_path, body):
+def test_an_answer_that_is_not_a_chat_completion_is_shown_in_the_error(tmp_path, body):
     with Endpoint(lambda *_: Reply(body)) as endpoint:
-        with pytest.raises(InputError, match=r"0\.png: what http.* answers is no chat completion .*base_url right"):
+        with pytest.raises(
+            InputError, match=r"0\.png: the answer of http.* is not a chat completion .*Check .*base_url"
+        ):
             captioned(photographs(tmp_path, 1), tmp_path, endpoint.url)
         assert endpoint.asked == [0]
 

@@ -91,7 +91,7 @@ def test_a_path_may_have_another_root_or_be_a_name_that_only_one_image_has(tmp_p
 
 
 def test_a_name_that_several_images_have_is_an_error(tmp_path):
-    with pytest.raises(InputError, match=r"captions\.json, key '000\.png': .*any of 2 images, such as bottle/.*cable/"):
+    with pytest.raises(InputError, match=r"captions\.json, key '000\.png': .*matches 2 images: bottle/.*cable/"):
         brought(tmp_path, {"000.png": "A bottle or a cable."})
 
 
@@ -111,12 +111,12 @@ def test_of_several_captions_in_cocos_format_the_first_counts_and_the_rest_are_c
     content = coco(list(zip(PATHS, TEXTS, strict=True)))
     content["annotations"] += [{"id": 9, "image_id": 100, "caption": "Another."}] * 2
     assert brought(tmp_path, content) == TEXTS
-    assert "2 further captions" in capsys.readouterr().out
+    assert "2 more caption(s)" in capsys.readouterr().out
 
 
 def test_captions_of_images_that_the_manifest_lacks_are_counted(tmp_path, capsys):
     assert brought(tmp_path, dict(zip([*PATHS, "screw/1.png"], [*TEXTS, "A screw."], strict=True))) == TEXTS
-    assert "captions of 1 images that the manifest lacks: screw/1.png" in capsys.readouterr().out
+    assert "1 caption(s) of images not in the manifest: screw/1.png" in capsys.readouterr().out
 
 
 def test_a_changed_list_of_images_is_read_again(tmp_path):
@@ -129,22 +129,22 @@ def test_a_changed_list_of_images_is_read_again(tmp_path):
     [
         ({"file": "{"}, r"captions\.json, in captions\.json: not JSON: .*line 1"),
         ({"file": "[" * 100_000}, "not JSON"),
-        ({"file": '{"a.png": "A", "a.png": "B"}'}, "the key 'a.png' is there twice"),
-        ({"file": "3"}, "as a whole: captions alone need caption.captioner.images"),
-        ({"file": TEXTS}, "as a whole: captions alone need caption.captioner.images"),
+        ({"file": '{"a.png": "A", "a.png": "B"}'}, "the key 'a.png' occurs twice"),
+        ({"file": "3"}, "whole file: captions without paths. Set caption.captioner.images"),
+        ({"file": TEXTS}, "whole file: captions without paths. Set caption.captioner.images"),
         ({"file": "\n".join(TEXTS), "name": "captions.txt"}, "line 1: no tab"),
-        ({"file": "a", "name": "captions.csv"}, r"captions\.csv is none of \.jsonl"),
-        ({"file": TEXTS, "images": PATHS[:3]}, "as a whole: 4 captions, but images.json names 3 images"),
+        ({"file": "a", "name": "captions.csv"}, r"captions\.csv has an unknown suffix\. Use \.jsonl"),
+        ({"file": TEXTS, "images": PATHS[:3]}, "whole file: 4 captions, but images.json lists 3 images"),
         ({"file": "A\n\nB", "name": "captions.txt", "images": PATHS[:3]}, "line 2: `caption` is missing, empty"),
         ({"file": {"a": 1}, "images": PATHS}, "captions.json must be a list"),
-        ({"file": ["A", "B"], "images": [PATHS[0], PATHS[0]]}, "entry 2: .*a caption already, in entry 1"),
-        ({"file": ["A", ["B", "C"]], "images": PATHS[:2]}, "entry 2: `caption` is missing, empty or no text"),
+        ({"file": ["A", "B"], "images": [PATHS[0], PATHS[0]]}, "entry 2: .*already has a caption, in entry 1"),
+        ({"file": ["A", ["B", "C"]], "images": PATHS[:2]}, "entry 2: `caption` is missing, empty or not text"),
         ({"file": ["A", "B"], "images": [PATHS[0], 7]}, "entry 2: `path` or `image_id` is missing"),
         ({"file": {PATHS[0]: ""}}, "key 'bottle/train/good/000.png': `caption` is missing"),
-        ({"file": {"annotations": [{"image_id": "9"}]}}, r"annotations\[0\]: not COCO's format: KeyError 'caption'"),
-        ({"file": {"images": [], "annotations": [{"image_id": 9}]}}, r"annotations\[0\]: not COCO's format"),
-        ({"file": {"images": [{"id": 9}], "annotations": []}}, "images: not COCO's format: KeyError 'file_name'"),
-        ({"file": {"annotations": 3}}, "not COCO's format"),
+        ({"file": {"annotations": [{"image_id": "9"}]}}, r"annotations\[0\]: not in COCO's format: KeyError 'caption'"),
+        ({"file": {"images": [], "annotations": [{"image_id": 9}]}}, r"annotations\[0\]: not in COCO's format"),
+        ({"file": {"images": [{"id": 9}], "annotations": []}}, "images: not in COCO's format: KeyError 'file_name'"),
+        ({"file": {"annotations": 3}}, "not in COCO's format"),
     ],
 )
 def test_a_bad_file_is_named_with_the_place(tmp_path, arguments, what):

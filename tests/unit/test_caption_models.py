@@ -103,14 +103,14 @@ def test_an_image_is_captioned_alike_in_any_batch(family, tmp_path):
 def test_a_rerun_asks_for_nothing_and_a_changed_prompt_for_everything(family, tmp_path, capsys):
     frame = photographs(tmp_path)
     first = captioned(frame, tmp_path, family)
-    assert "5 asked" in capsys.readouterr().out
+    assert "5 requested" in capsys.readouterr().out
     assert captioned(frame, tmp_path, family) == first
-    assert "5 from the store, 0 asked" in capsys.readouterr().out
+    assert "5 from the store, 0 requested" in capsys.readouterr().out
     other = captioned(frame, tmp_path, family, prompt="Where is it, and of what?")
-    assert "0 from the store, 5 asked" in capsys.readouterr().out
+    assert "0 from the store, 5 requested" in capsys.readouterr().out
     assert other != first
     captioned(frame, tmp_path, family, batch_size=2, dtype="float32", device_map="cpu", max_new_tokens=LIMIT + 1)
-    assert "0 asked" in capsys.readouterr().out
+    assert "0 requested" in capsys.readouterr().out
 
 
 def test_what_is_stored_needs_no_model(llava, tmp_path, monkeypatch):
@@ -129,13 +129,13 @@ def test_a_folder_is_known_by_its_files_wherever_it_lies(llava, tmp_path, capsys
     captioned(frame, tmp_path, llava)
     shutil.copytree(llava, tmp_path / "elsewhere")
     captioned(frame, tmp_path, tmp_path / "elsewhere")
-    assert "0 asked" in capsys.readouterr().out
+    assert "0 requested" in capsys.readouterr().out
     model = tf.LlavaForConditionalGeneration.from_pretrained(llava)
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
     model.save_pretrained(llava)
     captioned(frame, tmp_path, llava)
-    assert "5 asked" in capsys.readouterr().out
+    assert "5 requested" in capsys.readouterr().out
 
 
 def test_sampled_captions_are_the_seeds_and_no_batchs(llava, tmp_path):
@@ -185,7 +185,7 @@ def test_a_name_on_the_hub_needs_a_commit(tmp_path):
 
 
 def test_a_folder_has_no_revision(llava, tmp_path):
-    with pytest.raises(InputError, match=r"revision: .*llava is a folder here"):
+    with pytest.raises(InputError, match=r"revision: .*llava is a local folder"):
         captioned(photographs(tmp_path, 1), tmp_path, llava, revision="0" * 40)
 
 

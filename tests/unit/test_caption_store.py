@@ -140,7 +140,10 @@ def test_a_captioner_that_loses_an_image_is_no_success(tmp_path):
         def caption(self, items):
             return super().caption(items[:-1])
 
-    with CaptionStore(tmp_path / "captions.sqlite") as store, pytest.raises(ValueError, match="silent"):
+    with (
+        CaptionStore(tmp_path / "captions.sqlite") as store,
+        pytest.raises(ValueError, match="did not return every image"),
+    ):
         caption_all(photographs(tmp_path, "a", "b"), Losing(), store)
 
 
@@ -178,7 +181,7 @@ def test_a_captioner_is_closed_when_the_store_fails(tmp_path):
 def test_a_file_that_is_no_store_is_named(tmp_path):
     path = tmp_path / "captions.sqlite"
     path.write_bytes(b"captions, captions, captions" * 100)
-    with pytest.raises(InputError, match=r"captions\.sqlite.*not a database.*move it away"):
+    with pytest.raises(InputError, match=r"captions\.sqlite.*not a database.*Move it away"):
         CaptionStore(path)
     assert path.read_bytes().startswith(b"captions")
 

@@ -50,6 +50,12 @@ def test_a_photograph_of_any_size_is_taken(detector):
     assert detector.detect([photographs(1, size=50)[0][:, :37]])[0].anomaly_map.shape == (SIZE, SIZE)
 
 
+def test_an_array_that_is_not_a_photograph_is_refused(detector):
+    for image in (photographs(1)[0] / 255.0, photographs(1)[0][..., 0], photographs(1)[0].transpose(2, 0, 1)):
+        with pytest.raises(InputError, match=r"must be a PIL image or an array of uint8 \(H, W, 3\), not "):
+            detector.detect([image])
+
+
 def test_a_saved_detector_judges_alike(detector, tmp_path):
     detector.save_pretrained(tmp_path)
     loaded = Detector.from_pretrained(tmp_path)
@@ -147,7 +153,7 @@ def test_a_saved_detector_knows_the_captions_of_its_classes(tmp_path):
     detector.save_pretrained(tmp_path)
     loaded = Detector.from_pretrained(tmp_path)
     assert loaded.captions_of(classes) == captions
-    with pytest.raises(InputError, match="knows no class 'cable', only ball, fabric"):
+    with pytest.raises(InputError, match="does not know the class 'cable', only ball, fabric"):
         loaded.captions_of(["ball", "cable"])
     with pytest.raises(InputError, match="captions: none"):
         tiny_detector().captions_of(["ball"])

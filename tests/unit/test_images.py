@@ -1,5 +1,6 @@
 """Reading photographs and masks that may be anything."""
 
+import io
 import struct
 import zlib
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.data.images import load_mask, load_rgb, read_image, resolve
+from vlmdiff.data.images import fit, load_mask, load_rgb, read_image, resolve, to_rgb
 
 LIMIT = 1_000_000
 
@@ -56,9 +57,35 @@ def test_a_text_file_named_png_is_named(tmp_path):
         read_image(tmp_path / "note.png", LIMIT)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "AVIF", "DDS", "GIF", "PPM", "JPEG2000"])
+def test_a_format_is_judged_by_content_whatever_the_name_says(tmp_path, kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png", kind)
+    with pytest.raises(InputError, match=r"photo\.png is not an image of PNG, JPEG, BMP, TIFF, WEBP"):
+        read_image(tmp_path / "photo.png", LIMIT)
+
+
+@pytest.mark.parametrize("kind", [2, 5])
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, kind):
+    file = save(tmp_path / "photo.tif", np.zeros((4, 4, 3), np.uint8))
+    # The tag that says where the pixels are has text or a fraction instead of a number: Pillow raises TypeError.
+    whole, damaged = file.read_bytes(), [struct.pack("<HH", 273, number) for number in (4, kind)]
+    assert whole.count(damaged[0]) == 1
+    file.write_bytes(whole.replace(*damaged))
+    with pytest.raises(InputError, match=r"photo\.tif cannot be decoded \(.+\): replace or remove it"):
+        read_image(file, LIMIT)
+
+
+def test_a_folder_is_not_a_photograph(tmp_path):
+    with pytest.raises(InputError, match=r"photo\.png cannot be decoded \(.*[Ii]s a directory"):
+        (tmp_path / "photo.png").mkdir()
+        read_image(tmp_path / "photo.png", LIMIT)
+
+
 @pytest.mark.parametrize("side", [2_000, 12_000, 60_000])
 def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, side):
-    with pytest.raises(InputError, match=r"bomb\.png (has|is a decompression bomb)"):
+    with pytest.raises(InputError, match=r"bomb\.png (has|cannot be decoded .*decompression bomb)"):
         read_image(bomb(tmp_path / "bomb.png", side), LIMIT)
 
 
@@ -86,6 +113,46 @@ def test_other_modes_become_rgb(tmp_path, mode):
     assert array.shape == (5, 6, 3)
     if mode != "1":  # a dithered grey
         assert abs(array.astype(int) - 200).max() <= 3
+
+
+ALL_MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"]
+ALL_MODES += ["I;16", "I;16L", "I;16B", "I;16N"]
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_a_pil_image_in_any_mode_becomes_rgb(mode):
+    assert to_rgb(Image.new(mode, (6, 5))).mode == "RGB"
+    assert fit(Image.new(mode, (6, 5)), 4).shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"float32 \(4, 4, 3\)"),
+        (np.zeros((4, 4, 3), np.uint16), r"uint16 \(4, 4, 3\)"),
+        (np.zeros((4, 4), np.uint8), r"uint8 \(4, 4\)"),
+        (np.zeros((4, 4, 4), np.uint8), r"uint8 \(4, 4, 4\)"),
+        (np.zeros((3, 4, 4), np.uint8), r"uint8 \(3, 4, 4\)"),
+        (np.zeros((1, 4, 4, 3), np.uint8), r"uint8 \(1, 4, 4, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"uint8 \(0, 4, 3\)"),
+        ("photo.png", "str"),
+    ],
+    ids=str,
+)
+def test_another_array_or_type_is_refused_with_a_sentence(image, found):
+    with pytest.raises(InputError, match=rf"PIL image or an array of uint8 \(H, W, 3\), not {found}"):
+        fit(image, 4)
+
+
+def test_the_callers_image_stays_as_it_is():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 5)).save(buffer, "PNG", exif=exif)
+    image = Image.open(buffer)
+    assert to_rgb(image).size == (5, 6) and image.size == (6, 5)
+    to_rgb(image).thumbnail((2, 2))
+    assert image.size == (6, 5) and image.getexif()[0x0112] == 6
 
 
 def test_a_rotated_photograph_stands_upright(tmp_path):

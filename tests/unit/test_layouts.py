@@ -206,14 +206,14 @@ def test_visas_label_maps_pass_the_contract_and_mark_whatever_is_not_zero(tmp_pa
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (f"candle,train,normal,candle/{NORMAL}/0009.JPG,", ["line 7", "0009.JPG", "no file"]),
-        (f"unicorn,train,normal,unicorn/{NORMAL}/0000.JPG,", ["line 7", "unicorn", "no file"]),
+        (f"candle,train,normal,candle/{NORMAL}/0009.JPG,", ["line 7", "0009.JPG", "not a file"]),
+        (f"unicorn,train,normal,unicorn/{NORMAL}/0000.JPG,", ["line 7", "unicorn", "not a file"]),
         (f"candle,test,anomaly,candle/{ANOMALY}/001.JPG,candle/{MASK}/009.png", ["line 7", "009.png"]),
         ("candle,train,normal,../outside.png,", ["line 7", "../outside.png leaves"]),
         ("candle,train,normal,link.png,", ["line 7", "link.png leaves"]),
-        (f"candle,train,candle,candle/{NORMAL}/0000.JPG,", ["line 7", "label is 'candle'", "object what it shows"]),
+        (f"candle,train,candle,candle/{NORMAL}/0000.JPG,", ["line 7", "label is 'candle'", "use the column object"]),
         (f"candle,val,normal,candle/{NORMAL}/0000.JPG,", ["line 7", "split is 'val'"]),
-        (f"candle,train,normal,candle/{NORMAL}/00", ["line 7", "4 cells under 5 columns"]),
+        (f"candle,train,normal,candle/{NORMAL}/00", ["line 7", "4 cells for 5 columns"]),
         ('candle,train,normal,"candle/', ["line 7", "unexpected end"]),
     ],
 )
@@ -283,8 +283,8 @@ def test_real_iads_unsupervised_lists_call_their_anomalous_training_images_so(tm
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_path": "NG/QS/gone.jpg"}, ["test.1", "NG/QS/gone.jpg", "no file"]),
-        ({"mask_path": "NG/QS/gone.png"}, ["test.1", "NG/QS/gone.png", "no file"]),
+        ({"image_path": "NG/QS/gone.jpg"}, ["test.1", "NG/QS/gone.jpg", "not a file"]),
+        ({"mask_path": "NG/QS/gone.png"}, ["test.1", "NG/QS/gone.png", "not a file"]),
         ({"image_path": "../../../outside.png"}, ["test.1", "leaves"]),
         ({"image_path": "/etc/passwd"}, ["test.1", "leaves"]),
         ({"image_path": "\ud800.png"}, ["audiojack.json"]),
@@ -305,7 +305,7 @@ def test_a_truncated_or_missing_list_of_real_iad_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-20])
     refused("real_iad", root, str(file), "Invalid JSON: EOF", real_iad={"images": "realiad_256"})
     file.unlink()
-    refused("real_iad", root, "realiad_jsons holds no CLASS.json", "prepare.real_iad.jsons")
+    refused("real_iad", root, "realiad_jsons has no CLASS.json", "prepare.real_iad.jsons")
 
 
 # COCO-AD
@@ -346,7 +346,7 @@ def test_coco_ads_split_is_a_parameter(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"img_path": "val2017/1.jpg"}, ["test.coco.1", "val2017/1.jpg", "no file"]),
+        ({"img_path": "val2017/1.jpg"}, ["test.coco.1", "val2017/1.jpg", "not a file"]),
         ({"mask_path": "../outside.png"}, ["test.coco.1", "leaves"]),
         ({"cls_name": "bear"}, ["test.coco.1", "'bear'"]),
         ({"anomaly": "bear"}, ["test.coco.1.anomaly"]),
@@ -441,7 +441,7 @@ def test_a_broken_cifar_is_refused(tmp_path):
     refused(
         "cifar",
         root,
-        "prepare.cifar.normal names zeppelin",
+        "prepare.cifar.normal: unknown class zeppelin",
         "airplane, automobile, bird",
         cifar={"normal": ["zeppelin"]},
     )
@@ -534,21 +534,24 @@ def test_a_row_that_is_there_twice_is_kept_for_the_contract(tmp_path):
         (["path,class_name", "a.png,nut"], ["is_anomalous and label", "path, class_name"]),
         (["path,class_name,label,is_anomalous", "a.png,nut,0,0"], ["one of the columns is_anomalous and label"]),
         (["class_name,label", "nut,0"], ["no column 'path'"]),
-        (["path,path,class_name,label", "a.png,a.png,nut,0"], ["more than one column path"]),
+        (["path,path,class_name,label", "a.png,a.png,nut,0"], ["repeated column path"]),
         (["path;class_name;label", "a.png;nut;0"], ["no column 'path'", "path;class_name;label"]),
-        (["path,class_name,label", "a.png,nut,0", "b.png,nut,nut"], ["line 3", "label is 'nut'", "class_name what"]),
+        (
+            ["path,class_name,label", "a.png,nut,0", "b.png,nut,nut"],
+            ["line 3", "label is 'nut'", "column class_name"],
+        ),
         (["path,class_name,label", "", "a.png,nut,"], ["line 3", "label is ''"]),
-        (["path,class_name,label", "c.png,nut,0"], ["line 2", "'c.png' is no file"]),
-        (["path,class_name,label", ",nut,0"], ["line 2", "'' is no file"]),
+        (["path,class_name,label", "c.png,nut,0"], ["line 2", "'c.png' is not a file"]),
+        (["path,class_name,label", ",nut,0"], ["line 2", "'' is not a file"]),
         (["path,class_name,label", "a.png,,0"], ["line 2", "the class ''"]),
         (["path,class_name,label", "a.png,../nut,0"], ["line 2", "the class '../nut'"]),
         (["path,class_name,label,split", "a.png,nut,0,"], ["line 2", "split is ''"]),
-        (["path,class_name,label,defect", "a.png,nut,0,bent"], ["line 2", "defect 'bent'"]),
-        (["path,class_name,label,defect", "a.png,nut,1,good"], ["line 2", "defect 'good'"]),
+        (["path,class_name,label,defect", "a.png,nut,0,bent"], ["line 2", "defect is 'bent'"]),
+        (["path,class_name,label,defect", "a.png,nut,1,good"], ["line 2", "defect is 'good'"]),
         (["path,class_name,label,mask_path", "a.png,nut,1,../m.png"], ["line 2", "../m.png leaves"]),
         (["path,class_name,label", "a\0.png,nut,0"], ["line 2"]),
         (["path,class_name,label", "a.png,nut"], ["line 2", "2 cells"]),
-        (["path,class_name,label"], ["holds no images"]),
+        (["path,class_name,label"], ["has no images"]),
         ([""], ["no column 'path'"]),
     ],
 )

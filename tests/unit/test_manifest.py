@@ -104,11 +104,11 @@ def test_an_unreadable_image_is_listed_with_its_problem(tmp_path):
     ("make", "message"),
     [
         (lambda root: None, "is not a folder"),
-        (lambda root: root.mkdir(), "holds no images"),
+        (lambda root: root.mkdir(), "has no images"),
         (lambda root: (root / "nut" / "test").mkdir(parents=True), "has no train/good"),
     ],
 )
-def test_a_folder_that_is_no_dataset_is_refused(tmp_path, make, message):
+def test_a_folder_that_is_not_a_dataset_is_refused(tmp_path, make, message):
     make(tmp_path / "data")
     with pytest.raises(InputError, match=message):
         build(tmp_path / "data")
@@ -130,7 +130,7 @@ def test_a_link_out_of_the_dataset_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"not parquet", None])
-def test_what_is_no_manifest_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_manifest_is_refused(tmp_path, content):
     path = tmp_path / "manifest.parquet"
     if content is None:
         pd.DataFrame({"a": [1]}).to_parquet(path)

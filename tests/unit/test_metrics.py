@@ -196,7 +196,7 @@ def test_another_file_in_place_of_metrics_json_is_named(tmp_path, text):
     with pytest.raises(InputError, match=r"metrics\.json does not exist"):
         Results.read(path)
     path.write_text(text)
-    with pytest.raises(InputError, match=r"metrics\.json is no metrics file"):
+    with pytest.raises(InputError, match=r"metrics\.json is not a metrics file"):
         Results.read(path)
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
 from vlmdiff.detection.calibration import Calibration
+from vlmdiff.detection.heatmap import heatmap
 from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.evaluation.metrics import METRICS, Results, evaluate_classes
 from vlmdiff.evaluation.plots import curves
-from vlmdiff.evaluation.report import Example, compose, heatmap, pick_examples, read_content, render
+from vlmdiff.evaluation.report import Example, compose, pick_examples, read_content, render
 from vlmdiff.evaluation.verdict import Criterion, Override, Verdict
 
 NOTHING = {"pro": [], "roc": [], "precision_recall": []}
@@ -137,7 +138,7 @@ def test_the_report_shows_results_curves_photographs_and_what_made_it():
         "bolt/good/7.png",
     ):
         assert text.replace(" ", "") in shown.text.replace(" ", "")
-    assert "A fair sample" not in shown.text and "Beside the champion" not in shown.text
+    assert "A fair sample" not in shown.text and "Compared with the champion" not in shown.text
 
 
 def test_the_verdict_comes_first_with_every_criterion():
@@ -152,7 +153,7 @@ def test_the_verdict_comes_first_with_every_criterion():
     assert text.index("it is too slow") < text.index("it is high enough")
     for said in ("at least 0.85", "0.9000", "at most 100", "120.0000", "not defined", "Ada", "it was judged again"):
         assert said in text
-    assert "Not before the gate yet" in page().text and "Not before the gate yet" not in text
+    assert "has not judged this model yet" in page().text and "has not judged this model yet" not in text
 
 
 def test_a_champion_is_shown_beside_the_model():
@@ -162,12 +163,12 @@ def test_a_champion_is_shown_beside_the_model():
     champion = content(results, [example(0, score=9.5, verdict=False)], rows)
     ours = content(better, [sample, other], rows)
     shown = Page(render(ours, None, champion, drawn(better) - drawn(results)))
-    beside = shown.text[shown.text.index("Beside the champion") :]
+    beside = shown.text[shown.text.index("Compared with the champion") :]
     assert f"{better.mean['au_pro']:.3f} / {results.mean['au_pro']:.3f}" in beside
     assert "+0.100 to +0.100" in beside
     same = shown.text[shown.text.index("The same photographs") :]
-    assert "by the champion normal" in same and "the champion's 9.5" in same
-    assert "elsewhere" not in same[: same.index("What made this")]
+    assert "champion: normal" in same and "champion: 9.5" in same
+    assert "elsewhere" not in same[: same.index("Provenance")]
 
 
 def test_thresholds_and_their_guarantee_are_counted():
@@ -179,7 +180,7 @@ def test_thresholds_and_their_guarantee_are_counted():
     assert alarms["guarantee"] == pytest.approx(0.05)
     assert "at most 5.00 %" in page().text
     few = Calibration(1.0, [1.0], 1.0, 9, 0.05)
-    assert "so few images cannot promise less" in page(calibration=few).text
+    assert "9 images are too few for a lower bound" in page(calibration=few).text
     assert "of the best F1" not in page(calibration=few).text
 
 
@@ -208,7 +209,7 @@ def test_undefined_metrics_empty_curves_and_no_photographs_make_a_report():
     results = Results({"nut": dict.fromkeys(METRICS, float("nan"))})
     shown = page(results)
     assert "nan" not in shown.text.lower().split()
-    assert "its mean leaves the class out" in shown.text
+    assert "The mean leaves the class out" in shown.text
     assert shown.text.count("not defined for any class") == 3
     assert page(Results({})).images == []
 

@@ -134,12 +134,12 @@ def test_sources_are_photographs_folders_patterns_and_tables_each_photograph_onc
     ("source", "words"),
     [
         ("new/gone.png", r"new/gone\.png does not exist"),
-        ("new/*.bmp", r"new/\*\.bmp gives no photographs"),
-        ("empty", "empty gives no photographs"),
+        ("new/*.bmp", r"new/\*\.bmp has no photographs"),
+        ("empty", "empty has no photographs"),
         ("outside.csv", r"outside\.csv, line 2: \.\./x\.png leaves"),
-        ("nameless.csv", r"nameless\.csv needs one column 'path'.*it has file"),
+        ("nameless.csv", r"nameless\.csv has no column `path`, only file"),
         ("twice.csv", r"good0\.png is listed twice"),
-        ("odd", r"\\udcff\.png' is no name in UTF-8"),
+        ("odd", r"\\udcff\.png' is not a name in UTF-8"),
         ("short.csv", r"short\.csv, line 2: 1 cells under 2 columns"),
     ],
 )
@@ -233,7 +233,7 @@ def test_a_folder_of_other_things_or_of_another_run_is_refused(place, model):
     with pytest.raises(InputError, match=r"mine holds other files \(letter\.txt\)"):
         score("new", "--model", model, out="mine")
     score("new", "--model", model)
-    with FileLock("out/.lock"), pytest.raises(InputError, match="another `vlmdiff score` writes to out"):
+    with FileLock("out/.lock"), pytest.raises(InputError, match="another process holds the folder out"):
         score("new", "--model", model)
 
 

@@ -47,7 +47,7 @@ def run():
 @pytest.mark.parametrize(
     ("stage", "said"),
     [
-        ("encode", "models/first_stage holds no first stage: run the first_stage stage first"),
+        ("encode", "models/first_stage has no first stage. Run vlmdiff first_stage first."),
         ("train", "data/encoded does not exist: run the stages before this one first"),
         ("evaluate", "models/vlmdiff has no pipeline. Run `vlmdiff train` first"),
     ],
@@ -60,7 +60,7 @@ def test_a_stage_before_its_time_says_what_to_run_first(captioned, run, stage, s
 
 def test_nothing_is_captioned_before_there_is_a_manifest(tmp_path, captioned, run) -> None:
     (tmp_path / "params.yaml").write_text((captioned / "params.yaml").read_text())
-    assert "run the prepare stage first" in str(run("caption", tmp_path).exception)
+    assert "Run vlmdiff prepare first" in str(run("caption", tmp_path).exception)
 
 
 @pytest.fixture

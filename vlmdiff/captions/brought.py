@@ -1,20 +1,19 @@
-"""Captions that the user brings, in a file inside the dataset's folder, where DVC sees them change.
+"""Captions from a file that the user provides, inside the dataset's folder, which DVC tracks.
 
-By the file's suffix:
+The file's suffix selects the format:
 
-- `.jsonl`: an object a line with `caption` and either `path` or `image_id`, all of them images of the manifest.
-- `.tsv`, `.txt`: a line an image, its path, a tab, its caption.
-- `.json`, an object of captions by path; or captions in COCO's format (`images` with `id` and `file_name`,
-  `annotations` with `image_id` and `caption`; of several for one image the first counts).
-- `.json` (a list) or `.txt` (a line each) of captions alone, and `images`, a list of as many paths in the same order in
-  either format: the caption and label lists of the VLMDiff authors' code, whose entries may also be lists of one text.
+- `.jsonl`: one object per line with `caption` and either `path` or `image_id`. The manifest must list every image.
+- `.tsv`, `.txt`: one line per image: its path, a tab, its caption.
+- `.json`: an object that maps paths to captions, or captions in COCO's format (`images` with `id` and `file_name`,
+  `annotations` with `image_id` and `caption`). The first of several captions of an image counts.
+- `.json` (a list) or `.txt` (one per line) with captions only, and `images`, a list of paths in the same order and of
+  the same length, in either format. The VLMDiff authors' code writes these lists; an entry may be a list of one text.
 
-A caption goes to the image of its path, whatever the order. A path is the manifest's, or one of which either ends in
-the other, such as an absolute path or a bare file name that only one image has; a bare number is COCO's id and names
-`000000000139.jpg`. But for `.jsonl`, captions of images that the manifest lacks are counted and left out.
+A caption belongs to the image of its path, in any order. A path matches the manifest's path if they are equal or one
+ends in the other, such as an absolute path or a file name that only one image has. A bare number is a COCO id: 139
+means `000000000139.jpg`. Captions of images that the manifest does not list are counted and skipped (`.jsonl`: error).
 """
 
-import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,25 +25,26 @@ import pandas as pd
 
 from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import sha256
 from vlmdiff.core.params import CaptionFile
 from vlmdiff.data.images import resolve
 
-# Where it stands in the file, the image's name, its caption.
+# Place in the file, name of the image, caption.
 Row = tuple[str, Any, Any]
 
 
 class FromFile:
-    """Captions of a file in one of the formats above.
+    """Read captions from a file in one of the formats above.
 
-    frame: the manifest; each normal train and validation image needs a caption, a test image may lack one. Raises
-    InputError with the file and the line or entry, or with the images that lack a caption.
+    `frame` is the manifest. Each normal train and validation image needs a caption; test images do not. Raises
+    InputError, which names the file and the line or entry, or the images without a caption.
     """
 
     def __init__(self, params: CaptionFile, frame: pd.DataFrame, dataset_root: Path):
         file = _inside(dataset_root, params.file, "file")
         images = None if params.images is None else _inside(dataset_root, params.images, "images")
         self.captions = _match(file, images, frame)
-        digests = [hashlib.sha256(f.read_bytes()).hexdigest() for f in (file, images) if f is not None]
+        digests = [sha256(f) for f in (file, images) if f is not None]
         self.identity = {"captioner": "file", "sha256": digests}
 
     def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:
@@ -56,15 +56,15 @@ def _inside(root: Path, path: Path, name: str) -> Path:
         file = resolve(root, path.as_posix())
     except InputError as error:
         raise InputError(
-            f"caption.captioner.{name}: {error}. DVC tracks that folder, and would not see captions elsewhere change"
+            f"caption.captioner.{name}: {error}. DVC tracks only that folder. Move the file into it."
         ) from error
     if not file.is_file():
-        raise InputError(f"caption.captioner.{name}: {file} does not exist (it is relative to the dataset's root)")
+        raise InputError(f"caption.captioner.{name}: {file} does not exist. Paths are relative to the dataset.")
     return file
 
 
 def _match(file: Path, images: Path | None, frame: pd.DataFrame) -> dict[str, str]:
-    """Captions by image_id."""
+    """Return the captions by image_id."""
     known = _Images(frame)
     captions: dict[str, str] = {}
     first: dict[str, str] = {}
@@ -75,9 +75,9 @@ def _match(file: Path, images: Path | None, frame: pd.DataFrame) -> dict[str, st
                 image_id = known.find(_text(name, "`path` or `image_id`"))
                 caption = _text(caption, "`caption`")
                 if image_id is None and file.suffix == ".jsonl":
-                    raise ValueError(f"{name!r} is no image of the manifest (paths are relative to the dataset's root)")
+                    raise ValueError(f"the manifest has no image {name!r}. Paths are relative to the dataset's root.")
                 if image_id in first:
-                    raise ValueError(f"its image has a caption already, in {first[image_id]}")
+                    raise ValueError(f"the image already has a caption, in {first[image_id]}. Remove one of them.")
             if image_id is None:
                 strangers.append(name)
             else:
@@ -85,20 +85,20 @@ def _match(file: Path, images: Path | None, frame: pd.DataFrame) -> dict[str, st
     except ValueError as error:
         raise InputError(f"{file}, {error}") from error
     if strangers:
-        say(f"caption: {file.name} has captions of {len(strangers)} images that the manifest lacks: {strangers[0]} …")
+        say(f"caption: {file.name} has {len(strangers)} caption(s) of images not in the manifest: {strangers[0]} …")
     needed = frame[(frame["split"] != "test") & ~frame["is_anomalous"].astype(bool)]
     missing = sorted(needed.loc[~needed["image_id"].isin(list(captions)), "path"])
     if missing:
         raise InputError(
-            f"{file} has no caption for {len(missing)} of {len(needed)} normal train and validation images: "
-            f"{', '.join(missing[:10])}{' …' if len(missing) > 10 else ''}; add one for each"
+            f"{file}: no caption for {len(missing)} of {len(needed)} normal train and validation images: "
+            f"{', '.join(missing[:10])}{' …' if len(missing) > 10 else ''}. Add one for each."
         )
     return captions
 
 
 @contextmanager
 def _at(where: str) -> Iterator[None]:
-    """A ValueError within says where it is."""
+    """Prefix the message of a ValueError with `where`."""
     try:
         yield
     except ValueError as error:
@@ -106,7 +106,7 @@ def _at(where: str) -> Iterator[None]:
 
 
 class _Images:
-    """Images by the names that files call them."""
+    """Find images by the names that caption files use."""
 
     def __init__(self, frame: pd.DataFrame):
         self.known = dict(zip(frame["path"], frame["image_id"], strict=True))
@@ -116,7 +116,7 @@ class _Images:
             self.by_file_name[PurePosixPath(path).name].append(path)
 
     def find(self, name: str) -> str | None:
-        """The image_id; None where there is no such image, ValueError where there are several."""
+        """Return the image_id, or None if no image matches. Raises ValueError if several match."""
         if name.isascii() and name.isdigit():
             name = f"{int(name):012}.jpg"
         name = PurePosixPath(name).as_posix()
@@ -125,15 +125,15 @@ class _Images:
         same = self.by_file_name[PurePosixPath(name).name]
         paths = [path for path in same if f"/{path}".endswith(f"/{name}") or name.endswith(f"/{path}")]
         if len(paths) > 1:
-            raise ValueError(f"{name!r} may be any of {len(paths)} images, such as {paths[0]} and {paths[1]}")
+            raise ValueError(f"{name!r} matches {len(paths)} images: {paths[0]}, {paths[1]}, …. Give a longer path.")
         return self.known[paths[0]] if paths else None
 
 
 def _text(value: Any, name: str) -> str:
-    """`value`; ValueError where it is empty or no text."""
+    """Return `value`. Raises ValueError if it is empty or not text."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} is missing, empty or no text")
-    value.encode()  # half a surrogate pair is JSON but no text (a ValueError as well)
+        raise ValueError(f"{name} is missing, empty or not text")
+    value.encode()  # JSON allows half a surrogate pair, which is not text (this raises a ValueError too)
     return value
 
 
@@ -147,11 +147,11 @@ def _rows(file: Path, images: Path | None) -> Iterator[Row]:
             return _columns(file)
         case ".json":
             return _json_objects(file)
-    raise InputError(f"caption.captioner.file: {file} is none of .jsonl, .json, .tsv and .txt")
+    raise InputError(f"caption.captioner.file: {file} has an unknown suffix. Use .jsonl, .json, .tsv or .txt.")
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Where each line is, and the line."""
+    """Yield each line with its place."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             with _at(f"line {number}"):
@@ -165,13 +165,13 @@ def _json_lines(file: Path) -> Iterator[Row]:
             with _at(where):
                 row = _parse(line)
                 if not isinstance(row, dict):
-                    raise ValueError('not an object: write {"path": …, "caption": …}')
+                    raise ValueError('not an object. Write {"path": …, "caption": …}.')
                 unknown = sorted(set(row) - {"image_id", "path", "caption"})
                 if unknown:
-                    what = "a line has `caption` and either `image_id` or `path`"
-                    raise ValueError(f"unknown key {', '.join(unknown)}: {what}")
+                    what = "Give `caption` and either `image_id` or `path`."
+                    raise ValueError(f"unknown key {', '.join(unknown)}. {what}")
                 if ("image_id" in row) == ("path" in row):
-                    raise ValueError("give either `image_id` or `path`")
+                    raise ValueError("needs either `image_id` or `path`")
             yield where, row.get("path", row.get("image_id")), row.get("caption")
 
 
@@ -180,7 +180,7 @@ def _columns(file: Path) -> Iterator[Row]:
         if line.strip():
             path, tab, caption = line.partition("\t")
             if not tab:
-                raise ValueError(f"{where}: no tab after the path; captions alone need caption.captioner.images")
+                raise ValueError(f"{where}: no tab after the path. For captions only, set caption.captioner.images.")
             yield where, path.strip(), caption
 
 
@@ -192,7 +192,7 @@ def _json_objects(file: Path) -> Iterator[Row]:
         for path, caption in content.items():
             yield f"key {path!r}", path, caption
     else:
-        raise ValueError("as a whole: captions alone need caption.captioner.images, the list of their images")
+        raise ValueError("whole file: captions without paths. Set caption.captioner.images to the list of images.")
 
 
 def _coco(file: Path, content: dict) -> Iterator[Row]:
@@ -204,7 +204,7 @@ def _coco(file: Path, content: dict) -> Iterator[Row]:
         for number, annotation in enumerate(content["annotations"]):
             where = f"annotations[{number}]"
             image = annotation["image_id"]
-            # The VLMDiff authors' converter writes annotations alone: then the id is the image's name.
+            # The VLMDiff authors' converter writes only annotations: the id is then the image's name.
             name = str(image) if names is None else names[image]
             if name in seen:
                 further += 1
@@ -212,15 +212,15 @@ def _coco(file: Path, content: dict) -> Iterator[Row]:
                 seen.add(name)
                 yield where, name, annotation["caption"]
     except (LookupError, TypeError) as error:
-        raise ValueError(f"{where}: not COCO's format: {type(error).__name__} {error}") from error
+        raise ValueError(f"{where}: not in COCO's format: {type(error).__name__} {error}") from error
     if further:
-        say(f"caption: {file.name} has {further} further captions of the same images: the first of each counts")
+        say(f"caption: {file.name} has {further} more caption(s) of the same images; the first of each counts")
 
 
 def _lists(file: Path, images: Path) -> Iterator[Row]:
     captions, names = _list(file), _list(images)
     if len(captions) != len(names):
-        raise ValueError(f"as a whole: {len(captions)} captions, but {images.name} names {len(names)} images")
+        raise ValueError(f"whole file: {len(captions)} captions, but {images.name} lists {len(names)} images")
     for (where, caption), (_, name) in zip(captions, names, strict=True):
         yield where, name, caption
 
@@ -230,8 +230,8 @@ def _list(file: Path) -> list[tuple[str, Any]]:
         return list(_lines(file))
     content = _read_json(file)
     if not isinstance(content, list):
-        raise ValueError(f"as a whole: {file.name} must be a list where caption.captioner.images is given")
-    # Models that answer in batches of one leave lists of one text.
+        raise ValueError(f"whole file: {file.name} must be a list because caption.captioner.images is set")
+    # Models that answer in batches of one write lists of one text.
     texts = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in content)
     return [(f"entry {number}", text) for number, text in enumerate(texts, start=1)]
 
@@ -251,5 +251,5 @@ def _parse(text: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
     if twice:
-        raise ValueError(f"the key {twice[0]!r} is there twice")
+        raise ValueError(f"the key {twice[0]!r} occurs twice")
     return dict(pairs)

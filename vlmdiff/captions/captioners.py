@@ -1,6 +1,5 @@
-"""Captioners by name, and the loop that asks one for every caption that the store does not hold yet."""
+"""Make captioners by name, and ask them for the captions that the store does not have yet."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -14,43 +13,45 @@ from vlmdiff.captions import describe
 from vlmdiff.captions.store import CaptionStore, key
 from vlmdiff.core import params as p
 from vlmdiff.core.console import say, track
+from vlmdiff.core.files import sha256
 from vlmdiff.core.processes import map_in_processes
 from vlmdiff.data import images
 
-BATCH_SIZE = 32  # descriptions a transaction
-FEW = 64  # images that one process describes sooner than several
+BATCH_SIZE = 32  # descriptions per transaction
+FEW = 64  # up to this many images, one process is faster than several
 
 
 class Captioner(Protocol):
-    """What makes captions.
+    """Interface of all captioners.
 
-    identity: all that decides the text (name, revision, prompt, decoding), as JSON types; it keys the store.
+    `identity` holds, as JSON types, everything that affects a caption's text (name, revision, prompt, decoding). It is
+    part of the store's key.
     """
 
     identity: Mapping[str, Any]
 
     def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[Mapping[str, str | None]]:
-        """Captions by image_id of these (image_id, file), some at a time and in any order, as soon as they are there.
+        """Yield captions of (image_id, file) pairs as dictionaries by image_id, in any order, as soon as they exist.
 
-        None where there is none to be had. Raises InputError, after what else can be captioned, for an image that
-        should have one.
+        A caption is None if the captioner has none for the image. Raises InputError, after all other images are
+        captioned, if captioning an image fails.
         """
         ...
 
 
 class Describe:
-    """Sentences composed from measurements of the image, without a model."""
+    """Compose sentences from measurements of the image, without a model."""
 
     def __init__(self, max_pixels: int):
         self.max_pixels = max_pixels
-        # The code is the algorithm's revision: whoever changes it need not remember a number.
-        revision = hashlib.sha256(Path(describe.__file__).read_bytes()).hexdigest()
+        # The hash of the code is the revision, so that no change of the algorithm goes unnoticed.
+        revision = sha256(Path(describe.__file__))
         self.identity = {"captioner": "describe", "revision": revision[:12]}
 
     def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:
         describe_file = partial(_describe_file, self.max_pixels)
         files = [file for _, file in items]
-        # A second process takes a second to start.
+        # Starting a process takes about a second.
         texts = map(describe_file, files) if len(files) <= FEW else map_in_processes(describe_file, files, chunk=8)
         captions = zip((image_id for image_id, _ in items), texts, strict=True)
         while batch := dict(islice(captions, BATCH_SIZE)):
@@ -62,9 +63,9 @@ def _describe_file(max_pixels: int, file: Path) -> str:
 
 
 def caption_all(items: Sequence[tuple[str, Path]], captioner: Captioner, store: CaptionStore) -> dict[str, str]:
-    """Captions by image_id of these (image_id, file), asking only for images that the store does not hold.
+    """Return captions by image_id for (image_id, file) pairs. Ask only for captions that the store does not have.
 
-    What the captioner hands over is stored before it is asked on. An image without a caption is left out.
+    Each batch of captions is stored before the next is requested. The result omits images without a caption.
     """
     files = dict(items)
     keys = {image_id: key(image_id, captioner.identity) for image_id in files}
@@ -79,15 +80,15 @@ def caption_all(items: Sequence[tuple[str, Path]], captioner: Captioner, store: 
 
     answered = set(track(answers(), "caption", total=len(missing)))
     if answered != {image_id for image_id, _ in missing}:
-        raise ValueError(f"{len(missing)} captions were asked for, the captioner was silent on some of them")
-    say(f"caption: {len(files)} images, {len(stored)} from the store, {len(missing)} asked of the captioner")
-    # From the store, so that two processes which caption at once end with the same captions.
+        raise ValueError(f"the captioner did not return every image of the {len(missing)} requested")
+    say(f"caption: {len(files)} images, {len(stored)} from the store, {len(missing)} requested")
+    # Read from the store, so that two processes captioning at once return the same captions.
     found = store.get(list(keys.values()))
     return {image_id: found[k] for image_id, k in keys.items() if k in found}
 
 
 def make_captioner(params: p.Captioner, frame: pd.DataFrame, dataset_root: Path, max_pixels: int) -> Captioner:
-    """The captioner that `params` name. InputError where its file is missing or outside the dataset."""
+    """Return the captioner that `params` name. Raises InputError if its file is missing or outside the dataset."""
     match params:
         case p.Describe():
             return Describe(max_pixels)
@@ -113,9 +114,9 @@ def caption_images(
     max_pixels: int,
     store: Path,
 ) -> pd.DataFrame:
-    """The manifest's rows with a column `caption`, null where the captioner has none for a test image.
+    """Return the manifest with a column `caption`, null for test images without a caption.
 
-    image_root: the folder of the manifest's paths; dataset_root: that of captions which the user brings.
+    The manifest's paths are relative to `image_root`, the path of a caption file is relative to `dataset_root`.
     """
     captioner = make_captioner(params.captioner, frame, dataset_root, max_pixels)
     files = [images.resolve(image_root, path) for path in frame["path"]]

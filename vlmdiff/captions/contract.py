@@ -1,4 +1,4 @@
-"""The captions' contract: one for every image that is learned from, of a sensible length, about what is normal."""
+"""Check the captions: each image that training uses has one, of a sensible length, that mentions no defect."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ import pandas as pd
 from vlmdiff.core.params import Caption
 from vlmdiff.data.contract import ContractResult, Rule, check_tables
 
-# What CLIP's text encoder reads of a prompt; a word of English is about 4/3 tokens.
+# The length that CLIP's text encoder reads. An English word is about 4/3 tokens.
 MAX_TOKENS = 77
 WORDS_TO_TOKENS = 4 / 3
-# "No visible damage" says that there is none, and still teaches the model the word.
+# "No visible damage" also matches: it still teaches the model the word.
 DEFECTS = re.compile(
     r"\b(defect\w*|anomal\w+|damag\w+|broken|crack(s|ed)?|scratch\w*|dent(s|ed)?|stain(s|ed)?|missing|contaminat\w+"
     r"|corro[ds]\w+|rust\w*|fault\w*|flaw\w*|burrs?|blemish\w*|imperfect\w+|irregularit\w+|deform\w+|chipped"
@@ -43,7 +43,7 @@ def check_captions(frame: pd.DataFrame, params: Caption, out: Path) -> ContractR
 
 
 def defect_sentences(caption: str) -> str | None:
-    """The sentences of a caption that speak of defects, None where none does."""
+    """Return the sentences of a caption that mention defects, or None if there are none."""
     return " ".join(part for part in SENTENCE_ENDS.split(caption) if DEFECTS.search(part)) or None
 
 
@@ -56,30 +56,30 @@ def _rules(table: pd.DataFrame, params: Caption) -> list[Rule]:
     return [
         Rule(
             "captioned",
-            "every normal image that is learned from has a caption",
-            "see caption.captioner",
+            "every normal train and validation image has a caption",
+            "check caption.captioner",
             gxe.ExpectColumnValuesToNotBeNull,
             {"column": "caption"},
         ),
         Rule(
             "length",
             f"a caption has {params.min_words} to {params.max_words} words",
-            "mend the captions, or caption.min_words and caption.max_words",
+            "fix the captions, or change caption.min_words and caption.max_words",
             gxe.ExpectColumnValuesToBeBetween,
             {"column": "words", "min_value": params.min_words, "max_value": params.max_words},
         ),
         Rule(
             "normal_language",
-            "no caption of a normal image speaks of defects",
-            f"the model would learn that such a thing is normal: {quotes}",
+            "no caption of a normal image mentions defects",
+            f"the model would learn that these are normal: {quotes}",
             gxe.ExpectColumnValuesToBeNull,
             {"column": "defect_sentences"},
             "warning",
         ),
         Rule(
             "tokens",
-            f"a caption fits one window of the text encoder ({MAX_TOKENS} tokens, about four for three words)",
-            f"{long / max(1, len(table)):.1%} of all captions are longer: up to encode.max_windows windows are read",
+            f"a caption fits one window of the text encoder ({MAX_TOKENS} tokens, about four per three words)",
+            f"{long / max(1, len(table)):.1%} of all captions are longer; raise encode.max_windows to read them whole",
             gxe.ExpectColumnValuesToBeBetween,
             {"column": "tokens", "max_value": MAX_TOKENS},
             "warning",

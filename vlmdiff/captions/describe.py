@@ -1,6 +1,6 @@
-"""A caption from measurements: colours, layout, shape and texture, in one to three short English sentences.
+"""Describe an image from measurements of colours, layout, shape and texture, in one to three English sentences.
 
-It says what is seen, never whether that is right: no name of a class, no word for a defect.
+The text describes and never judges: it contains no class name and no word for a defect.
 """
 
 from collections import Counter
@@ -13,13 +13,13 @@ from scipy.fft import irfft2, next_fast_len, rfft2
 from scipy.spatial import ConvexHull
 
 SIDE = 128  # pixels of the longer side at which everything is measured
-SMALLEST = 0.003  # share of the image below which a region is no part
+SMALLEST = 0.003  # smallest share of the image that counts as a part
 NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 NUMBERS += ["eleven", "twelve"]
 
 
 def describe(image: Image.Image) -> str:
-    """Caption of an RGB image of any size; the same image gives the same caption."""
+    """Return the caption of an RGB image of any size. Equal images give equal captions."""
     image = _working_size(image)
     lab = to_lab(np.asarray(image.filter(ImageFilter.MedianFilter(3))))
     lightness = ndimage.gaussian_filter(to_lab(np.asarray(image))[..., 0], 0.7)
@@ -52,7 +52,7 @@ _TO_XYZ = _XYZ / _XYZ.sum(1, keepdims=True)  # relative to sRGB's own white
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """CIELAB (white point D65) of uint8 sRGB, shapes (…, 3); L in [0, 100]. IEC 61966-2-1 and CIE 15."""
+    """Convert uint8 sRGB (…, 3) to CIELAB (…, 3), white point D65, L in [0, 100]. IEC 61966-2-1 and CIE 15."""
     xyz = _LINEAR[rgb] @ _TO_XYZ.T
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
     x, y, z = f[..., 0], f[..., 1], f[..., 2]
@@ -70,11 +70,11 @@ ID = {name: i for i, name in enumerate(NAMES)}
 
 
 def name_colours(lab: np.ndarray) -> np.ndarray:
-    """Index into `NAMES` of each CIELAB colour, (…) from (…, 3), by hue angle, lightness and chroma."""
+    """Return the index into `NAMES` of each CIELAB colour, (…) from (…, 3), by hue angle, lightness and chroma."""
     lightness, a, b = lab[..., 0], lab[..., 1], lab[..., 2]
     chroma, hue = np.hypot(a, b), np.degrees(np.arctan2(b, a)) % 360
     pale = (lightness > 72) & (chroma < 40)
-    tint = np.where((lightness > 75) | (lightness < 40), 12, 18)  # what is pale or dark is coloured with less chroma
+    tint = np.where((lightness > 75) | (lightness < 40), 12, 18)  # pale and dark colours look tinted at less chroma
     rules = [
         ((chroma < 9) | (lightness < 8), np.digitize(lightness, [18, 40, 65, 88])),
         (pale & (hue >= 48) & (hue < 116), ID["beige"]),
@@ -112,7 +112,7 @@ def _yellow(lightness: np.ndarray, hue: np.ndarray) -> np.ndarray:
 
 
 def _families(names: np.ndarray, mask: np.ndarray) -> dict[str, dict[str, float]]:
-    """Shares of the mask by colour and shade, {"blue": {"dark blue": 0.4, "blue": 0.3}}, largest first."""
+    """Return shares of the mask by colour and shade, {"blue": {"dark blue": 0.4, "blue": 0.3}}, largest first."""
     shares = np.bincount(names[mask], minlength=len(NAMES)) / mask.sum()
     families: dict[str, dict[str, float]] = {}
     for i in np.argsort(-shares, kind="stable"):
@@ -125,10 +125,10 @@ def _main(names: np.ndarray, mask: np.ndarray) -> str:
 
 
 def _colours(names: np.ndarray, mask: np.ndarray, least: float = 0.15) -> str:
-    """The commonest colour, and others with a share of `least` of the mask, or of a third of that if vivid.
+    """Return the most common colour, and others that cover at least `least` of the mask, a third of that if vivid.
 
-    A colour goes by its commonest shade, since light plays on every surface; by both where dark and light.
-    The order is the palette's: shares that are nearly equal change places with every photograph.
+    A colour is named by its most common shade, because light varies over a surface, or by both its dark and its light
+    shade. The order is that of the palette: nearly equal shares would change places between photos.
     """
     chosen: list[str] = []
     for family, shades in list(_families(names, mask).items())[:6]:
@@ -143,10 +143,10 @@ def _colours(names: np.ndarray, mask: np.ndarray, least: float = 0.15) -> str:
 
 
 def stands_out(lab: np.ndarray, reference: np.ndarray, domain: np.ndarray, ground: float) -> np.ndarray | None:
-    """Mask of what differs in colour, within `domain`, from the ground that shows under `reference`.
+    """Return the mask of pixels in `domain` whose colour differs from the background under `reference`.
 
-    The ground is a plane in each channel, so that light may fall off to a side. None where there is no plain
-    ground: where less than the share `ground` of the reference lies on such a plane.
+    The background is a plane in each channel, to allow for uneven light. The result is None if less than the share
+    `ground` of the reference lies on such a plane.
     """
     height, width = reference.shape
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
@@ -154,7 +154,7 @@ def stands_out(lab: np.ndarray, reference: np.ndarray, domain: np.ndarray, groun
     basis, colours = plane[reference], lab[reference]
     fit = np.zeros((3, 3))
     fit[0] = np.median(colours, axis=0)
-    for _ in range(3):  # least squares on what lies near the last fit
+    for _ in range(3):  # least squares on the pixels near the last fit
         distance = np.linalg.norm(colours - basis @ fit, axis=-1)
         near = distance <= max(6.0, 2.5 * np.median(distance))
         fit = np.linalg.lstsq(basis[near], colours[near], rcond=None)[0]
@@ -172,7 +172,7 @@ def stands_out(lab: np.ndarray, reference: np.ndarray, domain: np.ndarray, groun
 
 
 def _frame(shape: tuple[int, int]) -> np.ndarray:
-    """Mask of the picture's border, a twenty-fifth of its longer side wide."""
+    """Return the mask of the image's border. Its width is 1/25 of the longer side."""
     frame = np.ones(shape, bool)
     band = SIDE // 25
     frame[band:-band, band:-band] = False
@@ -181,7 +181,7 @@ def _frame(shape: tuple[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Region:
-    """A connected part: the box that holds it, its mask in that box, its share of the picture."""
+    """A connected part: its bounding box, its mask in that box, its share of the image."""
 
     window: tuple[slice, slice]
     mask: np.ndarray
@@ -189,13 +189,13 @@ class Region:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """Of gravity, (y, x) in pixels of the picture."""
+        """Centroid (y, x) in pixels of the image."""
         y, x = (indices.mean() for indices in np.nonzero(self.mask))
         return self.window[0].start + y, self.window[1].start + x
 
 
 def regions(mask: np.ndarray) -> list[Region]:
-    """Connected parts of a mask that are not too small to name, largest first."""
+    """Return the connected parts of a mask with an area of at least `SMALLEST`, largest first."""
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     windows = ndimage.find_objects(labels)
     parts = ((window, labels[window] == i) for i, window in enumerate(windows, start=1))
@@ -204,14 +204,14 @@ def regions(mask: np.ndarray) -> list[Region]:
 
 
 def shape_of(mask: np.ndarray) -> str:
-    """Word for the outline of a region without holes, from its hull and its smallest box."""
+    """Return a word for the outline of a region without holes, from its hull and its smallest box."""
     mask = np.pad(mask, 1)
     ys, xs = np.nonzero(mask & ~ndimage.binary_erosion(mask))
     if np.ptp(xs) < 3 or np.ptp(ys) < 3:
         return "long narrow"
     points = np.stack([xs, ys], axis=1).astype(float)
     hull = ConvexHull(points)
-    # Pixels are squares, not points: the hull of their centres lacks half a pixel all round.
+    # Pixels are squares: the hull of their centres lacks half a pixel on every side.
     solidity = mask.sum() / (hull.volume + hull.area / 2 + 1)
     angles = np.radians(np.arange(0, 90, 2))
     corners = points[hull.vertices]
@@ -225,7 +225,7 @@ def shape_of(mask: np.ndarray) -> str:
         return "branching"
     if ratio > 2.5:
         return "long narrow"
-    # On few pixels nobody tells a circle from an octagon.
+    # On few pixels a circle looks like an octagon.
     if ratio < 1.25 and 0.7 < fill < 0.86 and radius.std() < max(1.3, 0.5 + 0.025 * radius.mean()):
         return "round"
     if fill > 0.86:
@@ -238,7 +238,7 @@ def shape_of(mask: np.ndarray) -> str:
 
 
 def arrangement(parts: list[Region]) -> str:
-    """How three or more parts of about one size stand to each other; "" where there is nothing to name."""
+    """Return the layout of three or more parts of similar size, or "" if they form no rows."""
     longest = [max(part.mask.shape) for part in parts]
     if len(parts) < 3 or max(longest) > 2 * min(longest):
         return ""
@@ -251,7 +251,7 @@ def arrangement(parts: list[Region]) -> str:
 
 
 def _lines(parts: list[Region], axis: int) -> int:
-    """Lines that the centres form across `axis`; 0 for none. A gap of half a part's side ends a line."""
+    """Return how many lines the centres form across `axis`, or 0. A gap of half a part's side ends a line."""
     half = np.median([part.mask.shape[axis] for part in parts]) / 2
     centres = np.sort([part.centre[axis] for part in parts])
     lines = np.split(centres, np.flatnonzero(np.diff(centres) > half) + 1)
@@ -262,9 +262,9 @@ def _lines(parts: list[Region], axis: int) -> int:
 
 
 def texture(lightness: np.ndarray, mask: np.ndarray, least: int) -> str:
-    """Phrase for the surface under `mask`: smooth, grained, striped, or patterned where `least` periods fit.
+    """Return a phrase for the surface under `mask`: smooth, grained, striped, or patterned if `least` periods fit.
 
-    "" where the surface is too small to tell.
+    The phrase is "" if the surface is too small to tell.
     """
     inside = ndimage.binary_erosion(mask, iterations=2, border_value=1)
     if inside.sum() < 0.02 * mask.size:
@@ -274,7 +274,7 @@ def texture(lightness: np.ndarray, mask: np.ndarray, least: int) -> str:
     light = ndimage.uniform_filter(np.where(inside, lightness, 0.0), window) / np.maximum(weight, 1e-6)
     detail = np.where(inside, lightness - light, 0.0)
     size = np.abs(detail[inside])
-    # Both the standard deviation, were it Gaussian: the median overlooks an edge, the mean counts thin lines.
+    # Both equal the standard deviation of a Gaussian. The median ignores edges, the mean counts thin lines.
     typical, strength = 1.4826 * np.median(size), 1.2533 * size.mean()
     if typical < 0.9:
         return "smooth"
@@ -282,30 +282,30 @@ def texture(lightness: np.ndarray, mask: np.ndarray, least: int) -> str:
     deep = ndimage.binary_erosion(inside, iterations=3, border_value=1)
     gradient = gx[deep] + 1j * gy[deep]
     slope = np.abs(gradient)
-    # Doubling the angle makes opposite slopes one direction; weights are lengths, lest rare edges rule.
+    # Doubling the angle makes opposite slopes equal. Weighting by length keeps rare edges from dominating.
     direction = np.sum(gradient**2 / np.maximum(slope, 1e-9)) / max(slope.sum(), 1e-9)
     coherence, angle = np.abs(direction), np.degrees(np.angle(direction)) / 2
     period, grain = _repetition(detail, inside, int(np.sqrt(inside.sum()) / least))
     how = "faint " if strength < 2.5 else "strong " if strength > 12 else ""
     if coherence > 0.5:
-        # The angle is that of the steepest change, y downwards; a line runs across it.
+        # The angle is that of the gradient, with y downwards; lines run across it.
         run = ["vertical", "diagonal", "horizontal", "diagonal"][round(angle / 45) % 4]
         lines = f"{how}{run} {'stripes' if period else 'lines'}"
         if run == "diagonal":
             lines += " rising to the right" if angle > 0 else " falling to the right"
         return lines + (f", about {_rounded(SIDE / period)} across" if period else "")
     if period:
-        # Where few pixels have most of the slope, edges part flat fields.
+        # If few pixels hold most of the slope, edges separate flat areas.
         edges = "sharp-edged " if np.median(slope) < 0.43 * slope.mean() else ""
         return f"a {how}{edges}regular pattern repeating about {_rounded(SIDE / period)} times across"
     return f"a {how}{'fine' if grain < 2 else 'coarse' if grain > 3 else 'medium'} grain"
 
 
 def _repetition(detail: np.ndarray, inside: np.ndarray, reach: int) -> tuple[float, float]:
-    """(period, grain) in pixels, from the autocorrelation; period 0 where nothing repeats.
+    """Return (period, grain) in pixels from the autocorrelation; the period is 0 if nothing repeats.
 
-    The period is the shortest shift, up to `reach`, that brings the texture back onto itself, away from the
-    spot or ridge around no shift; the grain is that spot's radius at half its height.
+    The period is the shortest shift, up to `reach`, that maps the texture onto itself, outside the spot or ridge around
+    shift 0. The grain is the radius of that spot at half its height.
     """
     shape = [next_fast_len(side + reach, real=True) for side in detail.shape]
     overlap, products = (
@@ -321,7 +321,7 @@ def _repetition(detail: np.ndarray, inside: np.ndarray, reach: int) -> tuple[flo
     heights = ndimage.maximum(away, spots, np.arange(spots.max() + 1))
     if heights.max() == 0:
         return 0.0, grain
-    # The tops of all spots that are nearly as high as the highest.
+    # The tops of all spots nearly as high as the highest.
     tops = (heights[spots] > 0.85 * heights.max()) & (away > 0.97 * heights[spots])
     return float(np.hypot(*(np.argwhere(tops) - centre).T).min()), grain
 
@@ -350,7 +350,7 @@ def _one_object(lab: np.ndarray, lightness: np.ndarray, names: np.ndarray, thing
 
     carried = stands_out(lab, inner, inner, ground=0.5)
     parts = [] if carried is None else regions(carried)
-    # A part in a shade of the object's own colour is rather a shadow or a reflection.
+    # A part in a shade of the object's own colour is probably a shadow or a reflection.
     own = _main(names, inner)
     parts = [part for part in parts if _main(names[part.window], part.mask) != own]
     if parts:
@@ -370,7 +370,7 @@ def _one_object(lab: np.ndarray, lightness: np.ndarray, names: np.ndarray, thing
 
 
 def _parts(names: np.ndarray, parts: list[Region], own: str = "") -> str:
-    """Parts by number, shape, colours other than `own`, and how they are arranged."""
+    """Return a phrase for the parts: number, shape, colours other than `own`, and layout."""
     together = np.zeros(names.shape, bool)
     for part in parts:
         together[part.window] |= part.mask
@@ -382,7 +382,7 @@ def _parts(names: np.ndarray, parts: list[Region], own: str = "") -> str:
         return f"{_counted(len(parts), what)} {place}"
     if alike == len(parts):
         return _counted(alike, f"{shape} {what}")
-    # Of a crowd of all sorts the number is no better known than where one part ends and the next begins.
+    # With many different parts, the borders between them are uncertain, and so is their number.
     number = _number(len(parts)) if len(parts) < 5 else "several" if len(parts) < 10 else "many"
     return f"{number} {what}s of different shapes"
 

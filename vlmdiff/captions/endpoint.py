@@ -20,21 +20,20 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Endpoint
 from vlmdiff.data.images import read_image
 
-# Statuses of which the next attempt may be answered; every other one below 500 says that the request is wrong.
+# Temporary statuses, worth another attempt. Any other status below 500 means that the request is wrong.
 PASSING = {408, 429}
 LONGEST_BACKOFF = 60.0
-# An endpoint that wants to be left alone for longer is a matter for a person, or for the flow's next retry.
+# A longer Retry-After is left to a person, or to the flow's next retry.
 LONGEST_WAIT = 600.0
 JPEG_QUALITY = 95
 
 
 class FromEndpoint:
-    """Asks for `concurrency` captions at a time, and hands each over when it comes.
+    """Request `concurrency` captions at a time and yield each when it arrives.
 
-    What may pass (no connection, silence, 408, 429, 5xx) is tried again after an exponential backoff with full jitter,
-    or after what Retry-After says; anything else stops it with an InputError that names the image, after the answers
-    that were under way are handed over. Where the server runs is no part of the identity: two models of one name are
-    one model to the store.
+    Temporary failures (no connection, timeout, 408, 429, 5xx) are retried after an exponential backoff with full
+    jitter plus Retry-After. Any other failure raises an InputError that names the image, after the answers under way
+    are yielded. The server's address is not part of the identity: the store treats models of one name as one model.
     """
 
     def __init__(self, params: Endpoint, max_pixels: int):
@@ -78,7 +77,7 @@ class FromEndpoint:
                         except NoCaption as error:
                             problems.append(f"{file}: {error}")
                         except _Stopped:
-                            pass  # whoever stopped it has said why
+                            pass  # the first failure is the one to report
                         except InputError as error:
                             stop.set()
                             fatal = fatal or error
@@ -93,7 +92,7 @@ class FromEndpoint:
         raise_for(problems)
 
     def _ask(self, client: httpx.Client, file: Path, stop: threading.Event) -> str:
-        """One image's caption. Raises NoCaption, InputError, or _Stopped instead of waiting for another attempt."""
+        """Return one image's caption. Raises NoCaption, InputError, or _Stopped if another image failed."""
         if stop.is_set():
             raise _Stopped
         body = self._body(file)
@@ -108,18 +107,18 @@ class FromEndpoint:
                     return self._read(response, file)
                 problem = f"status {response.status_code}: {self._excerpt(response)}"
                 if response.status_code < 500 and response.status_code not in PASSING:
-                    raise InputError(f"{file}: {self.url} refuses it, {problem}{_hint(response.status_code)}")
+                    raise InputError(f"{file}: {self.url} refuses it ({problem}).{_hint(response.status_code)}")
                 asked = _retry_after(response)
                 if asked > LONGEST_WAIT:
                     raise InputError(
-                        f"{file}: {self.url} wants no request for {asked:.0f} s, {problem}; run again then"
+                        f"{file}: {self.url} accepts no requests for {asked:.0f} s ({problem}). Run again later."
                     )
                 pause += asked
             if attempt < self.params.retries and stop.wait(pause):
                 raise _Stopped
         raise InputError(
-            f"{file}: {self.url} gave no caption in {self.params.retries + 1} attempt(s), the last: {problem}. "
-            "What was answered is stored: a new run asks for the rest"
+            f"{file}: {self.url} returned no caption in {self.params.retries + 1} attempt(s) (last: {problem}). "
+            "Received captions are stored. Run again to request the rest."
         )
 
     def _body(self, file: Path) -> dict:
@@ -147,42 +146,42 @@ class FromEndpoint:
             message, reason = choice["message"], choice.get("finish_reason")
             answer, refusal = message.get("content"), message.get("refusal")
             if not isinstance(answer, str | None):
-                raise TypeError("`content` is no text")
+                raise TypeError("`content` is not text")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{file}: what {self.url} answers is no chat completion ({type(error).__name__}: {error}): "
-                f"{self._excerpt(response)}; is caption.captioner.base_url right?"
+                f"{file}: the answer of {self.url} is not a chat completion ({type(error).__name__}: {error}): "
+                f"{self._excerpt(response)}. Check caption.captioner.base_url."
             ) from error
         if refusal or reason == "content_filter":
-            raise NoCaption(f"the model refuses: {refusal or 'filtered'}")
+            raise NoCaption(f"the model refuses ({refusal or 'filtered'})")
         return caption_of(answer, complete=reason != "length")
 
     def _excerpt(self, response: httpx.Response) -> str:
-        """The start of an answer, without the key, which some servers repeat."""
+        """Return the start of an answer without the key, which some servers repeat."""
         text = response.text
         return repr(text.replace(self.key, "***")[:200] if self.key else text[:200])
 
 
 class _Stopped(Exception):
-    """Another image's failure has ended the work."""
+    """Another image's failure stopped the work."""
 
 
 def read_key(variable: str | None) -> str | None:
-    """The key in that environment variable. InputError, which does not show it, where there is none to send."""
+    """Return the key in that environment variable. Raises InputError, without the key, if it is unset or invalid."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
-    # What a header cannot hold would be shown by the error that says so.
+    # The HTTP client's own error for an invalid header would show the key.
     if not key or not key.isascii() or not key.isprintable():
         raise InputError(
-            f"the environment variable {variable}, which caption.captioner.api_key_variable names, "
-            f"{'holds no key that could be sent' if key else 'is empty or not set'}"
+            f"caption.captioner.api_key_variable: the environment variable {variable} "
+            f"{'is not a valid HTTP header value' if key else 'is empty or not set'}. Set it to the key."
         )
     return key
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds that an answer asks to wait, by number or by date (RFC 9110, 10.2.3); 0 where it does not say."""
+    """Return the seconds that Retry-After asks to wait, as number or date (RFC 9110, 10.2.3), or 0 without it."""
     value = response.headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():
         return float(value)
@@ -195,9 +194,9 @@ def _retry_after(response: httpx.Response) -> float:
 def _hint(status: int) -> str:
     match status:
         case 401 | 403:
-            return "; caption.captioner.api_key_variable names the environment variable with the key"
+            return " Set caption.captioner.api_key_variable to the environment variable that holds the key."
         case 404:
-            return "; are caption.captioner.base_url and model right?"
+            return " Check caption.captioner.base_url and model."
         case 413:
-            return "; lower caption.captioner.max_side"
+            return " Lower caption.captioner.max_side."
     return ""

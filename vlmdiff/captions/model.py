@@ -11,16 +11,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 
 from vlmdiff.captions.prompts import NoCaption, caption_of, prompt_text, raise_for
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import sha256
 from vlmdiff.core.params import VisionLanguageModel
 from vlmdiff.data.images import read_image
 
 
 class FromModel:
-    """Asks any image-text-to-text model: by its chat template, or with the bare prompt where it has none (BLIP-2).
+    """Ask any image-text-to-text model, with its chat template or, without one (BLIP-2), with the bare prompt.
 
-    The identity has the weights (a hub name with its commit, a local folder's files), prompt and decoding; precision,
-    devices and batches change a caption by rounding at most and are no part of it. The model is loaded for the first
-    caption, so that a run which finds all of them stored loads none. Code that comes with a model is never run.
+    The identity holds the weights (hub name and commit, or the files of a local folder), the prompt and the decoding.
+    Precision, device and batch size are not part of it: they change a caption only by rounding. The model loads at the
+    first caption, so a run that finds all captions stored does not load it. Code that comes with a model never runs.
     """
 
     def __init__(self, params: VisionLanguageModel, max_pixels: int):
@@ -29,10 +30,10 @@ class FromModel:
         folder = Path(params.model)
         if folder.is_dir() == (params.revision is not None):
             raise InputError(
-                f"caption.captioner.revision: {folder} is a folder here, give none"
+                f"caption.captioner.revision: {folder} is a local folder. Remove the revision."
                 if folder.is_dir()
-                else f"caption.captioner.revision: {params.model!r} is no folder here; for a model on the hub give the "
-                "commit's hash, since a name or a branch may mean another model tomorrow"
+                else f"caption.captioner.revision: {params.model!r} is not a local folder. For a hub model, give the "
+                "commit's hash: a branch may move to another model."
             )
         weights = {"files": _digest(folder)} if folder.is_dir() else {"model": folder.as_posix()}
         self.identity = {
@@ -74,22 +75,22 @@ class FromModel:
             )
         except ImportError as error:
             raise InputError(
-                f"caption.captioner: the model {params.model!r} needs a package that is not here, the extra `vlm` has "
-                f"torchvision: {error}"
+                f"caption.captioner: the model {params.model!r} needs a missing package ({error}). The extra `vlm` "
+                "installs torchvision."
             ) from error
         except (OSError, ValueError) as error:
-            raise InputError(f"caption.captioner: cannot load the model {params.model!r}: {error}") from error
+            raise InputError(f"caption.captioner: cannot load the model {params.model!r} ({error}).") from error
         if missing := sorted(found["missing_keys"]):
             raise InputError(
-                f"caption.captioner: {params.model!r} lacks {len(missing)} of the model's tensors, random then: "
-                f"{missing[0]} …"
+                f"caption.captioner: {params.model!r} lacks {len(missing)} of the model's tensors: {missing[0]} … "
+                "Use a complete checkpoint."
             )
         self.model.eval()
         tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"  # so that every answer begins where the prompts end
+        tokenizer.padding_side = "left"  # every answer begins where the prompts end
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        # Given as a whole: BLIP-2 would take that of its language model instead.
+        # Passed whole: BLIP-2 would use the configuration of its language model instead.
         self.generation = copy.deepcopy(self.model.generation_config)
         self.generation.update(
             max_new_tokens=params.max_new_tokens,
@@ -102,11 +103,11 @@ class FromModel:
         )
         ends = self.generation.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
-        # Who ends before the longest of a batch is padded.
+        # Answers shorter than the longest of the batch end in padding.
         self.ends |= {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
     def _answer(self, batch: Sequence[tuple[str, Path]]) -> list[tuple[str, bool]]:
-        """Text of each answer, and whether the model ended it."""
+        """Return the text of each answer and whether the model ended it."""
         inputs = self._inputs([read_image(file, self.max_pixels) for _, file in batch])
         inputs = inputs.to(self.model.device, self.model.dtype)
         processors = []
@@ -116,14 +117,14 @@ class FromModel:
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, generation_config=self.generation, logits_processor=processors)
         prompt = inputs["input_ids"]
-        # Decoder-only models repeat the prompt before the answer, encoder-decoders do not.
+        # Decoder-only models repeat the prompt before the answer; encoder-decoders do not.
         if tokens.shape[1] > prompt.shape[1] and torch.equal(tokens[:, : prompt.shape[1]], prompt):
             tokens = tokens[:, prompt.shape[1] :]
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [(text, last in self.ends) for text, last in zip(texts, tokens[:, -1].tolist(), strict=True)]
 
     def _inputs(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """What the model reads of images and prompt."""
+        """Return the model's inputs for the images and the prompt."""
         prompt = prompt_text(self.params.prompt)
         if self.processor.chat_template is None:
             texts = [prompt] * len(images)
@@ -142,9 +143,9 @@ class FromModel:
 
 
 class SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling, each row by a generator of its own seed: a batch has no part in a caption.
+    """Turn greedy decoding into sampling. Each row has its own seed, so a caption does not depend on its batch.
 
-    The largest of logits / temperature + Gumbel noise is a draw from their softmax (Gumbel, 1954).
+    The argmax of logits / temperature + Gumbel noise is a draw from the softmax (Gumbel, 1954).
     """
 
     def __init__(self, temperature: float, seeds: Sequence[str]):
@@ -153,18 +154,17 @@ class SeededSampling(LogitsProcessor):
         self.generators = [torch.Generator().manual_seed(int.from_bytes(digest[:7])) for digest in digests]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """scores: (B, V), a row a seed."""
+        """Return scores (B, V) with noise, one row per seed."""
         uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self.generators])
         gumbel = -(-uniform.log()).log()
         return scores.double() / self.temperature + gumbel.to(scores.device)
 
 
 def _digest(folder: Path) -> str:
-    """Hex sha256 over names and contents of a folder's files, hidden ones apart."""
+    """Return the hex SHA-256 of the names and contents of a folder's files, without hidden ones."""
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         name = file.relative_to(folder)
         if not any(part.startswith(".") for part in name.parts):
-            with file.open("rb") as stream:
-                digest.update(f"{name.as_posix()}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{name.as_posix()}\0{sha256(file)}\n".encode())
     return digest.hexdigest()

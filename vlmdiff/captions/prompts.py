@@ -1,11 +1,11 @@
-"""What vision-language models are asked, by name, and which of their answers are no captions."""
+"""The prompts of vision-language models, by name, and the check of their answers."""
 
 from collections.abc import Sequence
 
 from vlmdiff.core.errors import InputError
 
-# `paper` is VLMDiff's own (arXiv 2511.08173), `paper-no-object` what it asks of scenes (COCO-AD). The paper's prompt of
-# a defect inspector is not this one: `inspector` is ours, for the same purpose.
+# `paper` is VLMDiff's prompt (arXiv 2511.08173), `paper-no-object` its prompt for scenes (COCO-AD). `inspector` is our
+# own wording: it serves the same purpose as the paper's prompt of a defect inspector.
 PROMPTS = {
     "paper": (
         "Describe the visual features of image in detail with a focus on the main object, "
@@ -22,32 +22,32 @@ PROMPTS = {
 
 
 def prompt_text(prompt: str) -> str:
-    """The text of a prompt's name; any other text is a prompt itself."""
+    """Return the prompt of that name. Any other text is itself the prompt."""
     return PROMPTS.get(prompt, prompt)
 
 
 class NoCaption(Exception):
-    """An answer that cannot be one image's caption, and why; other images are not concerned."""
+    """The answer for one image cannot be its caption. The message says why; other images are unaffected."""
 
 
 def caption_of(answer: str | None, complete: bool) -> str:
-    """The caption in a model's answer. Raises NoCaption where it is empty or, not `complete`, was cut at the limit.
+    """Return the caption in a model's answer. Raises NoCaption if the answer is empty or not `complete`.
 
-    A cut answer is never kept, so that the limit has no part in what decides a caption: raise it, and only the
-    images whose answers were cut are asked for again.
+    Answers cut at the token limit are never stored, so that a caption does not depend on the limit. With a higher
+    limit, only the images with cut answers are requested again.
     """
     if not complete:
-        raise NoCaption("the answer was cut at caption.captioner.max_new_tokens: raise it, or ask for fewer words")
+        raise NoCaption("the answer was cut at caption.captioner.max_new_tokens. Raise it, or ask for fewer words.")
     if not answer or not answer.strip():
         raise NoCaption("the answer is empty")
     return answer.strip()
 
 
 def raise_for(problems: Sequence[str]) -> None:
-    """InputError where images are left without a caption, naming the first ten with the reason."""
+    """Raise InputError with the first ten of `problems`, if there are any."""
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems[:10]) + ("\n  …" if len(problems) > 10 else "")
         raise InputError(
-            f"{len(problems)} image(s) got no caption; the other captions are stored. Mend the cause or the prompt, "
-            f"or bring captions (caption.captioner.kind: file):{lines}"
+            f"{len(problems)} image(s) got no caption; all others are stored. Fix the cause or the prompt, "
+            f"or provide captions (caption.captioner.kind: file):{lines}"
         )

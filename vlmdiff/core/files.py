@@ -1,6 +1,7 @@
 """Writing so that what exists is whole: a temporary sibling first, a rename at the end."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -49,6 +50,12 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def folder_mb(path: Path) -> float:

@@ -1,4 +1,4 @@
-"""A stage's process ends with whoever started it, even where that one was killed with -9."""
+"""End a process with the one that started it, even if that one was killed with -9."""
 
 import contextlib
 import os
@@ -11,21 +11,22 @@ import psutil
 OWNER = "VLMDIFF_OWNER"
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish"}
 INTERVAL = 0.5
-EXIT_CODE = 128 + 1  # as a process that its terminal's hang-up ended
+# As after SIGHUP, which a closed terminal sends.
+EXIT_CODE = 128 + 1
 
 
 def watch() -> None:
-    """End this process, within a second, when one of its owners is gone.
+    """End this process, within a second, after one of its owners has ended.
 
-    Owners are the process whose id is in the environment's VLMDIFF_OWNER and, under DVC, the `dvc` process.
-    A command that a person typed has neither, and goes on.
+    The owners are the process whose id is in the environment variable VLMDIFF_OWNER and, under DVC, the `dvc` process.
+    A command that a person started has neither, and goes on.
     """
     if owners := _owners():
         _end_with(owners)
 
 
 def end_with(pid: int) -> None:
-    """End this process, within a second, when the process of that id is gone."""
+    """End this process, within a second, after the process of that id has ended."""
     _end_with([_process(pid)])
 
 
@@ -35,7 +36,7 @@ def _end_with(owners: list[psutil.Process | None]) -> None:
 
 
 def _owners() -> list[psutil.Process | None]:
-    """The owners as psutil knows them, None for one that is gone already.
+    """Return the owners, None for one that has ended already.
 
     From here on psutil tells a process from a later one with the same id.
     """
@@ -61,14 +62,14 @@ def _watch(owners: list[psutil.Process | None]) -> None:
 def _end_without(owners: list[psutil.Process | None]) -> None:
     if all(owner is not None and is_alive(owner) for owner in owners):
         return
-    # Standard error may have gone with its reader.
+    # Nobody may read standard error any more.
     with contextlib.suppress(OSError):
-        print("the process that ran this stage is gone: ending", file=sys.stderr, flush=True)
+        print("the process that started this one has ended: this one ends too", file=sys.stderr, flush=True)
     os._exit(EXIT_CODE)
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether the process runs; a zombie does not."""
+    """Return whether the process runs. A zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

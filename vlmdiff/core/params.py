@@ -1,6 +1,6 @@
-"""params.yaml as frozen, validated models: one section a stage, then the gate, the monitor and the registry.
+"""params.yaml as frozen, validated models: one section per stage, then the gate, the monitor and the registry.
 
-An unknown key or a bad value is an `InputError` that names the file and the key.
+An unknown key or an invalid value raises an `InputError` that names the file and the key.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 
 class Demo(Section):
-    """The procedural factory: images a class, and the side of a photograph in pixels."""
+    """The procedural factory: images per class, and the side of an image in pixels."""
 
     seed: int = 0
     train: Positive = 80
@@ -33,7 +33,7 @@ class Demo(Section):
 
 
 class Table(Section):
-    """A list of images of one's own: CSV, or Parquet where its name ends so, relative to the root."""
+    """A table that lists the images: CSV or Parquet (.parquet), relative to the root."""
 
     file: Path = Path("images.csv")
 
@@ -43,7 +43,7 @@ class Visa(Section):
 
 
 class RealIad(Section):
-    """Folders relative to the root."""
+    """The folders of the lists and of the images, relative to the root."""
 
     jsons: Path = Path("realiad_jsons")
     images: Path = Path("realiad_1024")
@@ -54,13 +54,13 @@ class CocoAd(Section):
 
 
 class Cifar(Section):
-    """Names of classes or, of CIFAR-100, of superclasses."""
+    """The normal classes or, for CIFAR-100, superclasses."""
 
     normal: Annotated[tuple[str, ...], Field(min_length=1)] = ("airplane",)
 
 
 class Prepare(Section):
-    """`root` is the dataset's folder; the demo's is read by nobody."""
+    """The dataset. `root` is its folder; the layout `demo` ignores it."""
 
     layout: Literal[
         "demo", "folder", "table", "mvtec_ad", "mvtec_3d", "btad", "visa", "real_iad", "coco_ad", "cifar"
@@ -78,12 +78,12 @@ class Prepare(Section):
 
     @property
     def image_root(self) -> Path:
-        """The folder that the manifest's paths are relative to: the dataset's or, of images that are made, theirs."""
+        """The folder of the manifest's paths: `root`, or the folder of the images that the stage makes."""
         return MADE if self.layout in ("demo", "cifar") else self.root
 
 
 class Minimum(Section):
-    """Images that each class needs in a split."""
+    """The smallest number of images per class in each split."""
 
     train: Positive = 8
     validation: Positive = 2
@@ -106,9 +106,9 @@ class Describe(Section):
 
 
 class CaptionFile(Section):
-    """Captions that the user brings; `captions/brought.py` says in which formats. Paths are relative to prepare.root.
+    """Captions from a file, in a format that `captions/brought.py` lists. Paths are relative to prepare.root.
 
-    `images` is the list of image paths that goes with a bare list of captions.
+    `images` is the list of image paths for a file that contains only captions.
     """
 
     kind: Literal["file"]
@@ -117,17 +117,17 @@ class CaptionFile(Section):
 
 
 class Prompted(Section):
-    """What is asked of a vision-language model, by the name of a prompt in `captions/prompts.py` or in full."""
+    """A vision-language model and its prompt: a name in `captions/prompts.py`, or the full text."""
 
     model: str
     prompt: Annotated[str, Field(min_length=1)] = "paper"
     max_new_tokens: Positive = 512
-    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0 is greedy, and the seed then says nothing
+    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0 is greedy and ignores the seed
     seed: Annotated[int, Field(ge=0)] = 0
 
 
 class VisionLanguageModel(Prompted):
-    """An image-text-to-text model of `transformers`, by path, or by its name on the hub with a commit's hash."""
+    """An image-text-to-text model of `transformers`: a path, or a name on the hub with a commit hash as `revision`."""
 
     kind: Literal["transformers"]
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
@@ -137,10 +137,10 @@ class VisionLanguageModel(Prompted):
 
 
 class Endpoint(Prompted):
-    """A model behind an OpenAI-compatible endpoint, such as vLLM's or LMDeploy's.
+    """A model behind an OpenAI-compatible endpoint, such as vLLM or LMDeploy.
 
-    `base_url` ends where /chat/completions begins; `api_key_variable` names the environment variable with the key;
-    `timeout` is seconds of silence; `retries` come after waits that double from `backoff` seconds.
+    `base_url` is the part before /chat/completions. `api_key_variable` names the environment variable with the key.
+    `timeout` is the longest silence in seconds. Waits before `retries` double, beginning with `backoff` seconds.
     """
 
     kind: Literal["openai"]
@@ -163,24 +163,24 @@ class Caption(Section):
 
 
 class Pretrained(Section):
-    """Weights in diffusers' or transformers' layout: a folder here, or a name on the hub at a `revision` (a commit)."""
+    """Weights in the layout of diffusers or transformers: a local folder, or a name on the hub with a commit."""
 
     model: str
     revision: str | None = None
 
 
 class Part(Pretrained):
-    """One network out of such a folder or repository."""
+    """One network in such a folder or repository."""
 
     subfolder: str = ""
 
 
 class Training(Section):
-    """What every training loop of ours has; rates fall by half a cosine after a linear warm-up.
+    """The settings of all training loops. After a linear warm-up, the learning rate falls along half a cosine.
 
-    `batch_size` is that of an optimizer's step, whatever number of processes and of `accumulate` parts share it.
-    `precision` is what the networks compute in; the weights stay fp32. "auto" is bf16 on a GPU or CPU with instructions
-    for it, else fp32.
+    `batch_size` is the number of images per optimizer step, over all processes and `accumulate` parts.
+    `precision` is that of the networks' computations; the weights stay fp32. "auto" is bf16 if the device has
+    instructions for it, else fp32.
     """
 
     steps: Positive
@@ -198,18 +198,18 @@ class Training(Section):
     seed: int = 0
 
 
-# A hidden state by its number, or the model's last.
+# The index of a hidden state, or the model's last state.
 Layer = int | Literal["last"]
 
 
 class VisionBackbone(Pretrained):
-    """A vision model of `transformers`, by folder or by hub name and `revision`, and the layers that are looked at.
+    """A vision model of `transformers` (a folder, or a hub name and `revision`) and its layers to use.
 
-    Layers are hidden states as the library counts them: 0 is what enters a transformer's first block, -1 what its last
-    block gives. "last" is the model's `last_hidden_state`: -1 after the final normalisation in ViT and DINO (there the
-    reference's features), after the last convolution in MobileNet, the same as -1 in ResNet and ConvNeXt. `image_mean`
-    and `image_std`, of an image in [0, 1], are those of the checkpoint's preprocessor_config.json where left out, and
-    0.5, which means inputs in [-1, 1], where it has none.
+    Layers are hidden states in the library's order: 0 is the input of a transformer's first block, -1 the output of its
+    last. "last" is the model's `last_hidden_state`: state -1 after the final normalisation in ViT and DINO (the
+    reference's features), after the last convolution in MobileNet, and equal to -1 in ResNet and ConvNeXt. `image_mean`
+    and `image_std` apply to images in [0, 1]. They default to those of the checkpoint's preprocessor_config.json, or
+    without it to 0.5, which gives inputs in [-1, 1].
     """
 
     image_size: Positive = 224
@@ -220,18 +220,18 @@ class VisionBackbone(Pretrained):
     @model_validator(mode="after")
     def _normalization_is_whole(self):
         if (self.image_mean is None) != (self.image_std is None):
-            raise ValueError("give both of `image_mean` and `image_std`, or neither")
+            raise ValueError("set both `image_mean` and `image_std`, or neither")
         return self
 
 
 class Perceptual(VisionBackbone):
-    """Distance in the features of a vision model."""
+    """A loss: the distance in the features of a vision model."""
 
     weight: PositiveFloat = 1.0
 
 
 class Discriminator(Section):
-    """A patch discriminator that joins at step `start`; `weight` is its share of the decoder's gradient."""
+    """A patch discriminator that starts at step `start`. `weight` is its share of the decoder's gradient."""
 
     start: Annotated[int, Field(ge=0)]
     weight: Annotated[float, Field(gt=0)] = 0.5
@@ -242,8 +242,8 @@ class Discriminator(Section):
 class BackboneSpace(VisionBackbone):
     """Features of a frozen vision model as latents: its layers on one grid, projected to `latent_channels`.
 
-    `grid` is the latents' side, `decoder_channels` the width of the decoder that shows them, and `whitening` the power
-    with which the principal components' deviations are evened out: 0 leaves them, 1 makes them one.
+    `grid` is the side of the latents, `decoder_channels` the width of the decoder that visualises them. `whitening`
+    equalises the deviations of the principal components: 0 keeps them, 1 makes them equal.
     """
 
     model: str = "models/backbone"
@@ -257,9 +257,9 @@ class BackboneSpace(VisionBackbone):
 class FirstStage(Training):
     """The latent space.
 
-    "autoencoder_kl" is an AutoencoderKL: trained from scratch, or `pretrained` and fine-tuned (`steps: 0` leaves it as
-    it is). `block_channels` has an entry a resolution, each halving the last; a pretrained one brings its own shape and
-    scale. "backbone" are the features of `backbone`; what is trained is the decoder that shows them.
+    "autoencoder_kl" is an AutoencoderKL, trained from scratch or `pretrained` and fine-tuned (`steps: 0` keeps it
+    unchanged). `block_channels` has one entry per resolution, each half the last; a pretrained model has its own shape
+    and scale. "backbone" uses the features of `backbone` and trains only the decoder that visualises them.
     """
 
     kind: Literal["autoencoder_kl", "backbone"] = "autoencoder_kl"
@@ -279,7 +279,7 @@ class FirstStage(Training):
 
     @property
     def downsampling(self) -> int | None:
-        """How many times smaller than the image the latents are; None of a pretrained one, which says so itself."""
+        """How many times smaller than the image the latents are; None if only a pretrained model knows."""
         if self.kind == "backbone":
             return self.image_size // self.backbone.grid
         return None if self.pretrained else 2 ** (len(self.block_channels) - 1)
@@ -294,16 +294,16 @@ class FirstStage(Training):
                 f"`image_size` must be a multiple of {self.downsampling}, the downsampling of `block_channels`"
             )
         if self.pretrained is None and self.steps == 0:
-            raise ValueError("`steps: 0` leaves a `pretrained` autoencoder as it is: name one, or train for some steps")
+            raise ValueError("`steps: 0` keeps a `pretrained` model unchanged: set `pretrained`, or raise `steps`")
         if self.kind == "backbone" and self.pretrained is not None:
-            raise ValueError("`pretrained` is an autoencoder, and `kind: backbone` has none: leave it null")
+            raise ValueError("`kind: backbone` has no `pretrained` autoencoder: set it to null")
         if self.discriminator is not None and self.discriminator.start >= self.steps:
-            raise ValueError("`discriminator.start` must be less than `steps`, or the discriminator never joins")
+            raise ValueError("`discriminator.start` must be less than `steps`, or the discriminator never starts")
         return self
 
 
 class TextEncoder(Section):
-    """A CLIP text model of this size, fitted with its tokenizer to the captions and their images."""
+    """A CLIP text model of this size, trained with its tokenizer on the captions and their images."""
 
     kind: Literal["trained"] = "trained"
     vocabulary: Annotated[int, Field(ge=300)] = 1000
@@ -317,7 +317,7 @@ class TextEncoder(Section):
 
 
 class PretrainedTextEncoder(Part):
-    """A CLIP text model as it is; the subfolders are those of a Stable Diffusion pipeline."""
+    """A pretrained CLIP text model. The default subfolders are those of a Stable Diffusion pipeline."""
 
     kind: Literal["pretrained"]
     subfolder: str = "text_encoder"
@@ -325,9 +325,10 @@ class PretrainedTextEncoder(Part):
 
 
 class Encode(Section):
-    """`max_windows` of the text encoder's length are read of a caption; 1 cuts it after the first, as CLIP does.
+    """Latents and text embeddings for training.
 
-    `mirror`: training sees the images mirrored in these directions as well, where a mirrored product is a normal one.
+    `max_windows` limits a caption to that many windows of the text encoder's length; 1 cuts it as CLIP does. `mirror`
+    adds images mirrored in these directions; use it if a mirrored product is normal.
     """
 
     batch_size: Positive = 32
@@ -338,13 +339,13 @@ class Encode(Section):
 
 
 class Train(Training):
-    """The denoiser: what the UNet and the SGN start from, and how they are trained.
+    """The denoiser: the initial UNet and SGN, and their training.
 
-    `pretrained` is a pipeline in diffusers' layout: the UNet starts from its `unet`, the SGN from the same UNet's down
-    and middle blocks, the noise schedule is its `scheduler`'s. Without it `block_channels`, `layers_per_block` and
-    `head_size` shape an untrained UNet.
+    `pretrained` is a pipeline in diffusers' layout: its `unet` initialises the UNet, the down and middle blocks of that
+    UNet initialise the SGN, and its `scheduler` sets the noise schedule. Without it, `block_channels`,
+    `layers_per_block` and `head_size` shape an untrained UNet.
 
-    `noise_levels` are the lowest and the highest that training draws, evenly from all between.
+    Training draws noise levels uniformly between the lowest and the highest of `noise_levels`.
     """
 
     pretrained: Pretrained | None = None
@@ -365,30 +366,30 @@ class Train(Training):
     learning_rate: PositiveFloat = 1e-3
 
     def hint_mistake(self, downsampling: int) -> str | None:
-        """What is wrong with `hint_channels` for latents that are so many times smaller than the image."""
+        """Return what is wrong with `hint_channels` for latents `downsampling` times smaller than the image."""
         if not self.sgn or 2 ** (len(self.hint_channels) - 1) == downsampling:
             return None
         return (
-            f"train.hint_channels has {len(self.hint_channels)} entries: each but the first halves the photograph, "
-            f"and the first stage makes it {downsampling} times smaller"
+            f"train.hint_channels has {len(self.hint_channels)} entries; each but the first halves the image, "
+            f"but the latents are {downsampling} times smaller than the image"
         )
 
     @model_validator(mode="after")
     def _frozen_part_is_trained(self):
         if self.trainable == "paper" and self.pretrained is None:
-            raise ValueError("`trainable: paper` freezes the UNet's down and middle blocks: it needs `pretrained`")
+            raise ValueError("`trainable: paper` freezes the UNet's down and middle blocks and needs `pretrained`")
         return self
 
     @field_validator("noise_levels")
     @classmethod
     def _levels_rise(cls, levels: tuple[int, int]) -> tuple[int, int]:
         if levels[0] > levels[1]:
-            raise ValueError("the lowest comes first")
+            raise ValueError("give the lowest level first")
         return levels
 
 
 class Pixels(Section):
-    """The photograph itself, at the model's resolution: colours, averaged over windows of this many pixels a side."""
+    """The colours of the image at the model's resolution, averaged over `window` x `window` pixels."""
 
     kind: Literal["pixels"]
     window: Positive = 3
@@ -398,12 +399,12 @@ class Pixels(Section):
     @classmethod
     def _has_a_middle(cls, window: int) -> int:
         if window % 2 == 0:
-            raise ValueError("must be odd, to have a pixel in its middle")
+            raise ValueError("must be odd")
         return window
 
 
 class Latents(Section):
-    """What the first stage makes of it: the latents, in which the denoiser works, of photograph and reconstruction."""
+    """The latents of image and reconstruction, in which the denoiser works."""
 
     kind: Literal["latents"]
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -432,7 +433,7 @@ Solver = Literal["ddim", "dpmsolver++"]
 
 
 class Detection(Section):
-    """How a photograph becomes an anomaly map: saved with the model, and used wherever the model is."""
+    """How to compute an anomaly map from an image. The model stores these settings."""
 
     noise_level: NoiseLevel = 300
     steps: Positive = 1
@@ -455,7 +456,7 @@ class Detection(Section):
     @model_validator(mode="after")
     def _steps_fit(self):
         if self.steps > max(self.noise_level, 1):
-            raise ValueError(f"`steps` = {self.steps} are more than `noise_level` = {self.noise_level} has timesteps")
+            raise ValueError(f"`steps` = {self.steps} exceeds the timesteps of `noise_level` = {self.noise_level}")
         return self
 
 
@@ -471,14 +472,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Floor(Section):
-    """What a metric must reach: its mean over classes, and every class; None where that is not asked."""
+    """The values that a metric must reach: as mean over classes and in every class. None sets no floor."""
 
     mean: Share | None = None
     every_class: Share | None = None
 
 
 class Gate(Section):
-    """Criteria of promotion: floors of any metric, what the comparison with the champion must show, limits."""
+    """Criteria for promotion: floors of metrics, the comparison with the champion, and limits."""
 
     floors: dict[Metric, Floor] = {"au_pro": Floor(mean=0.85, every_class=0.70)}
     metric: Metric = "au_pro"
@@ -490,9 +491,9 @@ class Gate(Section):
 
 
 class Monitor(Section):
-    """When the photographs of today have drifted from those at calibration.
+    """When new images count as drifted from those at calibration.
 
-    `false_alarm_rate` is of a check as a whole; `last` are the newest photographs, those that are looked at.
+    `false_alarm_rate` applies to a check as a whole, over the `last` newest images.
     """
 
     false_alarm_rate: Fraction = 0.01
@@ -502,7 +503,7 @@ class Monitor(Section):
 
 
 class Registry(Section):
-    """The environment's MLFLOW_TRACKING_URI, where set, comes before `tracking_uri`."""
+    """The model registry. The environment variable MLFLOW_TRACKING_URI overrides `tracking_uri`."""
 
     model_name: Annotated[str, Field(pattern=r"^[^/:]+$")] = "vlmdiff"
     experiment: str = "vlmdiff"
@@ -531,9 +532,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _what_a_test_reads_is_trained(self):
         if self.evaluate.detection.deviation_floor is not None and not self.train.learn_variance:
-            raise ValueError(
-                "evaluate.detection.deviation_floor is a floor of what only train.learn_variance learns: set it to null"
-            )
+            raise ValueError("evaluate.detection.deviation_floor needs train.learn_variance: set it to null")
         return self
 
     @model_validator(mode="after")
@@ -543,22 +542,22 @@ class Params(Section):
         trained = self.train.noise_levels
         if not trained[0] <= lowest <= detection.noise_level <= trained[1]:
             raise ValueError(
-                f"evaluate.detection asks the denoiser at noise levels from {lowest} to {detection.noise_level}, and "
-                f"train.noise_levels has it learn {trained[0]} to {trained[1]}: widen them"
+                f"evaluate.detection uses noise levels {lowest} to {detection.noise_level}, but train.noise_levels "
+                f"covers only {trained[0]} to {trained[1]}: widen train.noise_levels"
             )
         return self
 
 
 def load(path: Path | str = "params.yaml") -> Params:
-    """Read and check a params file.
+    """Read and validate a params file.
 
-    Raises InputError where the file is missing, is not YAML, has an unknown key or a value out of range.
+    Raises InputError if the file is missing, is not YAML, or has an unknown key or an invalid value.
     """
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: run in the folder that holds it, or name it with --params") from None
+        raise InputError(f"{path} does not exist. Run in its folder, or give its path with --params.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
     try:
@@ -574,4 +573,4 @@ def _explain(path: Path, error: ValidationError) -> str:
         what = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
         given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
         lines.append(f"  {key}: {what}{given}")
-    return f"{path} has {len(lines)} mistake(s):\n" + "\n".join(lines)
+    return f"{path} has {len(lines)} error(s):\n" + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), from their binary version: the Python version is pickles, never read."""
+"""Read CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) from their binary version, not from the pickles."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ PIXELS = 3 * SIDE * SIDE
 
 
 class Version(NamedTuple):
-    """The files of a dataset: a list of names for each of an image's label bytes, then images by split."""
+    """The files of a dataset: one list of names per label byte of an image, and the images by split."""
 
     names: tuple[str, ...]
     train: tuple[str, ...]
@@ -31,7 +31,7 @@ VERSIONS = (
 
 
 def unpack(root: Path, out: Path, normal: Sequence[str]) -> None:
-    """Write the images of `listed` into the folder `out`; raises InputError as it does."""
+    """Write the images of `listed` into the folder `out`. Raises InputError as `listed` does."""
     images = list(listed(root, normal))
     for name, pixels in track(images, "unpack", total=len(images)):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -39,27 +39,27 @@ def unpack(root: Path, out: Path, normal: Sequence[str]) -> None:
 
 
 def listed(root: Path, normal: Sequence[str]) -> Iterator[tuple[Path, np.ndarray]]:
-    """CIFAR's images, uint8 (32, 32, 3), by names in the layout of MVTec-AD, as a task of anomaly detection.
+    """Yield (path, image) pairs in MVTec-AD's layout, as an anomaly detection task. Images are uint8 (32, 32, 3).
 
-    What is of a class in `normal` (or, of CIFAR-100, of a superclass) is good, in train/good and test/good; the test
-    images of each other class are in test/CLASS, without masks, and its training images are not used. One name gives
-    the one-class setting; several, which become one product class, the unified one (You et al., UniAD, 2022). A file
-    is named by its image's place in the split.
+    Images of the classes in `normal` (for CIFAR-100 also superclasses) are in train/good and test/good. Test images of
+    any other class are in test/CLASS, without masks; its training images are not used. One name gives the one-class
+    setting. Several names form one product class, the unified setting (You et al., UniAD, 2022). The file name is the
+    image's index in the split.
 
-    Raises InputError where `root` holds no binary version, a file is truncated or a name in `normal` is not a class.
+    Raises InputError if `root` holds no binary version, a file is truncated, or a name in `normal` is not a class.
     """
     version = next((version for version in VERSIONS if (root / version.names[0]).is_file()), None)
     if version is None:
         files = " or ".join(version.names[0] for version in VERSIONS)
-        raise InputError(f"{root} has no {files}: layout cifar expects the binary version of CIFAR-10 or CIFAR-100")
+        raise InputError(f"{root} has no {files}. Layout cifar needs the binary version of CIFAR-10 or CIFAR-100.")
     names = [_bytes(root / file).decode(errors="replace").split() for file in version.names]
     known = {name for level in names for name in level}
-    # They become folders.
+    # Class names become folders.
     if bad := {name for name in known if not re.fullmatch(r"[\w-]+", name) or name == GOOD}:
-        raise InputError(f"{root}, {version.names}: {bad} are no names of CIFAR's classes: restore the files")
+        raise InputError(f"{root}, {version.names}: {bad} are not CIFAR class names. Restore the files.")
     if unknown := set(normal) - known:
         raise InputError(
-            f"prepare.cifar.normal names {', '.join(sorted(unknown))}: the classes of {root} are {', '.join(names[-1])}"
+            f"prepare.cifar.normal: unknown class {', '.join(sorted(unknown))}. Choose from {', '.join(names[-1])}."
         )
     product = normal[0] if len(normal) == 1 else "unified"
     for split, files in (("train", version.train), ("test", version.test)):
@@ -71,16 +71,16 @@ def listed(root: Path, normal: Sequence[str]) -> Iterator[tuple[Path, np.ndarray
 
 
 def _images(file: Path, names: list[list[str]]) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Each image's names, the finest last, and its pixels, uint8 (32, 32, 3)."""
+    """Yield each image's class names, the finest last, and its pixels, uint8 (32, 32, 3)."""
     data, size = _bytes(file), len(names) + PIXELS
     if not data or len(data) % size:
-        raise InputError(f"{file} has {len(data)} bytes, not a multiple of {size}: it is truncated, restore it")
+        raise InputError(f"{file}: truncated ({len(data)} bytes are not a multiple of {size}). Restore it.")
     records = np.frombuffer(data, np.uint8).reshape(-1, size)
     for i, record in enumerate(records):
         labels, pixels = record[: len(names)], record[len(names) :]
         if any(label >= len(level) for label, level in zip(labels, names, strict=True)):
-            raise InputError(f"{file}, image {i}: label {labels.tolist()} has no name: restore the file")
-        # Planes of red, green and blue, row by row.
+            raise InputError(f"{file}, image {i}: label {labels.tolist()} has no name. Restore the file.")
+        # The pixels are planes of red, green and blue, row by row.
         yield (
             [level[label] for label, level in zip(labels, names, strict=True)],
             pixels.reshape(3, SIDE, SIDE).transpose(1, 2, 0),
@@ -91,4 +91,4 @@ def _bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{file} does not exist: restore it from the binary version") from None
+        raise InputError(f"{file} does not exist. Restore it from the binary version.") from None

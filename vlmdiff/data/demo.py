@@ -1,9 +1,8 @@
-"""The demo factory: photographs of six products, normal and defective, drawn from a seed.
+"""The demo factory: draws photos of six products, normal and defective, from a seed.
 
-Each product obeys a law (which parts, where, in which colours) and is free in everything else: pose, light, colour
-scheme, grain. Most defects break the law with parts that look right in themselves (one is missing, doubled, in the
-wrong place or of a colour that is legal elsewhere), so that who only knows textures does not see them. A mask is where
-the drawings with and without the defect differ.
+Each product follows a rule: which parts it has, where, and in which colours. Pose, light and grain vary. Most defects
+break the rule with parts that look normal by themselves (missing, doubled, misplaced, or in another part's colour), so
+knowing the textures is not enough to find them. The mask marks where the drawings with and without the defect differ.
 """
 
 import zlib
@@ -18,17 +17,17 @@ from vlmdiff.core.console import track
 from vlmdiff.core.processes import map_in_processes
 
 Colour = tuple[float, float, float]
-# Signed distance to a shape, negative inside, of product coordinates (u, v) in [-0.5, 0.5] or so.
+# Signed distance to a shape, negative inside, of product coordinates (u, v), roughly in [-0.5, 0.5].
 Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-VISIBLE = 0.05  # a difference between two drawings that a person sees, of 1
-SPECK = 4  # pixels below which a difference is no defect
-REACH = 0.06  # how far from its outline a body darkens or lights anything
-NOISE = 0.012  # of the sensor, standard deviation, of 1
+VISIBLE = 0.05  # smallest difference between two drawings that a person sees, with values in [0, 1]
+SPECK = 4  # smallest difference in pixels that counts as a defect
+REACH = 0.06  # how far from its outline a body changes the brightness
+NOISE = 0.012  # standard deviation of the sensor noise, with values in [0, 1]
 
 
 class Drawing:
-    """A product under its light: shapes are painted over one another, in product coordinates."""
+    """A product under a light. Shapes are painted over one another, in product coordinates."""
 
     def __init__(self, rng: np.random.Generator, size: int, turn: float, shift: float):
         v, u = np.mgrid[0:size, 0:size] / size + 0.5 / size - 0.5
@@ -38,9 +37,9 @@ class Drawing:
         self.u = (((u - u0) * cos + (v - v0) * sin) / scale).astype(np.float32)
         self.v = (((v - v0) * cos - (u - u0) * sin) / scale).astype(np.float32)
         self.pixel = 1 / (size * float(scale))
-        # The light comes from the upper left of the photograph, give or take, however the product lies.
+        # The light comes roughly from the upper left of the photo, whatever the pose of the product.
         azimuth = rng.uniform(-2.6, -2.0)
-        # Python's own floats leave numpy's float32 as it is.
+        # Python floats keep numpy arrays in float32.
         self.light = float(np.cos(azimuth - angle)), float(np.sin(azimuth - angle))
         self.brightness = rng.uniform(0.88, 1.08) * (1 + rng.uniform(-0.04, 0.04, 3) * (1, 0.2, -1))
         self.falloff = rng.uniform(0.0, 0.25) * (np.cos(azimuth) * u + np.sin(azimuth) * v)
@@ -58,8 +57,8 @@ class Drawing:
         shadow: float = 0.3,
         gloss: float = 0.0,
     ) -> None:
-        """A body of that outline: it casts a shadow, its edges catch the light."""
-        # Beyond REACH of the outline nothing changes: work in the window that a coarse look finds.
+        """Paint a body with that outline, a shadow and lit edges."""
+        # Nothing changes beyond REACH of the outline: find the window that changes on a coarse grid.
         coarse = shape(self.u[::4, ::4], self.v[::4, ::4]) < REACH + 4 * self.pixel
         rows, columns = (4 * np.flatnonzero(coarse.any(axis)) for axis in (1, 0))
         if not len(rows):
@@ -72,7 +71,7 @@ class Drawing:
             rgb *= (1 - shadow * cast)[..., None]
         body = np.broadcast_to(np.asarray(colour, np.float32), self.rgb.shape)[window]
         if bevel:
-            # Towards the light the distance grows on the lit side of a body and falls on the other.
+            # Towards the light, the distance grows on the lit side of a body and shrinks on the other.
             slope = (shape(u + 0.004 * x, v + 0.004 * y) - distance) / 0.004
             body = body * (1 + 0.45 * slope * np.clip(1 + distance / bevel, 0, 1))[..., None]
         if gloss:
@@ -82,7 +81,7 @@ class Drawing:
         rgb += cover * (body - rgb)
 
     def photograph(self) -> np.ndarray:
-        """The drawing under its light, without noise: float (S, S, 3) in [0, 1]."""
+        """Return the drawing under its light, without noise: float (S, S, 3) in [0, 1]."""
         light = self.brightness * (self.vignette * (1 + self.falloff))[..., None]
         return np.clip(self.rgb * light, 0, 1)
 
@@ -92,7 +91,7 @@ def circle(x: float, y: float, radius: float) -> Shape:
 
 
 def box(x: float, y: float, width: float, height: float, corner: float = 0.01, turn: float = 0.0) -> Shape:
-    """A rectangle by its centre, its whole width and height, and the radius of its corners."""
+    """Return a rectangle from its centre, its full width and height, and the radius of its corners."""
     cos, sin = float(np.cos(turn)), float(np.sin(turn))
 
     def distance(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -113,7 +112,7 @@ def hexagon(x: float, y: float, radius: float, turn: float = 0.0) -> Shape:
 
 
 def stroke(points: np.ndarray, width: float) -> Shape:
-    """A line of that width through points (N, 2)."""
+    """Return a line of that width through points (N, 2)."""
 
     def distance(u: np.ndarray, v: np.ndarray) -> np.ndarray:
         best = np.full(u.shape, np.inf, np.float32)
@@ -131,7 +130,7 @@ def without(shape: Shape, hole: Shape) -> Shape:
 
 
 def grain(rng: np.random.Generator, size: int, sigma: float | tuple[float, float], amount: float) -> np.ndarray:
-    """A random texture (S, S, 1) around 1."""
+    """Return a random texture (S, S, 1) with mean 1."""
     field = ndimage.gaussian_filter(rng.standard_normal((size, size)), sigma, mode="wrap")
     return (1 + amount * field / field.std())[..., None].astype(np.float32)
 
@@ -140,7 +139,7 @@ STEEL, BRASS, COPPER = (0.66, 0.68, 0.71), (0.80, 0.64, 0.28), (0.72, 0.42, 0.28
 
 
 def blister(rng: np.random.Generator, fault: np.random.Generator, defect: str | None, size: int) -> Drawing:
-    """Eight red tablets in two rows, in a foil."""
+    """Draw eight red tablets in two rows, in a foil."""
     red: Colour = (0.80, 0.20, 0.22)
     others: list[Colour] = [(0.22, 0.42, 0.78), (0.92, 0.78, 0.30), (0.30, 0.62, 0.42)]
     drawing = Drawing(rng, size, turn=0.15, shift=0.04)
@@ -169,7 +168,7 @@ def blister(rng: np.random.Generator, fault: np.random.Generator, defect: str | 
 
 
 def circuit(rng: np.random.Generator, fault: np.random.Generator, defect: str | None, size: int) -> Drawing:
-    """A board with a chip, two capacitors, two resistors, a connector and a lamp, each in its place."""
+    """Draw a board with a chip, two capacitors, two resistors, a connector and a lamp, each in its place."""
     drawing = Drawing(rng, size, turn=0.10, shift=0.03)
     drawing.fill(np.array([0.62, 0.60, 0.56]) * grain(rng, size, 8, 0.03))
     board = np.array([0.07, 0.36, 0.20])
@@ -230,7 +229,7 @@ def _component(drawing: Drawing, part: str, x: float, y: float) -> None:
 
 
 def flange(rng: np.random.Generator, fault: np.random.Generator, defect: str | None, size: int) -> Drawing:
-    """A steel ring with six brass bolts."""
+    """Draw a steel ring with six brass bolts."""
     drawing = Drawing(rng, size, turn=0.25, shift=0.03)
     drawing.fill(np.array([0.20, 0.22, 0.25]) * grain(rng, size, 5, 0.06))
     metal = np.array(STEEL) * rng.uniform(0.85, 1.0)
@@ -264,7 +263,7 @@ def flange(rng: np.random.Generator, fault: np.random.Generator, defect: str | N
 
 
 def cable(rng: np.random.Generator, fault: np.random.Generator, defect: str | None, size: int) -> Drawing:
-    """Five wires from a plug, in the order black, red, yellow, green, blue."""
+    """Draw a plug with five wires in the order black, red, yellow, green, blue."""
     order: list[Colour] = [
         (0.14, 0.14, 0.15),
         (0.78, 0.16, 0.15),
@@ -302,12 +301,12 @@ def cable(rng: np.random.Generator, fault: np.random.Generator, defect: str | No
 
 
 def fabric(rng: np.random.Generator, fault: np.random.Generator, defect: str | None, size: int) -> Drawing:
-    """A tartan: broad stripes of one colour both ways on a ground of another, woven."""
+    """Draw a woven tartan: broad stripes in both directions on a ground of another colour."""
     drawing = Drawing(rng, size, turn=0.12, shift=0.05)
     ground, stripe = np.array([0.80, 0.76, 0.66]), np.array([0.20, 0.30, 0.48])
     pitch, width = 0.30, 0.36
     u, v = drawing.u / pitch, drawing.v / pitch
-    # Around a stripe or, where one more is woven in, between two.
+    # The patch lies on a stripe or, for one more stripe, between two.
     x = pitch * (fault.integers(-1, 1) + (0.0 if defect == "doubled" else 0.5))
     patch = box(x, fault.uniform(-0.26, 0.26), 0.24, 0.24, 0.02)(drawing.u, drawing.v) < 0
     across = patch if defect == "misplaced" else False
@@ -327,7 +326,7 @@ def fabric(rng: np.random.Generator, fault: np.random.Generator, defect: str | N
 
 
 def tiles(rng: np.random.Generator, fault: np.random.Generator, defect: str | None, size: int) -> Drawing:
-    """Square tiles of two colours in a chequerboard, with dark joints."""
+    """Draw a chequerboard of square tiles in two colours, with dark joints."""
     drawing = Drawing(rng, size, turn=0.12, shift=0.06)
     pair = [np.array([0.80, 0.66, 0.52]), np.array([0.52, 0.26, 0.20])]
     joint = np.array([0.42, 0.40, 0.38]) * grain(rng, size, 1, 0.03)
@@ -368,7 +367,7 @@ PRODUCTS: dict[str, tuple[Product, tuple[str, ...]]] = {
 
 
 def render(class_name: str, defect: str | None, key: tuple, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A photograph, uint8 (size, size, 3), and where it is defective, bool (size, size), all a function of `key`."""
+    """Return a photo, uint8 (size, size, 3), and the mask of its defect, bool (size, size), as a function of `key`."""
     product, _ = PRODUCTS[class_name]
     number = zlib.crc32(repr(key).encode())
 
@@ -379,7 +378,7 @@ def render(class_name: str, defect: str | None, key: tuple, size: int) -> tuple[
     mask = np.zeros((size, size), bool)
     if defect:
         differs = np.abs(photograph - draw(None)).max(axis=2) > VISIBLE
-        # A body that lost its place leaves an outline: what it encloses belongs to the defect, single pixels do not.
+        # A misplaced body differs along its outline. The mask includes the enclosed area and excludes single pixels.
         outlined = ndimage.binary_closing(differs, np.ones((3, 3)), iterations=2)
         parts, _ = ndimage.label(ndimage.binary_fill_holes(outlined), np.ones((3, 3)))
         mask = (parts > 0) & (np.bincount(parts.ravel())[parts] >= SPECK)
@@ -388,7 +387,7 @@ def render(class_name: str, defect: str | None, key: tuple, size: int) -> tuple[
 
 
 def listed(train: int, test_good: int, test_per_defect: int) -> list[tuple[str, str, str, int]]:
-    """Class, split, kind (good or a defect) and number of each photograph that `make_demo` makes."""
+    """Return class, split, kind (good or a defect) and number of each photo that `make_demo` makes."""
     photographs = []
     for class_name, (_, defects) in PRODUCTS.items():
         wanted = [
@@ -401,9 +400,10 @@ def listed(train: int, test_good: int, test_per_defect: int) -> list[tuple[str, 
 
 
 def make_demo(out: Path, *, seed: int, train: int, test_good: int, test_per_defect: int, size: int) -> None:
-    """Write the demo into the folder `out` in the layout of MVTec-AD; a seed gives the same bytes.
+    """Write the demo into the folder `out` in MVTec-AD's layout. Equal seeds give equal bytes.
 
-    train, test_good: normal images a class; test_per_defect: images of each kind of defect a class; size: their side.
+    `train` and `test_good` are normal images per class, `test_per_defect` images per class and kind of defect, `size`
+    is their side in pixels.
     """
     jobs = [(out, seed, *photograph, size) for photograph in listed(train, test_good, test_per_defect)]
     for _ in track(map_in_processes(_photograph, jobs, chunk=16), "make the demo", total=len(jobs)):

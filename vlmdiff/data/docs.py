@@ -1,11 +1,11 @@
-"""Great Expectations' Data Docs as pages that ask nothing of the internet."""
+"""Render Great Expectations' Data Docs as pages that work offline."""
 
 from great_expectations.render.view import DefaultJinjaPageView
 from jinja2 import ChoiceLoader, PackageLoader
 
 
 class Page(DefaultJinjaPageView):
-    """A page of Data Docs: templates of ours take the place of those that load styles, scripts and a logo."""
+    """A page of Data Docs. Our templates replace those that load styles, scripts and a logo from the internet."""
 
     def __init__(self, custom_styles_directory: str | None = None, custom_views_directory: str | None = None) -> None:
         super().__init__(custom_styles_directory, custom_views_directory)

@@ -1,7 +1,8 @@
-"""Reading photographs and masks from files that nobody vouches for."""
+"""Images from files that may hold anything: the one place that decodes, converts to RGB and resizes for the model."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -11,10 +12,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vlmdiff.core.errors import InputError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+# By content, whatever the name says. Pillow's other decoders do more than decode: EPS runs Ghostscript.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 
 
 def resolve(root: Path, relative: str) -> Path:
-    """The file `relative` under `root`. Raises InputError where it lies outside, also by way of a link."""
+    """Return the file `relative` under `root`. Raises InputError where it lies outside, also by way of a link."""
     path = PurePosixPath(relative)
     try:
         file = (root / path).resolve()
@@ -25,70 +28,85 @@ def resolve(root: Path, relative: str) -> Path:
     return file
 
 
-def decode(
-    file: Path | BinaryIO, max_pixels: int, name: str | None = None, formats: Sequence[str] | None = None
+def decode(source: Path | BinaryIO, max_pixels: int, name: str | None = None) -> Image.Image:
+    """Return an image in the mode that its file has, fully decoded and upright.
+
+    name: what an error calls the image, by default its path. Raises InputError with the name and the reason, where the
+    file is missing, damaged, not of one of FORMATS, or has more than `max_pixels` pixels.
+    """
+    return _read(source, max_pixels, name, ImageOps.exif_transpose)
+
+
+def read_image(source: Path | BinaryIO, max_pixels: int, name: str | None = None) -> Image.Image:
+    """Return a photograph in RGB as `to_rgb` converts it. Parameters and errors are those of `decode`."""
+    return _read(source, max_pixels, name, to_rgb)
+
+
+def _read(
+    source: Path | BinaryIO, max_pixels: int, name: str | None, convert: Callable[[Image.Image], Image.Image]
 ) -> Image.Image:
-    """A fully decoded image in its own mode. Raises InputError naming the file, or calling it `name`.
-
-    formats: those that are tried, as Pillow calls them; None for all that it knows.
-    """
-    path = name or file
+    name = name or str(source)
     try:
-        with warnings.catch_warnings():
-            # Our own limit judges the size, from the header, before anything is decoded.
+        # Pillow maps an uncompressed TIFF into memory where it knows its path, and scrambles one that is to be turned.
+        opened = source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source)
+        with opened as stream, warnings.catch_warnings():
+            # max_pixels limits the size, by the header, before anything is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=formats) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise InputError(
-                        f"{path} has {width} x {height} pixels, more than prepare.max_pixels = {max_pixels}: "
-                        "a decompression bomb, or a limit to raise"
-                    )
-                image.load()
-                return ImageOps.exif_transpose(image)
+            image = Image.open(stream, formats=FORMATS)
+            if image.width * image.height > max_pixels:
+                raise InputError(
+                    f"{name} has {image.width} x {image.height} pixels, more than prepare.max_pixels = {max_pixels}: "
+                    "replace it, or raise the limit"
+                )
+            return convert(image)
+    except InputError:
+        raise
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is a decompression bomb: {error}") from error
+        raise InputError(f"{name} does not exist") from None
     except UnidentifiedImageError:
-        kinds = f", of those that are taken: {', '.join(formats)}" if formats else ", whatever its name says"
-        raise InputError(f"{path} is not an image{kinds}") from None
-    # Pillow's decoders raise any of these for damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be decoded, it may be truncated: {error}") from error
+        raise InputError(f"{name} is not an image of {', '.join(FORMATS)}: replace or remove it") from None
+    # Pillow's decoders raise anything for a damaged file.
+    except Exception as error:
+        raise InputError(f"{name} cannot be decoded ({str(error) or repr(error)}): replace or remove it") from error
 
 
-def read_image(path: Path, max_pixels: int) -> Image.Image:
-    """A photograph as RGB, upright, fully decoded; 16 bits are scaled to 8, transparency is laid on white.
+def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """Return a photograph as a PIL image in RGB.
 
-    Raises InputError naming a file that is missing, no image, damaged, or of more than `max_pixels` pixels.
+    image: a PIL image in any mode, turned upright as its EXIF says; or an array, uint8 (H, W, 3). 16 bits, and floats
+    up to 1, are scaled to 8 bits; transparency is laid on white. Raises InputError for anything else.
     """
-    return to_rgb(decode(path, max_pixels))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB."""
-    if image.mode.startswith(("I;16", "I", "F")):
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+        return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise InputError(f"a photograph must be a PIL image or an array of uint8 (H, W, 3), not {found}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float64)
         top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 65535.0
         image = Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def fit(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """Return a photograph, as `to_rgb` takes it, at the model's size: uint8 (size, size, 3), bilinear, antialiased."""
+    return np.array(to_rgb(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def load_rgb(path: Path, size: int | None, max_pixels: int) -> np.ndarray:
-    """A photograph, uint8 (H, W, 3); resized to `size` x `size`, bilinear with antialiasing, where given."""
+    """Return a photograph, uint8 (H, W, 3), of its own size or, where `size` is given, of the model's."""
     image = read_image(path, max_pixels)
-    if size is not None:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.array(image)
+    return np.array(image) if size is None else fit(image, size)
 
 
 def load_mask(path: Path, size: int, max_pixels: int) -> np.ndarray:
-    """A mask, bool (size, size): cut above zero at its own size, resized by area, then cut at one half."""
+    """Return a mask, bool (size, size): cut above zero at its own size, resized by area, then cut at one half."""
     mask = np.asarray(decode(path, max_pixels).convert("L")) > 0
     if mask.shape == (size, size):
         return mask

@@ -1,6 +1,5 @@
-"""The manifest: a row an image, in a Parquet file that is the same bytes for the same images."""
+"""The manifest: a Parquet file with one row per image. Equal images give equal bytes."""
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_path
+from vlmdiff.core.files import atomic_path, sha256
 from vlmdiff.core.params import Prepare
 from vlmdiff.data import cifar, demo
 from vlmdiff.data.images import decode, resolve
@@ -36,14 +35,14 @@ SCHEMA = pa.schema(
 
 
 def build(params: Prepare, root: Path) -> pd.DataFrame:
-    """List, hash and decode every image under `root`; columns as in SCHEMA, sorted by path.
+    """List, hash and decode every image under `root`. The columns are those of SCHEMA, the rows are sorted by path.
 
-    An image that cannot be read is listed with its `problem`, for the data contract to judge. Where the dataset has no
-    splits, its anomalous images are for testing, and the share `test_fraction` of each class's good ones. Of a class
-    without a split "validation" the share `validation_fraction` of the normal training images, at least one, becomes
-    it. Both take the images with the lowest hash, so that images that come later hardly move others.
+    An unreadable image is listed with its `problem`; the data contract judges it. If the dataset has no splits, all
+    anomalous images and the share `test_fraction` of each class's normal images form the test split. If a class has no
+    validation split, the share `validation_fraction` of its normal training images, at least one, forms it. Both shares
+    take the images with the lowest hashes, so that adding images moves few others.
 
-    Raises InputError where the root is missing or empty, is not of the layout, or a path leaves it.
+    Raises InputError if the root is missing, empty or not in the layout, or if a path leaves it.
     """
     records = _records(params, root)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -58,10 +57,10 @@ def build(params: Prepare, root: Path) -> pd.DataFrame:
 
 
 def outline(params: Prepare) -> pd.DataFrame:
-    """The manifest by what the layout says alone: columns of a Record and image_id, a path; no image is opened.
+    """Return the manifest without opening images: the columns of Record, and the path as image_id.
 
-    Images that the stage would make (`demo`, `cifar`) are listed, not made. Without hashes other images are held out
-    than by `build`, as many of each class. Raises InputError as `build` does.
+    Images that the stage would make (`demo`, `cifar`) are listed, not made. Without hashes, the splits that `build`
+    makes hold other images, but as many of each class. Raises InputError as `build` does.
     """
     match params.layout:
         case "demo":
@@ -85,10 +84,10 @@ def _to_be_made(class_name: str, split: str, kind: str, file: str | int, has_mas
 
 def _records(params: Prepare, root: Path) -> list[Record]:
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder: set prepare.root to the dataset's")
+        raise InputError(f"{root} is not a folder. Set prepare.root to the dataset's folder.")
     records = sorted(LAYOUTS[params.layout](root, params), key=lambda record: record.path)
     if not records:
-        raise InputError(f"{root} holds no images as layout {params.layout} expects them: see vlmdiff/data/layouts.py")
+        raise InputError(f"{root} has no images in layout {params.layout}. See vlmdiff/data/layouts.py.")
     for record in records:
         for path in (record.path, record.mask_path):
             if path is not None:
@@ -97,7 +96,7 @@ def _records(params: Prepare, root: Path) -> list[Record]:
 
 
 def _split(frame: pd.DataFrame, params: Prepare) -> None:
-    """Make the splits that the dataset does not have."""
+    """Make the splits that the dataset lacks."""
     normal, without = ~frame["is_anomalous"], frame["split"].isna()
     frame["split"] = frame["split"].where(~without, np.where(normal, "train", "test"))
     for _, rows in frame[without & normal].groupby("class_name"):
@@ -112,39 +111,37 @@ def _lowest(rows: pd.DataFrame, count: int) -> pd.Index:
 
 
 def _with_none(frame: pd.DataFrame) -> pd.DataFrame:
-    """What is absent is None, whatever pandas makes of it."""
+    """Return `frame` with None for missing values, where pandas may have NaN."""
     for column in ("defect", "mask_path", "problem"):
         frame[column] = frame[column].astype(object).where(frame[column].notna(), None)
     return frame
 
 
 def _look(file: Path, max_pixels: int) -> dict[str, str | int | None]:
-    """An image's hash and what its header says, opened once."""
-    with file.open("rb") as stream:
-        facts = {"image_id": hashlib.file_digest(stream, "sha256").hexdigest()}
-        stream.seek(0)
-        try:
-            image = decode(stream, max_pixels, name=str(file))
-        except InputError as error:
-            return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
+    """Return an image's hash, size and mode, or the problem with it."""
+    facts = {"image_id": sha256(file)}
+    try:
+        image = decode(file, max_pixels)
+    except InputError as error:
+        return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
     return {**facts, "width": image.width, "height": image.height, "mode": image.mode, "problem": None}
 
 
 def write(frame: pd.DataFrame, path: Path) -> None:
-    """Write a manifest, atomically."""
+    """Write a manifest atomically."""
     table = pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False).replace_schema_metadata()
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a manifest; what is absent is None. Raises InputError where the file is missing or something else."""
+    """Read a manifest; missing values are None. Raises InputError if the file is missing or not a manifest."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist: run the prepare stage first")
+        raise InputError(f"{path} does not exist. Run vlmdiff prepare first.")
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file: {error}") from error
+        raise InputError(f"{path} is not a Parquet file ({error}). Run vlmdiff prepare again.") from error
     if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
-        raise InputError(f"{path} is not a manifest of this version: run the prepare stage again")
+        raise InputError(f"{path} is not a manifest of this version. Run vlmdiff prepare again.")
     return _with_none(table.to_pandas())

@@ -1,4 +1,4 @@
-"""Where photographs to be judged lie: files, folders, patterns, tables."""
+"""The photographs that files, folders, patterns and tables name."""
 
 import glob
 import os
@@ -14,7 +14,7 @@ TABLES = {".csv", ".parquet"}
 
 
 class Photograph(NamedTuple):
-    """A file, by its absolute path, and what a table says of it."""
+    """The absolute path of a photograph's file, and what a table says of it."""
 
     path: str
     class_name: str | None = None
@@ -22,24 +22,24 @@ class Photograph(NamedTuple):
 
 
 def find_photographs(sources: Sequence[str], leave_out: Path) -> list[Photograph]:
-    """The photographs of all sources, each once, in the order of the sources and of their names in each.
+    """List the photographs of all sources, each once, in the order of the sources and by name in each source.
 
-    A source is a photograph, a folder (images by their suffix, also in its folders), a pattern such as `new/**/*.png`,
-    or a table with a column `path`, relative to the table's folder, and, optional, `class_name` and `caption`. Hidden
-    files and what lies in the folder `leave_out` are no sources. Raises InputError where a source does not exist or
-    gives nothing, a name is not in UTF-8, or where two rows of tables say different things of one photograph.
+    A source is a photograph, a folder (images by their suffix, also in its subfolders), a pattern such as
+    `new/**/*.png`, or a table with a column `path`, relative to the table's folder, and optional columns `class_name`
+    and `caption`. Hidden files and files in the folder `leave_out` are left out. Raises InputError where a source does
+    not exist or has no photographs, a name is not in UTF-8, or two rows of tables contradict each other.
     """
     out = os.path.abspath(leave_out)
     found: dict[str, Photograph] = {}
     for source in sources:
         listed = list(_photographs_of(source, out))
         if not listed:
-            raise InputError(f"{source} gives no photographs: name images, a folder, a pattern or a table of them")
+            raise InputError(f"{source} has no photographs: name photographs, a folder, a pattern or a table of them")
         for photograph in listed:
             if not _is_text(photograph.path):
-                raise InputError(f"{photograph.path!r} is no name in UTF-8, which tables need: rename the file")
+                raise InputError(f"{photograph.path!r} is not a name in UTF-8, which tables need: rename the file")
             if found.setdefault(photograph.path, photograph) != photograph:
-                raise InputError(f"{photograph.path} is listed twice, of another class or caption: keep one")
+                raise InputError(f"{photograph.path} is listed twice, with another class or caption: keep one")
     return list(found.values())
 
 
@@ -51,7 +51,7 @@ def _photographs_of(source: str, out: str) -> Iterator[Photograph]:
     elif glob.has_magic(source):
         for match in sorted(glob.glob(source, recursive=True)):
             if os.path.isdir(match):
-                # `**` gives each folder and what is in it.
+                # `**` matches each folder and the files in it.
                 yield from _below(match, out)
             else:
                 yield from _images([match], out)
@@ -74,7 +74,7 @@ def _images(files: Iterable[str], out: str) -> Iterator[Photograph]:
 def _rows(table: Path) -> Iterator[Photograph]:
     header, rows = read_table(table)
     if "path" not in header:
-        raise InputError(f"{table} needs one column 'path', which names the photographs: it has {', '.join(header)}")
+        raise InputError(f"{table} has no column `path`, only {', '.join(header)}: add one that names the photographs")
     for where, row in rows:
         try:
             resolve(table.parent, row["path"])

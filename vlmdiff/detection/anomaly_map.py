@@ -1,7 +1,7 @@
-"""From the features of a photograph and of its reconstruction to an anomaly map, and from the map to a score.
+"""Compute anomaly maps from the features of an image and its reconstruction, and image scores from the maps.
 
-What the reference (arXiv 2511.08173) does is one choice of the arguments; its sum over layers is `compare` times their
-number, a factor that calibration divides out.
+The method of the reference (arXiv 2511.08173) is one choice of the arguments. It sums over layers where `compare`
+averages; calibration cancels this factor.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-# Eight means over 8 x 8 pixels: about a Gaussian of sigma 6.5.
+# Eight means over 8 x 8 pixels approximate a Gaussian of sigma 6.5.
 POOL, POOLINGS = 8, 8
 SMALLEST_POOLED = POOLINGS * (POOL - 1) + 1
 
@@ -25,33 +25,33 @@ def compare(
     size: int,
     align_corners: bool = False,
 ) -> torch.Tensor:
-    """Maps (B, size, size): the distances of two images' features, made as large as the image, averaged over layers.
+    """Return maps (B, size, size): the distances between two images' features, resized and averaged over layers.
 
-    before, after: (B, C, h, w) a layer, C, h and w its own; distance: two of those to (B, h, w). The maps are resized
-    as `enlarge` does.
+    `before` and `after` hold one (B, C, h, w) per layer; C, h and w may differ between layers. `distance` maps two of
+    them to (B, h, w). `enlarge` resizes the result.
     """
     maps = [enlarge(distance(a, b), size, align_corners) for a, b in zip(before, after, strict=True)]
     return torch.stack(maps).mean(dim=0)
 
 
 def enlarge(maps: torch.Tensor, size: int, align_corners: bool = False) -> torch.Tensor:
-    """Maps (B, h, w) as (B, size, size), bilinear.
+    """Resize maps (B, h, w) to (B, size, size), bilinear.
 
-    With align_corners the centres of the corner pixels meet, as in the reference, else their outer edges.
+    `align_corners` aligns the centres of the corner pixels, as in the reference. Otherwise their outer edges align.
     """
     return F.interpolate(maps[:, None], size=(size, size), mode="bilinear", align_corners=align_corners)[:, 0]
 
 
 def smooth(maps: np.ndarray, sigma: float) -> np.ndarray:
-    """(..., S, S) after a Gaussian of `sigma` pixels, mirrored at the border and cut at four sigma; as it is for 0."""
+    """Smooth maps (..., S, S) by a Gaussian of `sigma` pixels, mirrored at the border and cut at four sigma."""
     return ndimage.gaussian_filter(maps, sigma, axes=(-2, -1)) if sigma > 0 else maps
 
 
 def image_scores(maps: np.ndarray, kind: Literal["max", "top_percent", "pooled_max"] = "max") -> np.ndarray:
-    """A score an image (B,) of its map (B, S, S): the maximum, or what is less at the mercy of one place.
+    """Return image scores (B,) of maps (B, S, S): the maximum, or a score that depends less on single pixels.
 
-    "top_percent" is the mean of the highest hundredth of the pixels; "pooled_max", the reference's, the maximum of a
-    much smoother map: means over 8 x 8 pixels at stride 1, eight times. It needs SMALLEST_POOLED = 57 pixels at least.
+    "top_percent" is the mean of the highest 1 % of the pixels. "pooled_max", the reference's score, is the maximum
+    after eight means over 8 x 8 pixels at stride 1; it needs S of at least SMALLEST_POOLED = 57.
     """
     if kind == "top_percent":
         pixels = maps.reshape(len(maps), -1)

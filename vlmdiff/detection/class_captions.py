@@ -1,14 +1,14 @@
-"""One caption for a class: what its normal images' captions have in common, in the words of one of them."""
+"""Choose one caption per class: the most typical caption of its normal images."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 
 def class_captions(captions: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
-    """By class, the caption whose words are most like those of the class's others.
+    """Return, by class, the caption whose words are most similar to those of the other captions of the class.
 
-    captions, classes: one an image. It is the medoid by cosine similarity of the captions' sets of words, case apart:
-    of equals, the first in the alphabet, so that the images' order plays no part.
+    `captions` and `classes` hold one entry per image. The result is the medoid by cosine similarity of the sets of
+    lower-case words. Among equals, the first in alphabetical order wins, so the order of the images has no effect.
     """
     by_class = defaultdict(list)
     for caption, name in zip(captions, classes, strict=True):
@@ -17,7 +17,7 @@ def class_captions(captions: Sequence[str], classes: Sequence[str]) -> dict[str,
 
 
 def _medoid(captions: list[str]) -> str:
-    # The similarities' mean is that to the mean: one pass instead of every pair.
+    # The mean of the similarities is the similarity to the mean: one pass instead of all pairs.
     mean = Counter()
     for caption in captions:
         words = _words(caption)
@@ -26,7 +26,7 @@ def _medoid(captions: list[str]) -> str:
 
     def similarity(caption: str) -> float:
         words = _words(caption)
-        # In the alphabet's order: a sum must not depend on that of a set.
+        # Sorted, because the rounding of the sum must not depend on the order of a set.
         return sum(mean[word] for word in sorted(words)) / max(len(words), 1) ** 0.5
 
     return min(set(captions), key=lambda caption: (-similarity(caption), caption))

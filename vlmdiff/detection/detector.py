@@ -16,6 +16,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
 from vlmdiff.core.params import BackboneFeatures, Latents
 from vlmdiff.core.params import Detection as DetectionParams
+from vlmdiff.data.images import fit
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, image_scores, smooth
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
 from vlmdiff.detection.features import spaces
@@ -23,6 +24,7 @@ from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
 
 SETTINGS = "detector.json"
+Photograph = np.ndarray | Image.Image
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Detection:
-    """What a detector says of one photograph; score, map and peaks are in [0, 1), 0.5 is the threshold.
+    """What a detector says of one photograph. Score, map and peaks are in [0, 1); the threshold is 0.5.
 
-    anomaly_map: float32 (S, S); reconstruction: uint8 (S, S, 3), the photograph as if it were normal; S is the model's
-    resolution, to which the photograph was resized.
+    anomaly_map: float32 (S, S); reconstruction: uint8 (S, S, 3), the photograph as if it were normal. S is the model's
+    resolution, to which the photograph is resized.
     """
 
     score: float
@@ -52,14 +54,14 @@ class Detection:
     reconstruction: np.ndarray
 
     def at(self, threshold: float) -> "Detection":
-        """The same photograph judged at another threshold: is_anomalous and the regions follow it."""
+        """Return the same photograph judged at another threshold: is_anomalous and the regions follow it."""
         is_anomalous = self.score > threshold
         # Where the score is not the map's maximum, a normal image's map may exceed the threshold.
         regions = find_regions(self.anomaly_map, threshold) if is_anomalous else []
         return replace(self, is_anomalous=is_anomalous, regions=regions)
 
     def scaled_regions(self, width: int, height: int) -> list[Region]:
-        """The regions in pixels of the photograph as it came, `width` x `height`."""
+        """Return the regions in the photograph's own pixels, `width` x `height`."""
         x, y = width / self.anomaly_map.shape[1], height / self.anomaly_map.shape[0]
         return [
             Region(
@@ -77,7 +79,7 @@ class Detection:
 class Detector:
     """A pipeline, how its reconstructions are compared with the photographs, and what is normal for it.
 
-    class_captions: a caption a class, for a detector whose parameters say `captions: class`.
+    class_captions: a caption for each class, for a detector whose parameters say `captions: class`.
     """
 
     def __init__(
@@ -89,7 +91,9 @@ class Detector:
     ):
         size = pipeline.config.image_size
         if params.image_score == "pooled_max" and size < SMALLEST_POOLED:
-            raise InputError(f"image_score: pooled_max needs a model of {SMALLEST_POOLED} pixels, not {size}: take max")
+            raise InputError(
+                f"image_score: pooled_max needs a model of at least {SMALLEST_POOLED} pixels, not {size}: use max"
+            )
         self.pipeline = pipeline
         self.params = params
         self.calibration = calibration
@@ -104,7 +108,7 @@ class Detector:
         settings = folder / SETTINGS
         if not settings.is_file():
             raise InputError(
-                f"{folder} is not a detector's folder: it has no {SETTINGS} (the evaluate stage writes it)"
+                f"{folder} is not a detector's folder, it has no {SETTINGS}: name one that `vlmdiff evaluate` wrote"
             )
         facts = json.loads(settings.read_text())
         for entry in facts["detection"]["features"]:
@@ -119,7 +123,7 @@ class Detector:
         )
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """A `DiffusionPipeline` folder in safetensors, and in it the detector's settings and its backbones."""
+        """Write a `DiffusionPipeline` folder in safetensors, with the detector's settings and its backbones."""
         folder = Path(folder)
         self.pipeline.save_pretrained(folder)
         detection = self.params.model_dump(mode="json")
@@ -136,11 +140,11 @@ class Detector:
         write_json(folder / SETTINGS, facts)
 
     def calibrate(
-        self, normal: Sequence[np.ndarray], batch_size: int = 32, captions: Sequence[str] | None = None
+        self, normal: Sequence[Photograph], batch_size: int = 32, captions: Sequence[str] | None = None
     ) -> np.ndarray:
-        """Learn from normal images that training never saw (uint8 (H, W, 3)) what difference is normal.
+        """Learn what difference is normal from normal photographs that training does not see.
 
-        captions: as for `detect`. Returns the images' scores (N,), as `detect` gives them from now on.
+        normal and captions: as for `detect`. Returns the photographs' scores (N,), as `detect` gives them from now on.
         """
         found = [(maps, expected) for maps, expected, _ in self._differences(normal, batch_size, captions)]
         differences, deviations = (np.concatenate(maps) for maps in zip(*found, strict=True))
@@ -159,35 +163,36 @@ class Detector:
         return normalised(scores, threshold)
 
     def captions_of(self, classes: Iterable[str]) -> list[str]:
-        """The captions by which a detector of `captions: class` judges images of these classes.
+        """Return the captions by which a detector of `captions: class` judges images of these classes.
 
-        Raises InputError where it knows no class's caption, or not this one's.
+        Raises InputError where the detector judges otherwise or does not know a class.
         """
         if self.params.captions != "class":
-            raise InputError(f"this detector judges by captions: {self.params.captions}, and asks for no class")
+            raise InputError(f"this detector judges by captions: {self.params.captions}, not by class: name no class")
         known = self.class_captions or {}
         classes = list(classes)
         if unknown := sorted(set(classes) - known.keys()):
-            raise InputError(f"this detector knows no class {unknown[0]!r}, only {', '.join(sorted(known))}")
+            raise InputError(f"this detector does not know the class {unknown[0]!r}, only {', '.join(sorted(known))}")
         return [known[name] for name in classes]
 
     def detect(
-        self, images: Sequence[np.ndarray], batch_size: int = 32, captions: Sequence[str] | None = None
+        self, images: Sequence[Photograph], batch_size: int = 32, captions: Sequence[str] | None = None
     ) -> list[Detection]:
-        """Judge photographs: uint8 (H, W, 3) of any size, or PIL images.
+        """Judge photographs.
 
-        captions: one an image where the parameters say `captions: image` (its own) or `class` (`captions_of` its
-        class), else None. Every image is judged by itself: neither its batch nor its place in it changes its result
-        beyond rounding. Raises InputError where captions are missing or not wanted.
+        images: arrays, uint8 (H, W, 3), or PIL images in any mode, of any size. captions: one for each image where the
+        parameters say `captions: image` (its own) or `class` (`captions_of` its class), else None. The batch of an
+        image and its place there change its result by rounding at most. Raises InputError for an image of another
+        type, and where captions are missing or not wanted.
         """
         if captions is not None and len(captions) != len(images):
-            raise InputError(f"{len(captions)} captions for {len(images)} images: give one an image, or none")
+            raise InputError(f"{len(captions)} captions for {len(images)} images: give one for each image, or none")
         return list(self.stream(images, batch_size, captions))
 
     def stream(
-        self, images: Iterable[np.ndarray], batch_size: int = 32, captions: Iterable[str] | None = None
+        self, images: Iterable[Photograph], batch_size: int = 32, captions: Iterable[str] | None = None
     ) -> Iterator[Detection]:
-        """As `detect`, a batch at a time: as many images as one likes in the memory of one batch."""
+        """Judge photographs as `detect` does, with no more than one batch of them in memory."""
         calibration = self._calibrated()
         for differences, deviations, rebuilt in self._differences(images, batch_size, captions):
             raw = self._combine(self._relative(differences, deviations, calibration.deviation), calibration.scales)
@@ -201,9 +206,9 @@ class Detector:
     def reconstruct(
         self, latents: torch.Tensor, images: torch.Tensor, seed: int, captions: Sequence[str] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents (B, C, h, w) of photographs (B, 3, S, S) in [0, 1] as if they were normal, one draw of them.
+        """Return latents (B, C, h, w) of photographs (B, 3, S, S) in [0, 1] as if they were normal, one draw of them.
 
-        With them come the deviations (B, h, w) that the network expects of them, None where it has not learned that.
+        The second value is the deviations (B, h, w) that the network expects, None where it has not learned them.
         """
         params = self.params
         return self.pipeline.reconstruct(
@@ -220,23 +225,22 @@ class Detector:
 
     def _calibrated(self) -> Calibration:
         if self.calibration is None:
-            raise InputError("this detector knows no threshold yet: call calibrate() with normal images")
+            raise InputError("this detector has no threshold yet: call calibrate() with normal images")
         return self.calibration
 
     @torch.no_grad()
     def _differences(
-        self, images: Iterable[np.ndarray], batch_size: int, captions: Iterable[str] | None
+        self, images: Iterable[Photograph], batch_size: int, captions: Iterable[str] | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """A batch at a time: how far photographs lie from the mean of their samples, for each kind of features
+        """Yield, for each batch, how far photographs lie from the mean of their samples, by kind of features
         (B, F, S, S); the deviation that is expected there, (B, S, S); and one sample, uint8 (B, S, S, 3).
         """
         params, size = self.params, self.pipeline.config.image_size
         if (captions is None) != (params.captions == "none"):
             raise InputError(
                 f"this detector judges by captions: {params.captions}, so it needs "
-                + ("a caption for each image" if captions is None else "images alone, without captions")
+                + ("a caption for each image" if captions is None else "images without captions")
             )
-        # An image alone is paired with nothing for as long as there are images.
         pairs = zip(images, repeat(None), strict=False) if captions is None else zip(images, captions, strict=True)
         for batch in batches(pairs, batch_size):
             x = torch.stack([to_tensor(image, size) for image, _ in batch]).to(self.pipeline.device)
@@ -246,12 +250,12 @@ class Detector:
             samples, expected = [], []
             for sample in range(params.samples):
                 latents, deviation = self.reconstruct(clean, x, params.seed + sample, texts)
-                # What is compared in latents alone is decoded once, to be looked at.
+                # Where only latents are compared, one sample is decoded, to be shown.
                 rebuilt = self.pipeline.decode_latents(latents) if sample == 0 or self._decodes else None
                 if sample == 0:
                     shown = (rebuilt * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
                 samples.append([extract(rebuilt, latents) for extract, _ in self.spaces])
-                # A network that does not say is as uncertain everywhere.
+                # Without a learned deviation, every place counts the same.
                 expected.append(torch.ones_like(latents[:, 0]) if deviation is None else deviation)
             maps = []
             for i, (_, distance) in enumerate(self.spaces):
@@ -263,30 +267,30 @@ class Detector:
             yield torch.stack(maps, dim=1).cpu().numpy(), deviations.cpu().numpy(), shown
 
     def _relative(self, differences: np.ndarray, deviations: np.ndarray, typical: float) -> np.ndarray:
-        """Differences (B, F, S, S) divided by the deviations (B, S, S) that are expected, where that is wanted."""
+        """Divide differences (B, F, S, S) by the expected deviations (B, S, S), where the parameters ask for it."""
         floor = self.params.deviation_floor
         return differences if floor is None else differences / (deviations / typical + floor)[:, None]
 
     def _combine(self, differences: np.ndarray, scales: Sequence[float]) -> np.ndarray:
-        """(B, F, S, S) to (B, S, S): each kind of features on its normal scale, weighted, summed and smoothed."""
+        """Reduce (B, F, S, S) to (B, S, S): each kind of features on its normal scale, weighted, summed, smoothed."""
         weights = np.array([features.weight for features in self.params.features]) / np.maximum(scales, 1e-12)
         return smooth(np.einsum("bfhw,f->bhw", differences, weights), self.params.smoothing)
 
 
 def normalised(values: np.ndarray, threshold: float) -> np.ndarray:
-    """Values from 0 on as float32 in [0, 1): the threshold becomes 0.5."""
+    """Return values from 0 on as float32 in [0, 1): the threshold becomes 0.5."""
     return (values / (values + threshold)).astype(np.float32)
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items, the last one shorter."""
+    """Yield lists of `size` items; the last one may be shorter."""
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
 
 
 def find_regions(anomaly_map: np.ndarray, threshold: float = 0.5) -> list[Region]:
-    """The 8-connected parts of a map (H, W) above the threshold, the highest peak first."""
+    """Return the 8-connected parts of a map (H, W) above the threshold, the highest peak first."""
     labels, _ = ndimage.label(anomaly_map > threshold, np.ones((3, 3)))
     regions = []
     for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
@@ -296,9 +300,6 @@ def find_regions(anomaly_map: np.ndarray, threshold: float = 0.5) -> list[Region
     return sorted(regions, key=lambda region: -region.peak)
 
 
-def to_tensor(image: np.ndarray | Image.Image, size: int) -> torch.Tensor:
-    """A photograph, uint8 (H, W, 3) or PIL, as float (3, size, size) in [0, 1]."""
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
-    image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+def to_tensor(image: Photograph, size: int) -> torch.Tensor:
+    """Return a photograph at the model's size as floats (3, size, size) in [0, 1]."""
+    return torch.from_numpy(fit(image, size)).permute(2, 0, 1).float() / 255

@@ -1,4 +1,4 @@
-"""In what photograph and reconstruction are compared: pixels, the first stage's latents and features, a backbone's."""
+"""The features in which image and reconstruction are compared: pixels, latents, encoder or backbone features."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,27 +11,27 @@ from vlmdiff.core.params import AutoencoderFeatures, BackboneFeatures, Features,
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.pipeline import VLMDiffPipeline
 
-# Images (B, 3, S, S) in [0, 1] and their latents (B, C, h, w), scaled, to one map (B, C, h, w) a layer.
+# Maps images (B, 3, S, S) in [0, 1] and their scaled latents (B, C, h, w) to one map (B, C, h, w) per layer.
 Extractor = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
-# Two maps (B, C, h, w) to (B, h, w): 0 where they agree.
+# Maps two (B, C, h, w) to (B, h, w), 0 where they are equal.
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """1 - cosine similarity over the channels, in [0, 2]; 0 where both are zero, as after a ReLU."""
-    # By the chord, |a - b|^2 / 2 of unit vectors, which is defined there.
+    """Return 1 - cosine similarity over the channels, in [0, 2]; 0 where both vectors are zero, as after a ReLU."""
+    # |a - b|^2 / 2 of unit vectors is the same and also defined for zero vectors.
     return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1) / 2
 
 
 def rms_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Root of the mean squared difference over the channels."""
+    """Return the root mean squared difference over the channels."""
     return (a - b).square().mean(dim=1).sqrt()
 
 
 def spaces(features: Sequence[Features], pipeline: VLMDiffPipeline) -> list[tuple[Extractor, Distance]]:
-    """What each of `features` names, and the distance that suits it; a backbone named twice is loaded once.
+    """Return the extractor of each of `features` and the distance to use with it. Load each backbone once.
 
-    Raises InputError where a layer or a backbone does not exist.
+    Raises InputError if a layer or a backbone does not exist.
     """
     layers: dict[BackboneFeatures, list] = {}
     for entry in features:
@@ -59,7 +59,7 @@ def spaces(features: Sequence[Features], pipeline: VLMDiffPipeline) -> list[tupl
 
 
 def local_means(window: int) -> Extractor:
-    """Colours, averaged over `window` x `window` pixels; at the border over those of them that there are."""
+    """Average colours over `window` x `window` pixels, at the border over those inside the image."""
     return lambda images, latents: [F.avg_pool2d(images, window, 1, window // 2, count_include_pad=False)]
 
 
@@ -68,7 +68,7 @@ def _apart_from_layers(entry: BackboneFeatures) -> BackboneFeatures:
 
 
 def backbone_features(backbone: Backbone, places: Sequence[int]) -> Extractor:
-    """Those of the backbone's layers that stand at `places`."""
+    """Extract the backbone's layers at the indices `places`."""
 
     def extract(images: torch.Tensor, latents: torch.Tensor) -> list[torch.Tensor]:
         maps = backbone(images)
@@ -78,18 +78,18 @@ def backbone_features(backbone: Backbone, places: Sequence[int]) -> Extractor:
 
 
 def autoencoder_features(pipeline: VLMDiffPipeline, layers: tuple[int, ...]) -> Extractor:
-    """Activations of an autoencoder's encoder at its resolutions, 0 the finest."""
+    """Extract activations of the autoencoder's encoder at the resolutions `layers`; 0 is the finest."""
     if not isinstance(pipeline.vae, AutoencoderKL):
-        raise InputError("features of kind: autoencoder need a first stage of kind: autoencoder_kl")
+        raise InputError("features of kind: autoencoder need a first stage of kind: autoencoder_kl.")
     encoder = pipeline.vae.encoder
     blocks = encoder.down_blocks
     if bad := [layer for layer in layers if layer >= len(blocks)]:
-        raise InputError(f"the first stage's encoder has layers 0 to {len(blocks) - 1}, not {bad}: mend `layers`")
+        raise InputError(f"the first stage's encoder has layers 0 to {len(blocks) - 1}, not {bad}. Fix `layers`.")
 
     def extract(images: torch.Tensor, latents: torch.Tensor) -> list[torch.Tensor]:
         maps, x = [], encoder.conv_in(pipeline.normalize(images))
         for index in range(max(layers) + 1):
-            # Before its downsampler a block's output has the block's own resolution.
+            # Take a block's output before its downsampler, at the block's own resolution.
             for resnet in blocks[index].resnets:
                 x = resnet(x, temb=None)
             if index in layers:

@@ -1,8 +1,8 @@
-"""AU-PRO, the area under the per-region overlap curve, exact, and the ranking of pixels that it needs.
+"""Exact AU-PRO, the area under the per-region overlap curve, and the ranking of pixels that it needs.
 
-Definition: Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021. A threshold on the anomaly maps
-gives a false positive rate over all normal pixels and an overlap with each anomalous region; the curve is the
-mean overlap over the false positive rate, and the area up to `max_fpr` is divided by `max_fpr`.
+Definition: Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021. A threshold on the anomaly maps gives a
+false positive rate over all normal pixels and an overlap with each anomalous region. The curve is the mean overlap over
+the false positive rate. AU-PRO is the area up to `max_fpr`, divided by `max_fpr`.
 """
 
 import math
@@ -19,7 +19,7 @@ CURVE_POINTS = 200
 
 
 class Pixels(NamedTuple):
-    """Scores of anomalous pixels, their shares of the mean overlap (which sum to 1), scores of the others."""
+    """Scores of anomalous pixels, their shares of the mean overlap (they sum to 1), and scores of normal pixels."""
 
     anomalous: np.ndarray
     shares: np.ndarray
@@ -27,11 +27,11 @@ class Pixels(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """Anomalous samples from the highest score down, each with its rank among all; equal scores share one.
+    """Anomalous samples from the highest score down, with their ranks among all samples. Equal scores share a rank.
 
-    `hits` counts the anomalous samples that score at least as high, of `anomalous` in all; `above` the
-    normal ones that score higher and `at_or_above` those that score at least as high, of `normal`.
-    `shares` are weights.
+    `hits` counts the anomalous samples that score at least as high, `above` the normal ones that score higher,
+    `at_or_above` the normal ones that score at least as high. `anomalous` and `normal` are the totals. `shares` are
+    weights.
     """
 
     shares: np.ndarray
@@ -43,24 +43,24 @@ class Ranking(NamedTuple):
 
     @property
     def one_sided(self) -> bool:
-        """Nothing to tell apart: no anomalous sample, or no normal one."""
+        """True if there is no anomalous or no normal sample."""
         return not (self.anomalous and self.normal)
 
     def uniform(self) -> "Ranking":
-        """The same ranks with equal shares: the mean overlap becomes the true positive rate."""
+        """Return the same ranks with equal shares: the mean overlap becomes the true positive rate."""
         return self._replace(shares=np.full(len(self.hits), 1 / max(self.anomalous, 1)))
 
 
 def aupro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], max_fpr: float = 0.3) -> float:
-    """Area under the per-region overlap curve up to a rate of `max_fpr`, divided by it: in [0, 1].
+    """Return the area under the per-region overlap curve up to a rate of `max_fpr`, divided by `max_fpr`, in [0, 1].
 
-    `maps` are N anomaly maps (H, W) of finite scores, higher is more anomalous; `masks` are their truths,
-    non-zero where anomalous. Sizes may differ between images. Regions are 8-connected. The curve runs
-    through (0, 0) and every distinct score, linear in between, and is interpolated at the limit, so that
-    only the order of the scores counts: 1 is perfect; chance, as a constant map, is half of `max_fpr`.
+    `maps` are N anomaly maps (H, W) of finite scores; higher is more anomalous. `masks` are the ground truths, non-zero
+    where anomalous. Sizes may differ between images. Regions are 8-connected. The curve runs through (0, 0) and the
+    points of all distinct scores, is linear in between and interpolated at the limit, so only the order of the scores
+    matters. A perfect map has 1; chance, as a constant map, has `max_fpr` / 2.
 
-    NaN where there is no anomalous region or no normal pixel. Raises InputError for a map that is not finite,
-    for shapes that differ, and for a limit outside (0, 1].
+    The result is NaN if there is no anomalous region or no normal pixel. Raises InputError if a map is not finite,
+    shapes differ, or the limit is outside (0, 1].
     """
     check_limit(max_fpr)
     return area(rank(*collect(maps, masks), max_fpr), max_fpr)
@@ -69,9 +69,9 @@ def aupro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], max_fpr: floa
 def pro_curve(
     maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], max_fpr: float = 0.3
 ) -> tuple[np.ndarray, np.ndarray]:
-    """False positive rates from 0 to `max_fpr` and the mean overlap at each, at most 200 points, to plot.
+    """Return false positive rates from 0 to `max_fpr` and the mean overlap at each, at most 200 points, for plots.
 
-    Input, errors and definition as in `aupro`. Both arrays are empty where the curve is not defined.
+    Input, errors and definition are those of `aupro`. Both arrays are empty if the curve is not defined.
     """
     check_limit(max_fpr)
     return curve(rank(*collect(maps, masks)), max_fpr)
@@ -79,13 +79,13 @@ def pro_curve(
 
 def check_limit(max_fpr: float) -> None:
     if not 0 < max_fpr <= 1:
-        raise InputError(f"max_fpr is {max_fpr}: it must be above 0 and at most 1")
+        raise InputError(f"max_fpr is {max_fpr}. It must be above 0 and at most 1.")
 
 
 def collect(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], names: Sequence[str] | None = None) -> Pixels:
-    """Part all pixels into anomalous and normal ones. `names` say in errors whose map is meant."""
+    """Split all pixels into anomalous and normal ones. `names` identify the maps in errors."""
     if len(maps) != len(masks):
-        raise InputError(f"{len(maps)} anomaly maps but {len(masks)} masks: give one mask for each map")
+        raise InputError(f"{len(maps)} anomaly maps, but {len(masks)} masks. Give one mask per map.")
     anomalous, sizes, normal = [np.empty(0, np.float32)], [np.empty(0)], [np.empty(0, np.float32)]
     regions = 0
     for index, (scores, mask) in enumerate(zip(maps, masks, strict=True)):
@@ -102,19 +102,19 @@ def collect(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], names: Sequ
 
 
 def check_map(scores: np.ndarray, mask: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays (H, W), floating and boolean. Raises InputError as `aupro` does; `name` says whose map it is."""
+    """Return both as arrays (H, W), float and bool. Raises InputError, with `name`, as `aupro` does."""
     scores, mask = np.asarray(scores), np.asarray(mask).astype(bool, copy=False)
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float64)
     if scores.ndim != 2 or scores.shape != mask.shape:
-        raise InputError(f"anomaly map {name} has shape {scores.shape}, its mask {mask.shape}: give both as (H, W)")
+        raise InputError(f"anomaly map {name} has shape {scores.shape}, its mask {mask.shape}. Give both as (H, W).")
     if not np.isfinite(scores).all():
-        raise InputError(f"anomaly map {name} holds NaN or infinity: every score must be finite")
+        raise InputError(f"anomaly map {name} holds NaN or infinity. Every score must be finite.")
     return scores, mask
 
 
 def regions_of(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """The region, from 1, of each anomalous pixel in raster order, and how many regions there are."""
+    """Return the region, from 1, of each anomalous pixel in raster order, and the number of regions."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     labels, count = ndimage.label(box, EIGHT_CONNECTED)
@@ -122,13 +122,13 @@ def regions_of(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def rank(anomalous: np.ndarray, shares: np.ndarray, normal: np.ndarray, max_fpr: float = 1.0) -> Ranking:
-    """Rank anomalous scores, with their shares, among normal ones. Reorders `normal` in place: it is large.
+    """Rank anomalous scores, with their shares, among normal ones. Reorders `normal` in place, because it is large.
 
-    Only the `max_fpr` highest of the normal scores are sorted, and anomalous ones below them left out: they
-    add no area up to that rate.
+    Only the share `max_fpr` of the highest normal scores is sorted. Anomalous scores below them are dropped: they add
+    no area up to that rate.
     """
     total = len(anomalous)
-    # The many normal scores are sorted by value, never by index: numpy is far faster at it.
+    # Sort the normal scores by value, not by index: numpy is much faster at that.
     cut = len(normal) - math.ceil(max_fpr * len(normal))
     tied = 0
     if cut > 0:
@@ -150,12 +150,11 @@ def rank(anomalous: np.ndarray, shares: np.ndarray, normal: np.ndarray, max_fpr:
 
 
 def area(ranking: Ranking, max_fpr: float = 1.0) -> float:
-    """Area under the summed shares over the false positive rate, up to and over `max_fpr`; NaN if one-sided.
+    """Return the area under the summed shares over the false positive rate up to `max_fpr`, divided by `max_fpr`.
 
-    It is AU-PRO with region shares and the area under the ROC curve with uniform ones. In closed form: a
-    sample adds its share to the curve at its own false positive rate or, where normal samples have the
-    same score, along a ramp over the rates that these take up; each share's area follows from its place
-    alone.
+    This is AU-PRO with region shares, and the area under the ROC curve with uniform shares; NaN if one-sided. In closed
+    form, a sample adds its share to the curve at its false positive rate or, if normal samples have the same score,
+    along a ramp over their rates. The area of each share depends only on its own place.
     """
     if ranking.one_sided:
         return math.nan
@@ -168,7 +167,7 @@ def area(ranking: Ranking, max_fpr: float = 1.0) -> float:
 
 
 def curve(ranking: Ranking, max_fpr: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Rates up to `max_fpr` and the summed shares at each, thinned: the curve of `area`."""
+    """Return rates up to `max_fpr` and the summed shares at each, thinned: the curve of `area`."""
     if ranking.one_sided:
         return np.empty(0), np.empty(0)
     last = np.flatnonzero(ranking.hits == np.arange(1, len(ranking.hits) + 1))
@@ -183,7 +182,7 @@ def curve(ranking: Ranking, max_fpr: float = 1.0) -> tuple[np.ndarray, np.ndarra
 
 
 def thin(position: np.ndarray, points: int = CURVE_POINTS) -> np.ndarray:
-    """Indices of at most `points` entries of the rising `position`, spread evenly along it, ends included."""
+    """Return the indices of at most `points` entries of the rising `position`, evenly spaced, with both ends."""
     if len(position) <= points:
         return np.arange(len(position))
     wanted = np.linspace(position[0], position[-1], points)

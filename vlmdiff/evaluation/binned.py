@@ -1,6 +1,6 @@
-"""Metrics of scores of which only the bin is known: taking those of a bin as ties, and the least and most they can be.
+"""Metrics of binned scores: with the scores of a bin as ties, and the lowest and highest possible values.
 
-Counts are (..., B), bins from the highest scores down, and metrics (...): NaN where there is no sample of a kind.
+Counts are (..., B), with bins from the highest scores down. Metrics are (...), NaN if one kind has no samples.
 """
 
 import numpy as np
@@ -10,14 +10,14 @@ Range = tuple[np.ndarray, np.ndarray]
 
 
 def area(normal: np.ndarray, shares: np.ndarray, max_fpr: float) -> np.ndarray:
-    """The area under the summed `shares` over the false-positive rate, up to `max_fpr` and over it."""
+    """Return the area under the summed `shares` over the false positive rate up to `max_fpr`, divided by it."""
     before, _, inside, width = _boxes(normal, shares, max_fpr)
     ramp = np.divide(inside, 2 * width, out=np.zeros_like(width), where=width > 0)
     return _under((before + shares * ramp) * inside, normal, max_fpr)
 
 
 def area_range(normal: np.ndarray, shares: np.ndarray, max_fpr: float) -> Range:
-    """Within a bin the curve rises somehow, in a box whose corners are known."""
+    """Return the bounds of `area`: within a bin, the curve rises anywhere between two known corners."""
     before, reached, inside, _ = _boxes(normal, shares, max_fpr)
     return _under(before * inside, normal, max_fpr), _under(reached * inside, normal, max_fpr)
 
@@ -34,7 +34,7 @@ def _boxes(normal: np.ndarray, shares: np.ndarray, max_fpr: float) -> tuple[np.n
 
 
 def detection(anomalous: np.ndarray, normal: np.ndarray) -> dict[str, np.ndarray]:
-    """AUROC, average precision and best F1, as scikit-learn defines them."""
+    """Return AUROC, average precision and best F1 as defined in scikit-learn."""
     hits, alarms, positives, negatives = _sums(anomalous, normal)
     with np.errstate(invalid="ignore", divide="ignore"):
         auroc = np.sum(anomalous * (negatives - alarms + normal / 2), axis=-1) / (positives * negatives)[..., 0]
@@ -45,13 +45,16 @@ def detection(anomalous: np.ndarray, normal: np.ndarray) -> dict[str, np.ndarray
 
 
 def detection_range(anomalous: np.ndarray, normal: np.ndarray) -> dict[str, Range]:
-    """At best a bin's anomalous samples score alike, above its normal ones; at worst below them, each by itself."""
+    """Return the bounds of `detection`.
+
+    At best, the anomalous samples of a bin tie above its normal ones. At worst, they lie below them, all different.
+    """
     hits, alarms, positives, negatives = _sums(anomalous, normal)
     before = alarms - normal
     with np.errstate(invalid="ignore", divide="ignore"):
         pairs = (positives * negatives)[..., 0]
         auroc = [np.sum(anomalous * (negatives - passed), axis=-1) / pairs for passed in (alarms, before)]
-        # The sum of hits / (hits + alarms) over a bin's anomalous samples is one of reciprocals.
+        # The sum of hits / (hits + alarms) over a bin's anomalous samples reduces to a sum of reciprocals.
         reciprocals = digamma(hits + alarms + 1) - digamma(hits - anomalous + alarms + 1)
         worst = np.sum(anomalous - alarms * reciprocals, axis=-1) / positives[..., 0]
         precision = np.divide(hits, hits + before, out=np.zeros_like(hits), where=hits > 0)

@@ -1,9 +1,9 @@
-"""How far a metric depends on which images happened to be tested: bootstrap over images, of one model or of a pair.
+"""Bootstrap over test images: how much the metrics of a model, or of a pair, depend on the choice of images.
 
-The images of a class are drawn again with replacement, good and defective ones apart, so that no sample is without
-either (Efron and Tibshirani, 1993); of each kind one fewer than there are, since as many would vary too little, which
-tells where they are few (Rao and Wu, 1988). What a sample's metrics need are the images' counts by bin, weighted by
-how often each was drawn: no pixel is looked at twice.
+The images of a class are drawn with replacement, good and defective ones separately, so that every sample has both
+(Efron and Tibshirani, 1993). One image fewer than available is drawn of each kind, because drawing all underestimates
+the variance, which matters for few images (Rao and Wu, 1988). The metrics of a sample are computed from the images'
+counts by bin, weighted by how often each image was drawn, so each pixel is read only once.
 """
 
 import math
@@ -25,20 +25,20 @@ from vlmdiff.evaluation.metrics import DIGITS, METRICS, PER_CLASS
 from vlmdiff.evaluation.streaming import Counts, StreamingMetrics, bins_of
 
 SAMPLES = 1000
-# So many are judged at a time: their counts fit into the processor's cache.
+# Samples computed at once, so that their counts fit into the processor's cache.
 CHUNK = 64
 GROUPS = 1024
 Samples = dict[str, np.ndarray]  # by metric, (S,)
-# Average precision looks at rates of this order.
+# Average precision depends on false positive rates of this order.
 SMALL_RATE = 1e-4
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the bootstrap needs of a class's N images, in their order.
+    """The counts of a class's N images that the bootstrap needs.
 
-    normal, anomalous: (N, G), an image's pixels in each group of scores, from the highest down; overlap: (N, G), the
-    shares of its regions there, `regions` (N,) of them; scores, is_anomalous: (N,).
+    `normal` and `anomalous` (N, G) count an image's pixels in each group of scores, from the highest down. `overlap`
+    (N, G) holds the shares of its regions there, `regions` (N,) their number. `scores` and `is_anomalous` are (N,).
     """
 
     normal: np.ndarray
@@ -56,7 +56,7 @@ class Statistics:
         scores: Sequence[float],
         is_anomalous: Sequence[bool],
     ) -> "Statistics":
-        """Count maps and masks, as in `aupro`; a mask of None is not known, and pixel metrics leave the image out."""
+        """Count maps and masks, as in `aupro`. Pixel metrics omit images whose mask is None (unknown)."""
         pairs = list(zip(maps, masks, strict=True))
         counted = StreamingMetrics()
         for index, (anomaly_map, mask) in enumerate(pairs):
@@ -76,14 +76,14 @@ class Statistics:
         return cls(*parts, regions, np.asarray(scores, np.float64), np.asarray(is_anomalous, bool))
 
     def metrics(self, weights: np.ndarray, max_fpr: float) -> Samples:
-        """Each metric (S,) where the images count by these weights (S, N)."""
+        """Return each metric (S,) for weights (S, N) of the images."""
         weights = weights.astype(np.float32)
         normal, anomalous, overlap = (
             (weights @ part).astype(np.float64) for part in (self.normal, self.anomalous, self.overlap)
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             shares = overlap / (weights @ self.regions)[:, None]
-        # Images of the same score are one group.
+        # Images with the same score form one group.
         order = np.argsort(-self.scores, kind="stable")
         firsts = np.flatnonzero(np.diff(self.scores[order], prepend=np.inf))
         defective, good = (
@@ -96,7 +96,7 @@ class Statistics:
         return {metric: values[metric] for metric in METRICS}
 
     def draw(self, class_name: str, max_fpr: float = 0.3, samples: int = SAMPLES, seed: int = 0) -> Samples:
-        """Draw the images again, so many times; of the same images the same ones are drawn for every model."""
+        """Return each metric of `samples` resampled sets. Every model gets the same draws of the same images."""
         check_limit(max_fpr)
         rng = np.random.default_rng([seed, zlib.crc32(class_name.encode())])
         weights = np.zeros((samples, len(self.scores)))
@@ -111,13 +111,13 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Resampled:
-    """Metrics of the samples of each class that was drawn from."""
+    """The metrics of the samples, by class."""
 
     classes: dict[str, Samples]
 
     @cached_property
     def mean(self) -> Samples:
-        """In each sample, the mean over the classes that define a metric; NaN where none does."""
+        """The mean of each metric in each sample, over the classes that define it, or NaN if none does."""
         return {metric: self._mean(metric) for metric in METRICS}
 
     def _mean(self, metric: str) -> np.ndarray:
@@ -125,14 +125,14 @@ class Resampled:
         return np.mean(defined, axis=0) if defined else np.array([math.nan])
 
     def interval(self, metric: str, class_name: str | None = None, level: float = 0.95) -> tuple[float, float]:
-        """The middle `level` of the samples of a class or of the mean; NaN where the metric is not defined."""
+        """Return the central interval of the samples of a class or of the mean, NaN if the metric is not defined."""
         values = (self.mean if class_name is None else self.classes[class_name])[metric]
         tail = (1 - level) / 2
         low, high = np.quantile(values, [tail, 1 - tail])
         return float(low), float(high)
 
     def __sub__(self, other: "Resampled") -> "Resampled":
-        """The paired difference to another model, of the same images and the same seed, in the classes of both."""
+        """Return the paired difference to another model on the same images and seed, for the classes of both."""
         return Resampled(
             {
                 name: {metric: value - other.classes[name][metric] for metric, value in found.items()}
@@ -142,11 +142,11 @@ class Resampled:
         )
 
     def lower_bound(self, metric: str, confidence: float) -> float:
-        """What the mean over classes exceeds in that share of the samples; NaN where it is not defined."""
+        """Return the value that the mean over classes exceeds in that share of the samples, NaN if not defined."""
         return float(np.quantile(self.mean[metric], 1 - confidence))
 
     def save(self, path: Path) -> None:
-        """Write the samples as .npz, to be compared with another model's later."""
+        """Write the samples as .npz, for later comparison with another model."""
         names = np.array(list(self.classes), dtype=np.str_)
         samples = [[found[metric] for metric in METRICS] for found in self.classes.values()]
         with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -154,20 +154,20 @@ class Resampled:
 
     @classmethod
     def load(cls, path: Path) -> "Resampled":
-        """Read what `save` wrote. Raises InputError where the file is missing or is something else."""
+        """Read what `save` wrote. Raises InputError if the file is missing or invalid."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 names, metrics, samples = (file[key] for key in ("classes", "metrics", "samples"))
             if list(metrics) != list(METRICS) or samples.shape[:2] != (len(names), len(METRICS)):
                 raise ValueError("other metrics")
         except FileNotFoundError:
-            raise InputError(f"{path} does not exist: run `vlmdiff evaluate` first") from None
+            raise InputError(f"{path} does not exist. Run vlmdiff evaluate first.") from None
         except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} holds no bootstrap samples ({error}): run `vlmdiff evaluate`") from error
+            raise InputError(f"{path} has no bootstrap samples ({error}). Run vlmdiff evaluate again.") from error
         return cls({str(n): dict(zip(METRICS, s, strict=True)) for n, s in zip(names, samples, strict=True)})
 
     def intervals(self, level: float = 0.95) -> dict[str, Any]:
-        """What `write` writes."""
+        """Return the intervals as `write` writes them."""
 
         def rows(name: str | None) -> dict[str, list[float] | None]:
             found = {metric: self.interval(metric, name, level) for metric in METRICS}
@@ -179,12 +179,15 @@ class Resampled:
         return {"level": level, "mean": rows(None), PER_CLASS: {name: rows(name) for name in self.classes}}
 
     def write(self, path: Path, level: float = 0.95) -> None:
-        """Write intervals.json: of the mean, then of each class, null where a metric is not defined."""
+        """Write intervals.json: the mean, then each class, null if a metric is not defined."""
         write_json(path, self.intervals(level))
 
 
 def _groups(counts: Counts) -> np.ndarray:
-    """The group of each bin, 0 the highest scores: its own where that many can be, else narrow where curves move."""
+    """Return the group of each bin; 0 has the highest scores.
+
+    Each occupied bin is a group if there are at most GROUPS. Otherwise groups are narrow where the curves rise.
+    """
     normal, anomalous, overlap = (array[::-1] for array in (counts.normal, counts.anomalous, counts.overlap))
     occupied = np.cumsum((normal > 0) | (anomalous > 0))
     if occupied[-1] <= GROUPS:

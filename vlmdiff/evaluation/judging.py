@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import write_json
+from vlmdiff.core.files import sha256, write_json
 from vlmdiff.core.params import Evaluate, Prepare
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.data.statistics import image_statistics
@@ -159,8 +159,7 @@ def hash_test_set(frame: pd.DataFrame, data: Prepare, max_fpr: float) -> str:
     """Return a hash of the test images, their classes and labels, the bytes of their masks, and AU-PRO's limit."""
     rows = []
     for row in _test_images(frame).itertuples():
-        mask = None if row.mask_path is None else resolve(data.image_root, row.mask_path).read_bytes()
-        digest = mask and hashlib.sha256(mask).hexdigest()
+        digest = row.mask_path and sha256(resolve(data.image_root, row.mask_path))
         rows.append(json.dumps([row.class_name, row.image_id, bool(row.is_anomalous), digest]))
     return hashlib.sha256("\n".join([f"{max_fpr!r}", *sorted(rows)]).encode()).hexdigest()
 

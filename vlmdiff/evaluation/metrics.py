@@ -12,7 +12,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
 from vlmdiff.evaluation.aupro import Ranking, area, check_limit, collect, rank
 
-# Key in metrics.json to the name that people read, in the order of every table.
+# Key in metrics.json to display name, in the order of all tables.
 METRICS = {
     "au_pro": "AU-PRO",
     "image_auroc": "image AUROC",
@@ -23,24 +23,24 @@ METRICS = {
     "pixel_f1_max": "pixel F1-max",
 }
 DIGITS = 6
-# In metrics.json, where `dvc metrics diff` sorts by name: after "mean", which matters first.
+# `dvc metrics diff` sorts keys by name: this one comes after "mean", which matters most.
 PER_CLASS = "per_class"
 
 
 @dataclass(frozen=True)
 class Results:
-    """`classes` maps a class to its metrics by their keys in METRICS, in [0, 1], NaN where not defined."""
+    """`classes` maps each class to its metrics by their keys in METRICS, in [0, 1], NaN if not defined."""
 
     classes: dict[str, dict[str, float]]
 
     @property
     def mean(self) -> dict[str, float]:
-        """Each metric's mean over the classes that define it; NaN where none does."""
+        """Each metric's mean over the classes that define it, or NaN if none does."""
         return {metric: _mean([values[metric] for values in self.classes.values()]) for metric in METRICS}
 
     @property
     def left_out(self) -> dict[str, list[str]]:
-        """The classes that a metric's mean leaves out, for metrics that leave any out."""
+        """The classes that the mean of a metric omits, by metric."""
         left_out: dict[str, list[str]] = {}
         for name, values in self.classes.items():
             for metric in METRICS:
@@ -49,8 +49,8 @@ class Results:
         return left_out
 
     def as_dict(self) -> dict[str, dict]:
-        """The means, then the classes, to six digits, None where not defined: what `write` writes."""
-        # The mean is that of the rounded values, so that it survives being read and written again.
+        """Return the means and the classes, rounded to six digits, None if not defined, as `write` writes them."""
+        # The mean of the rounded values, so that reading and writing again does not change it.
         rounded = Results({name: _round(values) for name, values in self.classes.items()})
         classes = {name: _nulls(values) for name, values in rounded.classes.items()}
         return {"mean": _nulls(_round(rounded.mean)), PER_CLASS: classes}
@@ -61,14 +61,14 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Read what `write` wrote. Raises InputError where the file is missing or is something else."""
+        """Read what `write` wrote. Raises InputError if the file is missing or invalid."""
         try:
             classes = json.loads(Path(path).read_text())[PER_CLASS]
             return cls({name: _numbers(values) for name, values in classes.items()})
         except FileNotFoundError:
-            raise InputError(f"{path} does not exist: run `vlmdiff evaluate` first") from None
+            raise InputError(f"{path} does not exist. Run vlmdiff evaluate first.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is no metrics file ({error!r}): run `vlmdiff evaluate`") from error
+            raise InputError(f"{path} is not a metrics file ({error!r}). Run vlmdiff evaluate again.") from error
 
 
 def evaluate_classes(
@@ -80,12 +80,12 @@ def evaluate_classes(
     ids: Sequence[str] | None = None,
     is_anomalous: Sequence[bool] | None = None,
 ) -> Results:
-    """Judge N images by class, anomaly map and mask (as in `aupro`), and image score, higher more anomalous.
+    """Compute the metrics of N images from their classes, maps and masks (as in `aupro`), and image scores.
 
-    A mask of None is not known: pixel metrics leave the image out. `is_anomalous` is the truth of whole images, by
-    default whether the mask has an anomalous pixel; `ids` name the images in errors. Metrics are defined as in
-    scikit-learn, and NaN for a class without normal or without anomalous samples. Classes come in order of their names.
-    Raises InputError for scores or maps that are not finite and for inputs that do not match.
+    Higher scores are more anomalous. Pixel metrics omit images whose mask is None (unknown). `is_anomalous` is the
+    truth of whole images, by default whether the mask has an anomalous pixel; `ids` name the images in errors. Metrics
+    are defined as in scikit-learn, and NaN for a class without normal or without anomalous samples. Classes are sorted
+    by name. Raises InputError if a score or a map is not finite, or if the inputs differ in length or shape.
     """
     check_limit(max_fpr)
     ids = [f"image {index}" for index in range(len(class_names))] if ids is None else ids
@@ -93,10 +93,10 @@ def evaluate_classes(
     truth = np.asarray([mask is None or np.any(mask) for mask in masks] if is_anomalous is None else is_anomalous, bool)
     lengths = {len(class_names), len(maps), len(masks), len(scores), len(truth), len(ids)}
     if len(lengths) > 1:
-        raise InputError(f"classes, maps, masks, scores, labels and ids differ in length: {sorted(lengths)}")
+        raise InputError(f"classes, maps, masks, scores, labels and ids differ in length: {sorted(lengths)}.")
     if not np.isfinite(scores).all():
         index = int(np.argmin(np.isfinite(scores)))
-        raise InputError(f"the score of {ids[index]} is {scores[index]}: every score must be finite")
+        raise InputError(f"the score of {ids[index]} is {scores[index]}. Every score must be finite.")
 
     classes = {}
     for name, members in group(class_names).items():
@@ -115,7 +115,7 @@ def evaluate_classes(
 
 
 def group(class_names: Sequence[str]) -> dict[str, list[int]]:
-    """Indices of each class's images; classes in order of their names."""
+    """Return the indices of each class's images, with classes sorted by name."""
     members: dict[str, list[int]] = {name: [] for name in sorted(set(class_names))}
     for index, name in enumerate(class_names):
         members[name].append(index)
@@ -123,14 +123,14 @@ def group(class_names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def precision(ranking: Ranking) -> np.ndarray:
-    """The share of anomalous samples among all that score at least as high as each ranked one."""
+    """Return, for each ranked sample, the share of anomalous ones among all that score at least as high."""
     return ranking.hits / (ranking.hits + ranking.at_or_above)
 
 
 def _detection_metrics(ranking: Ranking) -> dict[str, float]:
     if ranking.one_sided:
         return {"auroc": math.nan, "ap": math.nan, "f1_max": math.nan}
-    # The best threshold is an anomalous sample's score: any other only adds false alarms.
+    # The best threshold is the score of an anomalous sample: any other only adds false alarms.
     f1 = 2 * ranking.hits / (ranking.anomalous + ranking.hits + ranking.at_or_above)
     return {
         "auroc": area(ranking.uniform()),

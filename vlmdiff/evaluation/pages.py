@@ -1,11 +1,11 @@
-"""Pages from the templates beside this: one HTML file each, which needs neither a network nor a script."""
+"""Render HTML pages from the templates in this package. Each is one file and needs no network and no script."""
 
 from typing import Any
 
 
 def page(template: str, **content: Any) -> str:
-    """A page; what the template asks for and is not given is an error."""
-    # Most who import this draw no page.
+    """Return the page. A variable that the template uses and `content` lacks is an error."""
+    # Imported here because most users of this module's importers render no page.
     import jinja2
 
     environment = jinja2.Environment(

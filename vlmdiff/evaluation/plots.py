@@ -1,4 +1,4 @@
-"""Curves over pixels and histograms of image scores, of each class, as rows that DVC plots; and as drawings."""
+"""Pixel curves and histograms of image scores by class: as rows for DVC plots and as SVG."""
 
 import io
 import re
@@ -16,7 +16,7 @@ from vlmdiff.evaluation.metrics import DIGITS, group, precision
 Rows = list[dict[str, str | float]]
 Curves = dict[str, Rows]
 BINS = 40
-# What a drawing's colours are called in the page's style: it has them by day, by night and on paper.
+# Placeholder colours. `_svg` replaces them by variables of the page's style sheet, for light, dark and print.
 HUES = ("#0067b1", "#d1600a", "#16825b", "#b0357f", "#7a5cc4", "#8a6a00", "#0b8a99", "#6b6f76")
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))
 SOFT, RULE, GOOD, BAD, INK = ("#010101", "#020202", "#030303", "#040404", "#050505")
@@ -49,11 +49,11 @@ def curves(
     masks: Sequence[np.ndarray | None],
     max_fpr: float = 0.3,
 ) -> Curves:
-    """Rows of three curves over pixels, at most 200 a class: `pro`, `roc` and `precision_recall`.
+    """Return the rows of the pixel curves `pro`, `roc` and `precision_recall`, at most 200 per class and curve.
 
-    A row is the `class_name` and a point: (fpr, pro) up to `max_fpr`, (fpr, tpr), or (recall, precision).
-    Input and errors are those of `aupro`, images without a mask (None) are left out; a class without normal or without
-    anomalous pixels has no rows.
+    A row holds the `class_name` and a point: (fpr, pro) up to `max_fpr`, (fpr, tpr), or (recall, precision). Input and
+    errors are those of `aupro`; images whose mask is None are omitted. A class without normal or without anomalous
+    pixels has no rows.
     """
     check_limit(max_fpr)
     rows: Curves = {"pro": [], "roc": [], "precision_recall": []}
@@ -73,9 +73,9 @@ def write_plots(folder: Path, rows: Curves) -> None:
 
 
 def histograms(scores: pd.DataFrame) -> Rows:
-    """How many good and how many defective images of each class score in each of BINS equal parts of [0, 1].
+    """Count the good and the defective images of each class in BINS equal parts of the scores' range [0, 1].
 
-    scores: a row an image, with `class_name`, `is_anomalous` and `score`.
+    `scores` has one row per image, with `class_name`, `is_anomalous` and `score`.
     """
     rows: Rows = []
     for (name, is_anomalous), part in scores.groupby(["class_name", "is_anomalous"]):
@@ -89,7 +89,7 @@ def histograms(scores: pd.DataFrame) -> Rows:
 
 
 def draw_curve(rows: Rows, names: Sequence[str], x: str, y: str, x_label: str, y_label: str) -> str:
-    """A line a class, as SVG for a page that defines HUES' names; `names` is the order of the classes."""
+    """Draw one line per class as SVG, for a page that defines the colours. `names` orders the classes."""
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE | {"svg.hashsalt": y_label}):
@@ -107,7 +107,7 @@ def draw_curve(rows: Rows, names: Sequence[str], x: str, y: str, x_label: str, y
 
 
 def draw_histograms(rows: Rows, names: Sequence[str], columns: int = 4) -> str:
-    """A panel a class: the good images' scores upwards, the defective ones' downwards, the threshold between."""
+    """Draw one panel per class as SVG: good images upwards, defective ones downwards, and the threshold."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
@@ -135,7 +135,7 @@ def draw_histograms(rows: Rows, names: Sequence[str], columns: int = 4) -> str:
 def draw_distributions(
     then: np.ndarray, now: np.ndarray, weights: np.ndarray, label: str, threshold: float | None = None
 ) -> str:
-    """Two histograms of shares on one scale: of `then` (N,) by its `weights`, filled, and of `now` (M,), a line."""
+    """Draw two histograms of shares as SVG: `then` (N,) with `weights`, filled, and `now` (M,) as a line."""
     import matplotlib.pyplot as plt
 
     edges = np.histogram_bin_edges(np.concatenate([then, now]), BINS // 2)
@@ -151,7 +151,7 @@ def draw_distributions(
 
 
 def _svg(figure) -> str:
-    """A figure as an `svg` element of an HTML page: no namespaces, no metadata, colours by their names."""
+    """Return a figure as an `svg` element for HTML, without namespaces and metadata, with named colours."""
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
@@ -166,7 +166,7 @@ def _svg(figure) -> str:
         if element.get("id", "").startswith("line "):
             element.set("class", element.attrib.pop("id"))
         elif "clipPath" not in element.tag and element.tag != "path":
-            # What nothing refers to would be there twice on a page of several drawings.
+            # Unused ids would repeat on a page with several drawings.
             element.attrib.pop("id", None)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)

@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.detection.calibration import Calibration
+from vlmdiff.detection.heatmap import dimmed, heatmap, scaled
 from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.evaluation.evidence import CONTENT
@@ -85,24 +86,6 @@ def pick_examples(
     picked = [(MISSED, i) for i in first(truth & ~verdicts, scores)]
     picked += [(FALSE_ALARMS, i) for i in first(~truth & verdicts, -scores)]
     return picked + [(SAMPLE, i) for kind in (truth, ~truth) for i in first(kind, np.asarray(ids))]
-
-
-def heatmap(image: np.ndarray, anomaly_map: np.ndarray, vmax: float) -> np.ndarray:
-    """Lay an anomaly map over its image, darkened and grey; image and result are uint8 (H, W, 3).
-
-    The map (h, w) is scaled to the image. Scores from 0 to `vmax` run from clear to bright yellow on a
-    perceptually even scale; higher ones stay there. Raises InputError for a map that is not finite.
-    """
-    import matplotlib
-
-    if not np.isfinite(anomaly_map).all():
-        raise InputError("the anomaly map holds NaN or infinity: every score must be finite")
-    level = np.clip(anomaly_map / vmax, 0, 1) if vmax > 0 else np.zeros(anomaly_map.shape)
-    level = _scale(level.astype(np.float32), image, Image.Resampling.BILINEAR)
-    colour = matplotlib.colormaps["inferno"](level)[..., :3]
-    opacity = level[..., None]
-    blended = opacity * colour + (1 - opacity) * _dimmed(image)
-    return np.rint(255 * blended).astype(np.uint8)
 
 
 def compose(
@@ -305,21 +288,10 @@ def _shrink(picture: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def _scale(values: np.ndarray, image: np.ndarray, resampling: Image.Resampling) -> np.ndarray:
-    """`values` (h, w) at the size of `image`."""
-    height, width = image.shape[:2]
-    return np.asarray(Image.fromarray(values).resize((width, height), resampling))
-
-
 def _truth(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return the image with the defect outlined and the rest darkened."""
-    mask = _scale(mask.astype(bool), image, Image.Resampling.NEAREST)
-    picture = np.where(mask[..., None], image / 255, _dimmed(image))
+    mask = scaled(mask.astype(bool), image, Image.Resampling.NEAREST)
+    picture = np.where(mask[..., None], image / 255, dimmed(image))
     outline = ndimage.binary_dilation(mask, np.ones((3, 3))) & ~mask
     picture[outline] = (0.3, 0.9, 1.0)
     return np.rint(255 * picture).astype(np.uint8)
-
-
-def _dimmed(image: np.ndarray) -> np.ndarray:
-    grey = image @ np.array([0.299, 0.587, 0.114]) / 255
-    return np.repeat(0.5 * grey[..., None], 3, axis=2)

@@ -9,9 +9,9 @@ from vlmdiff.evaluation.metrics import METRICS, Results
 
 
 def results_table(results: Results) -> Table:
-    """A row a class and, last and bold, the mean over the classes that define a metric; a dash where not."""
+    """Return a table with one row per class and the mean over classes; a dash marks undefined metrics."""
     left_out = sorted({name for names in results.left_out.values() for name in names})
-    caption = f"- is not defined; the mean leaves out {', '.join(left_out)}" if left_out else None
+    caption = f"- is not defined; the mean omits {', '.join(left_out)}" if left_out else None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     table.add_column("class", overflow="fold")
     for title in METRICS.values():

@@ -1,7 +1,7 @@
-"""`StreamingMetrics`: every metric from one pass over the images, in memory that does not grow with their number.
+"""`StreamingMetrics`: all metrics from one pass over the images, in constant memory.
 
-Scores are counted in bins, which are the same for all data: so counts of shards add up, in any order, to the very
-counts of the whole. What the order of scores within a bin may change is bounded, and the bound is told.
+Scores are counted in fixed bins, so the counts of shards add up, in any order, to the counts of the whole. The order of
+scores within a bin is unknown; `errors` returns a bound for its effect.
 """
 
 import math
@@ -17,23 +17,23 @@ from vlmdiff.evaluation import binned
 from vlmdiff.evaluation.aupro import check_limit, check_map, regions_of
 from vlmdiff.evaluation.metrics import METRICS, Results
 
-# A float32's sign, its exponent between these, and the first 13 bits of its mantissa make its bin: scores of a bin
-# differ by an 8,192nd of themselves. Smaller ones share one bin, larger ones the last; a detector's are in [0, 1).
+# The bin of a float32 is its sign, its exponent within these limits and the first 13 bits of its mantissa: scores of a
+# bin differ by at most 1/8192 of their value. Smaller ones share one bin, larger ones the last.
 MANTISSA, LOWEST, HIGHEST = 13, -24, 8
 HALF = (HIGHEST - LOWEST) << MANTISSA
 BINS = 2 * HALF
-# A region's overlap is counted in integers, which add up alike in any order: at most 2 ** 27 regions a class.
+# Region overlaps are integers, so that their sum does not depend on the order. Allows 2 ** 27 regions per class.
 WHOLE = 1 << 36
-# Of these integers, and of sums.
+# Rounding error of these integers and of sums.
 ROUNDING = 1e-10
 
 
 def bins_of(scores: np.ndarray) -> np.ndarray:
-    """The bin of each finite score, in the order of the scores: int32, of the same shape."""
+    """Return the bins of finite scores: int32, of the same shape, in the order of the scores."""
     if scores.dtype != np.float32:
         scores = np.clip(scores, -np.finfo(np.float32).max, np.finfo(np.float32).max).astype(np.float32)
     bits = np.ascontiguousarray(scores).view(np.int32)
-    # In place: memory of a size that is new to the process costs more than what is computed.
+    # In place: allocating memory costs more than the computation.
     bins = bits & 0x7FFFFFFF
     bins >>= 23 - MANTISSA
     bins -= ((127 + LOWEST) << MANTISSA) - 1
@@ -46,10 +46,7 @@ def bins_of(scores: np.ndarray) -> np.ndarray:
 
 
 class Counts:
-    """Of one class: how many pixels and images of each kind fall into each bin, and the overlap with regions there.
-
-    16 MiB, whatever has been counted.
-    """
+    """The pixels and images of one class in each bin, by kind, and the overlap with regions there. Takes 16 MiB."""
 
     def __init__(self) -> None:
         self.normal, self.anomalous, self.overlap = (np.zeros(BINS, np.int64) for _ in range(3))
@@ -66,10 +63,9 @@ class Counts:
 
 
 class StreamingMetrics:
-    """Metrics of images that are judged one by one, as `evaluate_classes` has them, to within a bound that is told.
+    """Compute the metrics of `evaluate_classes` image by image, within the bounds that `errors` returns.
 
-    Whatever parts the images are shared out into and in whatever order these are merged, the result is the same to the
-    last bit.
+    The result is the same, to the last bit, for any split of the images and any order of merging.
     """
 
     def __init__(self, max_fpr: float = 0.3):
@@ -86,13 +82,13 @@ class StreamingMetrics:
         is_anomalous: bool | None = None,
         name: str = "of an image",
     ) -> None:
-        """Count an image: its map (H, W) and mask as in `aupro`, its score.
+        """Count an image from its map (H, W) and mask, as in `aupro`, and its score.
 
-        A mask of None is not known: pixel metrics leave the image out. is_anomalous: by default whether the mask has an
-        anomalous pixel. Raises InputError, with `name`, for scores that are not finite and for shapes that differ.
+        Pixel metrics omit the image if its mask is None (unknown). `is_anomalous` is by default whether the mask has an
+        anomalous pixel. Raises InputError, with `name`, if a score is not finite or the shapes differ.
         """
         if not math.isfinite(image_score):
-            raise InputError(f"the score {name} is {image_score}: every score must be finite")
+            raise InputError(f"the score {name} is {image_score}. Every score must be finite.")
         truth = (mask is None or np.any(mask)) if is_anomalous is None else is_anomalous
         if mask is not None:
             anomaly_map, mask = check_map(anomaly_map, mask, name)
@@ -112,18 +108,18 @@ class StreamingMetrics:
         _add_overlap(counts.overlap, inside, labels)
 
     def merge(self, other: "StreamingMetrics") -> None:
-        """Count what another has counted. Raises InputError where its limit is another."""
+        """Add the counts of `other`. Raises InputError if its `max_fpr` differs."""
         if other.max_fpr != self.max_fpr:
-            raise InputError(f"metrics up to rates of {self.max_fpr} and {other.max_fpr} do not add up")
+            raise InputError(f"cannot merge metrics with max_fpr {self.max_fpr} and {other.max_fpr}. Use one value.")
         for name, counts in other.classes.items():
             self.classes[name].add(counts)
 
     def results(self) -> Results:
-        """The metrics of each class, classes in the order of their names; scores of a bin are taken as ties."""
+        """Return the metrics of each class, sorted by name. Scores of a bin count as ties."""
         return Results({name: self._values(_Falling(self.classes[name])) for name in self._names})
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """How far each metric of `results` may be from that of the very scores; NaN where it is not defined."""
+        """Return the largest possible error of each metric of `results`, NaN if the metric is not defined."""
         return {name: self._errors(_Falling(self.classes[name])) for name in self._names}
 
     @property
@@ -146,7 +142,7 @@ class StreamingMetrics:
         }
 
     def save(self, file: Path) -> None:
-        """Write the counts, for `load` elsewhere."""
+        """Write the counts to `file`, for `load`."""
         arrays: dict[str, np.ndarray] = {"max_fpr": np.array(self.max_fpr), "names": np.array(self._names, np.str_)}
         for index, name in enumerate(self._names):
             counts = self.classes[name]
@@ -159,7 +155,7 @@ class StreamingMetrics:
 
     @classmethod
     def load(cls, file: Path) -> "StreamingMetrics":
-        """Read what `save` wrote. Raises InputError where the file is none of it."""
+        """Read what `save` wrote. Raises InputError if the file is missing or invalid."""
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 metrics = cls(float(arrays["max_fpr"]))
@@ -169,14 +165,15 @@ class StreamingMetrics:
                     for key, array in counts.arrays().items():
                         array[arrays[f"{index}.{key}.bins"]] = arrays[f"{index}.{key}"]
         except (OSError, EOFError, BadZipFile, ValueError, KeyError, IndexError) as error:
-            raise InputError(f"{file} holds no counts of scores ({error!r})") from error
+            raise InputError(f"{file} has no counts of scores ({error!r}). Write it with save.") from error
         return metrics
 
 
 class _Falling:
-    """Counts of the bins in which anything is, from the highest scores down, as vlmdiff/evaluation/binned.py has them.
+    """Counts of the non-empty bins, from the highest scores down, as vlmdiff/evaluation/binned.py expects them.
 
-    regions: normal pixels, shares of the mean overlap. kinds: anomalous and normal ones, of pixels and of images.
+    `regions` holds the normal pixels and the shares of the mean overlap, `kinds` the anomalous and the normal pixels
+    and images.
     """
 
     def __init__(self, counts: Counts):
@@ -189,17 +186,17 @@ class _Falling:
 
 
 def _add_overlap(into: np.ndarray, bins: np.ndarray, labels: np.ndarray) -> None:
-    """Add each region's share in each bin; a region's shares add up to WHOLE.
+    """Add each region's share in each bin. The shares of a region sum to WHOLE.
 
-    bins, labels: of each anomalous pixel its bin and its region, from 1.
+    `bins` and `labels` hold the bin and the region, from 1, of each anomalous pixel.
     """
-    # By region, and in it from the highest bin down.
+    # Sorted by region, then from the highest bin down.
     pairs, pixels = np.unique(labels.astype(np.int64) * BINS + (BINS - 1 - bins), return_counts=True)
     regions, where = np.divmod(pairs, BINS)
     area = np.bincount(labels)
     before = np.cumsum(area) - area
     reached = np.cumsum(pixels) - before[regions]
-    # Rounded where the curve has got to, no bin's rounding adds to another's.
+    # Rounding the cumulative sums keeps the rounding errors of bins from adding up.
     shares = np.diff((reached * WHOLE + area[regions] // 2) // area[regions], prepend=0)
     first = np.flatnonzero(np.diff(regions, prepend=0))
     shares[first[1:]] += WHOLE
@@ -207,6 +204,6 @@ def _add_overlap(into: np.ndarray, bins: np.ndarray, labels: np.ndarray) -> None
 
 
 def _falling(*counts: np.ndarray) -> list[np.ndarray]:
-    """Counts of the bins in which anything is, from the highest scores down."""
+    """Return the counts of the non-empty bins, from the highest scores down."""
     some = np.flatnonzero(np.any(np.stack([array != 0 for array in counts]), axis=0))[::-1]
     return [array[some] for array in counts]

@@ -1,4 +1,4 @@
-"""`Backbone`: a vision model of `transformers` as feature maps, frozen, each hidden state on its grid."""
+"""`Backbone`: turns the hidden states of a frozen vision model of `transformers` into feature maps."""
 
 import contextlib
 import inspect
@@ -18,30 +18,30 @@ from vlmdiff.core.params import VisionBackbone
 from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.pretrained import check_pinned
 
-# Inputs in [-1, 1], as TensorFlow's checkpoints and most of those without a processor's file take them.
+# Scales inputs to [-1, 1], as TensorFlow checkpoints and most checkpoints without a processor file expect.
 DEFAULT_MEAN = DEFAULT_STD = (0.5, 0.5, 0.5)
 
 
 def concatenate(maps: Sequence[torch.Tensor], size: int | tuple[int, int]) -> torch.Tensor:
-    """Maps (B, C_i, h_i, w_i) on one grid: (B, sum of C_i, h, w), bilinear, antialiased where a map is made smaller."""
+    """Resize maps (B, C_i, h_i, w_i) to one grid, bilinear with antialiasing, and return (B, sum of C_i, h, w)."""
     size = (size, size) if isinstance(size, int) else size
     return torch.cat([_resize(x, size) for x in maps], dim=1)
 
 
 class Backbone:
-    """Images (B, 3, H, W) in [0, 1] to one map (B, C, h, w) a layer, float32, in the order of `params.layers`.
+    """Map images (B, 3, H, W) in [0, 1] to one float32 map (B, C, h, w) per layer, in the order of `params.layers`.
 
-    `channels` are the C and `grids` the (h, w) of the layers. Nothing of it is trained. What the model's outputs mean
-    is measured when it is loaded, not taken from its name: how many layers there are, and which tokens are patches.
+    `channels` lists C and `grids` lists (h, w) of each layer. The weights are frozen. The number of layers and the
+    positions of the patch tokens are measured on test images, not inferred from the model's name.
     """
 
     def __init__(self, model: PreTrainedModel, params: VisionBackbone, mean: Sequence[float], std: Sequence[float]):
-        """Raises InputError where the model has no such layer, or cannot take images of `params.image_size`."""
+        """Raise InputError if the model lacks one of the layers or rejects images of `params.image_size`."""
         self.name = params.model
         self.size = (params.image_size, params.image_size)
         self.network = model.eval().requires_grad_(False)
         self.normalization = Normalization(tuple(mean), tuple(std))
-        # Those that interpolate their positions only when told to; the others do it themselves or have none.
+        # Some models interpolate their positions only on request; the others always do or have none.
         told = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if told else {}
 
@@ -49,7 +49,7 @@ class Backbone:
         count = len(output.hidden_states)
         if bad := [layer for layer in params.layers if layer != "last" and not -count <= layer < count]:
             raise InputError(
-                f"{self.name} has layers 0 to {count - 1}, -{count} to -1 and last, not {bad}: mend `layers`"
+                f"{self.name} has layers 0 to {count - 1}, -{count} to -1 and last, not {bad}. Fix `layers`."
             )
         self.layers = tuple(layer if layer == "last" else layer % count for layer in params.layers)
         self._grid, self._first = patches
@@ -63,31 +63,31 @@ class Backbone:
 
     @classmethod
     def load(cls, params: VisionBackbone, device: torch.device | str = "cpu") -> "Backbone":
-        """The checkpoint that `params` name, on `device`, computing in float32 whatever its weights are stored as.
+        """Load the checkpoint that `params` name onto `device`, in float32.
 
-        Raises InputError where there is none, it is no vision model, or it lacks weights.
+        Raises InputError if there is no such checkpoint, it is not a vision model, or it lacks weights.
         """
         check_pinned(params)
         try:
             model = _load(params, torch.float32)
             mean, std = _normalization(params)
         except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"cannot load the vision model {params.model}: {error}") from error
+            raise InputError(f"{params.model}: cannot load the vision model ({error}).") from error
         return cls(model.to(device), params, mean, std)
 
     @staticmethod
     def save(params: VisionBackbone, folder: Path) -> dict[str, object]:
-        """Write the checkpoint that `params` name into `folder`; what else of `params` differs for it."""
+        """Write the checkpoint that `params` name into `folder`. Return the other `params` that change with it."""
         _load(params, "auto").save_pretrained(folder)
         mean, std = _normalization(params)
         return {"revision": None, "image_mean": tuple(mean), "image_std": tuple(std)}
 
     def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of images of any size, resized to `image_size`, bilinear with antialiasing.
+        """Return the feature maps of images of any size, resized to `image_size`, bilinear with antialiasing.
 
-        A gradient flows through to images that require one.
+        Gradients flow to the images.
         """
-        # Activations of two images stay in a CPU's caches, those of a batch do not: MobileNetV2 takes half the time.
+        # Activations of two images fit into a CPU's caches, those of a batch do not: halves MobileNetV2's time.
         device = self.network.device
         at_once = 2 if device.type == "cpu" else max(len(images), 1)
         parts = [self._maps(self._run(_resize(x.to(device, torch.float32), self.size))) for x in images.split(at_once)]
@@ -108,7 +108,7 @@ class Backbone:
 
     @torch.no_grad()
     def _probe(self) -> tuple[ModelOutput, tuple[tuple[int, int], int]]:
-        """The model's output for black images; the grid (h, w) that tokens lie on, and the first of them."""
+        """Return the model's output for test images, the grid (h, w) of the tokens, and the index of the first."""
         images = torch.zeros(3, 3, *self.size, device=self.network.device)
         patch = _patch_size(self.network)
         images[1, :, : patch[0], : patch[1]] = 1
@@ -116,33 +116,33 @@ class Backbone:
         try:
             output = self._run(images)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"{self.name} cannot take images of {self.size[0]} pixels: {error}") from error
+            raise InputError(f"{self.name} rejects images of {self.size[0]} pixels ({error}).") from error
         if not getattr(output, "hidden_states", None):
-            raise InputError(f"{self.name} is not supported: it gives no hidden states")
+            raise InputError(f"{self.name} is not supported: it returns no hidden states.")
         states, last = _states(output), output.last_hidden_state
         if states[0].ndim == 4:
-            # Maps all through; the last state alone may be tokens, and then a token of their mean may come first.
+            # All states are maps. The last alone may be tokens, which a token with their mean may precede.
             grid = tuple(states[-1].shape[2:])
             first = last.shape[1] - grid[0] * grid[1] if last.ndim == 3 else 0
             understood = all(x.ndim == 4 for x in states) and first in (0, 1)
         else:
             grid = tuple(self._patches(side) for side in patch)
-            # Before the first block a token sees its own patch alone: the corners say where the patches begin and end.
+            # Before the first block a token sees only its own patch: the corners mark the first and the last patch.
             first, end = (states[0][1:] - states[0][:1]).abs().sum(dim=2).argmax(dim=1).tolist()
             understood = end - first == grid[0] * grid[1] - 1 and len({x.shape for x in states}) == 1
         if not understood:
             shapes = ", ".join(str(tuple(x.shape[1:])) for x in states)
-            raise InputError(f"{self.name} is not supported: its hidden states {shapes} are no maps of the image")
+            raise InputError(f"{self.name} is not supported: its hidden states {shapes} are not maps of the image.")
         return output, (grid, first)
 
     def _patches(self, side: int) -> int:
-        """How many patches of `side` pixels there are along the image."""
+        """Return how many patches of `side` pixels fit along the image."""
         count, rest = divmod(self.size[0], side)
         if rest:
             nearest = " and ".join(str(n * side) for n in (count, count + 1) if n)
             raise InputError(
-                f"image_size = {self.size[0]} is not a multiple of {side}, the patches of {self.name}: "
-                f"the nearest sizes are {nearest}"
+                f"image_size = {self.size[0]} is not a multiple of {side}, the patch size of {self.name}. "
+                f"The nearest sizes are {nearest}."
             )
         return count
 
@@ -154,7 +154,7 @@ def _resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _states(output: ModelOutput) -> Sequence[torch.Tensor]:
-    """Hidden states; those that the model itself has put back onto the grid, as Swin does, where it gives them."""
+    """Return the hidden states, as maps if the model itself reshapes them, as Swin does."""
     return getattr(output, "reshaped_hidden_states", None) or output.hidden_states
 
 
@@ -164,41 +164,41 @@ def _patch_size(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _drop_blocks(model: PreTrainedModel, count: int, needed: int) -> None:
-    """Drop those of a transformer's `count` blocks that nobody reads; its norm goes without: all are as wide."""
+    """Drop the transformer blocks after the last one that is needed. `count` is the number of blocks."""
     blocks = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), ())
     if needed < len(blocks):
-        del blocks[max(needed, 1) :]  # the state before the first block is recorded when that block runs
+        del blocks[max(needed, 1) :]  # the first block records the state before it
         model.config.num_hidden_layers = len(blocks)
 
 
 def _load(params: VisionBackbone, dtype: torch.dtype | str) -> PreTrainedModel:
     source = {"revision": params.revision, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(params.model, **source)
-    # Of a model of images and text, such as CLIP, the part that sees.
+    # For a model of images and text, such as CLIP, take the vision part.
     config = getattr(config, "vision_config", config)
     with _quiet():
         model, report = AutoModel.from_pretrained(
             params.model, config=config, dtype=dtype, output_loading_info=True, **source
         )
     if model.main_input_name != "pixel_values":
-        raise InputError(f"{params.model} is a {type(model).__name__}: not a model of images")
-    # A pooler makes one vector of an image, and checkpoints often come without; features do not pass through it.
+        raise InputError(f"{params.model} is a {type(model).__name__}, not a vision model.")
+    # Checkpoints often lack the pooler, which the features do not pass through.
     if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):
         raise InputError(f"{params.model} lacks weights of a {type(model).__name__}: {', '.join(missing[:3])}, ...")
     return model
 
 
 def _normalization(params: VisionBackbone) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the channels of images in [0, 1]."""
+    """Return mean and standard deviation of the channels, for images in [0, 1]."""
     if params.image_mean is not None:
         return params.image_mean, params.image_std
-    # Read, not instantiated: some processors insist on torchvision.
+    # Read the file instead of loading the processor: some processors need torchvision.
     for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
         file = cached_file(params.model, name, revision=params.revision, _raise_exceptions_for_missing_entries=False)
         facts = json.loads(Path(file).read_text()) if file else {}
         facts = facts.get("image_processor", facts)
         if odd := [key for key in ("do_flip_channel_order", "rescale_offset", "include_top") if facts.get(key)]:
-            raise InputError(f"{params.model} prepares images in its own way ({odd}): set image_mean and image_std")
+            raise InputError(f"{params.model} uses unsupported preprocessing ({odd}). Set image_mean and image_std.")
         if facts.get("do_normalize") is False:
             return (0.0,) * 3, (1.0,) * 3
         if facts.get("image_mean"):
@@ -208,7 +208,7 @@ def _normalization(params: VisionBackbone) -> tuple[Sequence[float], Sequence[fl
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bar and the list of the weights of heads, which nobody asked for."""
+    """Hide the progress bar and the warnings about unused weights of heads."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

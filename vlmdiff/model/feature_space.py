@@ -1,4 +1,4 @@
-"""`FeatureSpace`: the feature maps of a vision backbone as the latent space, in the place of an image autoencoder."""
+"""`FeatureSpace`: the feature maps of a vision backbone as latent space, in place of an image autoencoder."""
 
 import json
 from collections.abc import Iterable
@@ -17,14 +17,14 @@ from vlmdiff.core.params import Layer, VisionBackbone
 from vlmdiff.model.backbone import Backbone, concatenate
 from vlmdiff.model.normalization import Normalization
 
-# A code without spread, as a Gaussian: the logarithm of the smallest variance that the class allows.
+# Log variance of a deterministic code: the smallest that DiagonalGaussianDistribution allows.
 CERTAIN = -30.0
 
 
 class PatchDecoder(nn.Module):
-    """Codes (B, C, h, w) to images (B, 3, h side, w side), a patch a place: sub-pixel convolution (Shi et al., 2016).
+    """Decode codes (B, C, h, w) to images (B, 3, h side, w side) by sub-pixel convolution (Shi et al., 2016).
 
-    All of it computes on the codes' grid, so that it costs next to nothing beside the denoiser.
+    All layers work on the grid of the codes, so the decoder is cheap beside the denoiser.
     """
 
     def __init__(self, codes: int, channels: int, side: int):
@@ -41,11 +41,11 @@ class PatchDecoder(nn.Module):
 
 
 class FeatureSpace(ModelMixin, ConfigMixin):
-    """Layers of a frozen backbone on one grid, centred and projected; a decoder shows what they look like.
+    """Encode images as layers of a frozen backbone on one grid, centred and projected. A decoder visualises the codes.
 
-    It is used as `AutoencoderKL` is, and its configuration has the same names: images (B, 3, S, S), normalised, to
-    codes (B, C, grid, grid). `backbone` is the backbone's configuration, `feature_channels` are the channels of each of
-    its layers; `image_mean` and `image_std` are what it subtracts and divides by, of images as they are given.
+    The interface and the names in the configuration are those of `AutoencoderKL`: normalised images (B, 3, S, S) become
+    codes (B, C, grid, grid). `backbone` is the backbone's configuration, `feature_channels` are the channels of each
+    layer. `image_mean` and `image_std` convert the given images to the backbone's normalization.
     """
 
     @register_to_config
@@ -73,9 +73,9 @@ class FeatureSpace(ModelMixin, ConfigMixin):
 
     @classmethod
     def around(cls, backbone: Backbone, normalization: Normalization, **config) -> "FeatureSpace":
-        """A space of the backbone's layers, to be fitted, for images that are given to it in this normalization.
+        """Return an unfitted space of the backbone's layers, for images in `normalization`.
 
-        config: the rest of the constructor's arguments.
+        `config` holds the remaining arguments of the constructor.
         """
         theirs, ours = backbone.normalization, normalization
         channels = list(zip(theirs.image_mean, theirs.image_std, ours.image_mean, ours.image_std, strict=True))
@@ -92,15 +92,15 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         return space
 
     def train(self, mode: bool = True) -> "FeatureSpace":
-        """As of any module, but the backbone stays as it was trained."""
+        """Set the training mode; the backbone stays in evaluation mode."""
         super().train(mode)
         self.network.eval()
         return self
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """The layers on one grid, as they are: (B, 3, S, S), normalised, to (B, sum of channels, h, w)."""
+        """Return the unprojected layers (B, sum of channels, h, w) of normalised images (B, 3, S, S)."""
         if self._extractor is None:
-            # When it is built it looks at what the network gives, and so it waits for the network's weights.
+            # Backbone runs the network when it is built, so it must wait until the weights are loaded.
             wanted = VisionBackbone(
                 model=self.network.config.model_type, image_size=self.config.backbone_size, layers=self.config.layers
             )
@@ -108,24 +108,23 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         return concatenate(self._extractor(x), self.config.grid)
 
     def encode(self, x: torch.Tensor) -> AutoencoderKLOutput:
-        """The codes, certain, as an autoencoder's posterior: its mode is the code, its deviation next to nothing."""
+        """Return the codes as an autoencoder's posterior, with a deviation of almost zero."""
         codes = torch.einsum("bfhw,fc->bchw", self.features(x) - self.mean[:, None, None], self.projection)
         spread = torch.full_like(codes, CERTAIN)
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([codes, spread], dim=1)))
 
     def decode(self, codes: torch.Tensor) -> DecoderOutput:
-        """What has such features: (B, C, h, w) to (B, 3, S, S), normalised."""
+        """Return normalised images (B, 3, S, S) for codes (B, C, h, w)."""
         return DecoderOutput(sample=self.decoder(codes))
 
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor], whitening: float) -> float:
-        """Centre and project by the features of these images, batches (B, 3, S, S), normalised.
+        """Fit centre and projection to batches (B, 3, S, S) of normalised images. Return the kept share of variance.
 
-        Layers count the same, whatever their scale: each is divided by the root of its mean squared distance from its
-        mean. Of all layers' principal components the first `latent_channels` are kept, the k-th of variance v_k scaled
-        by v_k ** (-whitening / 2): 0 leaves their variances, 1 makes all of them one; then all are scaled alike, to a
-        mean variance of one. Returns the kept share of the variance. Raises InputError where the features do not vary
-        in as many directions.
+        Each layer is divided by the root of its mean squared distance from its mean, so that all layers count the same.
+        The first `latent_channels` principal components are kept. Component k, of variance v_k, is scaled by
+        v_k ** (-whitening / 2): 0 keeps the variances, 1 makes them equal. A common factor then makes the mean variance
+        one. Raises InputError if the features have a lower rank than `latent_channels`.
         """
         channels = self.config.feature_channels
         total = torch.zeros(sum(channels), dtype=torch.float64, device=self.mean.device)
@@ -133,7 +132,7 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         count = 0
         for batch in batches:
             rows = self.features(batch).permute(0, 2, 3, 1).flatten(0, 2)
-            # Centred by the first batch, float32 products lose nothing.
+            # Centring by the first batch keeps the float32 products accurate.
             if count == 0:
                 shift = rows.mean(dim=0)
             rows = rows - shift
@@ -149,7 +148,7 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         rank = int((variances > 1e-9 * variances[-1]).sum())
         if rank < kept:
             raise InputError(
-                f"the backbone's features vary in {rank} directions: set first_stage.latent_channels to that"
+                f"the backbone's features have rank {rank}. Set first_stage.latent_channels to at most {rank}."
             )
         variances, components = variances.flip(0)[:kept], components.flip(1)[:, :kept]
         self.mean.copy_(mean + shift)
@@ -158,11 +157,11 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         return float(variances.sum() / len(channels))
 
 
-# Where it came from, the classes that it told apart, and what names blocks that may be gone.
+# The origin, the class labels, and names of blocks that may be dropped.
 NOT_SHAPE = "_name_or_path", "id2label", "label2id", "out_features", "out_indices", "stage_names"
 
 
 def _shape(config: PreTrainedConfig) -> dict:
-    """What of its configuration makes the network."""
+    """Return the part of the configuration that shapes the network."""
     facts = json.loads(config.to_json_string())
     return {key: value for key, value in facts.items() if key not in NOT_SHAPE}

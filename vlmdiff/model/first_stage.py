@@ -1,4 +1,4 @@
-"""The latent space that a pipeline works in: of an image autoencoder, or of a vision backbone's features."""
+"""The latent space of a pipeline: an image autoencoder, or the features of a vision backbone."""
 
 import json
 from pathlib import Path
@@ -12,19 +12,16 @@ FirstStageModel = AutoencoderKL | FeatureSpace
 
 
 def load_first_stage(folder: Path) -> FirstStageModel:
-    """What the first stage has saved, by the class that its configuration names.
-
-    Raises InputError where nothing is saved.
-    """
+    """Load a saved first stage. Raises InputError if the folder holds none."""
     if not (config := folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no first stage: run the first_stage stage first")
+        raise InputError(f"{folder} has no first stage. Run vlmdiff first_stage first.")
     name = json.loads(config.read_text())["_class_name"]
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, FeatureSpace)}
     return kinds[name].from_pretrained(folder)
 
 
 def downsampling(first_stage: FirstStageModel) -> int:
-    """Pixels of a photograph along a side of its latents' one."""
+    """Return how many times smaller than the image the latents are, per side."""
     config = first_stage.config
     if isinstance(first_stage, FeatureSpace):
         return config.sample_size // config.grid

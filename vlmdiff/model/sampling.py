@@ -1,4 +1,4 @@
-"""From noised latents back to clean ones: at which timesteps, by which solver."""
+"""Reconstruct clean latents from noised ones: timesteps and solvers."""
 
 from collections.abc import Callable
 
@@ -8,21 +8,21 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Solver, Spacing
 
-# Latents (B, C, h, w) and a scalar timestep to the network's output, of the kind `prediction_type` names.
+# Maps latents (B, C, h, w) and a scalar timestep to the network's output, of kind `prediction_type`.
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # DPM-Solver++ of order one is DDIM with eta 0 (Lu et al., 2022).
 ORDER: dict[Solver, int] = {"ddim": 1, "dpmsolver++": 2}
 
 
 def timesteps(noise_level: int, steps: int, spacing: Spacing = "trailing") -> list[int]:
-    """The timesteps of a reconstruction from `noise_level`, falling: where the network is asked.
+    """Return the falling timesteps at which the network runs in a reconstruction from `noise_level`.
 
-    "trailing" divides noise_level..0 evenly and begins at `noise_level` itself. "leading" is the reference's: from the
-    bottom up, 1, 1 + stride, ... with stride = (noise_level + 1) // steps; it begins below `noise_level`.
-    Raises InputError where there are more steps than levels.
+    "trailing" divides noise_level..0 evenly and begins at `noise_level`. "leading", the reference's spacing, is
+    1, 1 + stride, ... with stride = (noise_level + 1) // steps, reversed; it begins below `noise_level`.
+    Raises InputError if there are more steps than levels.
     """
     if not 1 <= steps <= max(noise_level, 1):
-        raise InputError(f"`steps` must be from 1 to `noise_level` = {noise_level}, not {steps}")
+        raise InputError(f"`steps` is {steps}, but must be from 1 to `noise_level` = {noise_level}.")
     if spacing == "leading":
         stride = (noise_level + 1) // steps
         return [1 + stride * i for i in reversed(range(steps))]
@@ -39,16 +39,16 @@ def reconstruct(
     spacing: Spacing = "trailing",
     solver: Solver = "ddim",
 ) -> torch.Tensor:
-    """Latents (B, C, h, w) noised to `noise_level` and taken back, without further noise.
+    """Noise the latents to `noise_level`, denoise them deterministically, and return the result (B, C, h, w).
 
-    clean: (B, C, h, w); noise: broadcast to it. With "trailing" the end is the clean latents that the last step
-    predicts; with "leading", as in the reference, it has the noise of timestep 0, and the latents are noised to
-    `noise_level` though the first step takes them to be at its own timestep. Raises InputError as `timesteps` does.
+    `clean` has shape (B, C, h, w); `noise` broadcasts to it. "trailing" ends at the clean latents that the last step
+    predicts. "leading" ends, as the reference does, with the noise of timestep 0, and its first step treats the latents
+    as noised to its own timestep instead of `noise_level`. Raises InputError as `timesteps` does.
     """
     config = scheduler.config
     levels = timesteps(noise_level, steps, spacing)
     if not 0 <= noise_level < config.num_train_timesteps:
-        raise InputError(f"`noise_level` must be from 0 to {config.num_train_timesteps - 1}, not {noise_level}")
+        raise InputError(f"`noise_level` is {noise_level}, but must be from 0 to {config.num_train_timesteps - 1}.")
     stepper = DPMSolverMultistepScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,

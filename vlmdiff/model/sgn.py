@@ -1,8 +1,8 @@
-"""The semantic-guided network (SGN): a ControlNet that sees the photograph, with spatial feature fusion (SFF)."""
+"""The semantic-guided network (SGN): a ControlNet on the image, with spatial feature fusion (SFF)."""
 
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel, ModelMixin, UNet2DConditionModel  # ModelMixin: diffusers looks here to load us
+from diffusers import ControlNetModel, ModelMixin, UNet2DConditionModel  # diffusers loads us by ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
@@ -12,11 +12,11 @@ __all__ = ["ModelMixin", "SemanticGuidedNetwork", "SpatialFeatureFusion"]
 
 
 class SpatialFeatureFusion(nn.Module):
-    """o_j <- SiLU(o_j + sum_i D_ij(s_i)) for the coarsest control outputs o_j and the s_i one level finer.
+    """Compute SiLU(o_j + sum_i D_ij(s_i)) for the coarsest control outputs o_j and the outputs s_i one level finer.
 
     D is a 3x3 convolution of stride 2 without bias, instance normalisation and SiLU (VLMDiff, arXiv 2511.08173).
-    The convolutions keep PyTorch's own initialisation: were they zero, as the layers that feed them are, neither
-    would ever receive a gradient. The sum still starts at zero, because its inputs do.
+    The convolutions keep PyTorch's initialisation, because the layers that feed them start at zero and two zero layers
+    in a row would never receive a gradient. The sum still starts at zero, because its inputs do.
     """
 
     def __init__(self, source_channels: list[int], target_channels: list[int]):
@@ -37,11 +37,11 @@ class SpatialFeatureFusion(nn.Module):
 
 
 class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
-    """Control of a `UNet2DConditionModel` of the same shape by the photograph itself.
+    """Control a `UNet2DConditionModel` of the same shape by the image.
 
-    With `only_mid_control` the photograph reaches the UNet through the coarsest resolution alone (its skips and the
-    middle block): enough to say what the thing is and how it lies, too little to copy a defect from. Without `fuse` the
-    coarsest control is the ControlNet's own.
+    With `only_mid_control`, the image reaches the UNet only at the coarsest resolution (its skips and the middle
+    block): enough to identify the object and its pose, too little to copy a defect. Without `fuse`, the coarsest
+    control is the ControlNet's output.
     """
 
     _supports_gradient_checkpointing = True
@@ -74,8 +74,8 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
             attention_head_dim=attention_head_dim,
             conditioning_embedding_out_channels=hint_channels,
         )
-        # From fine to coarse the control outputs are conv_in's, then those of each block; a block's downsampler
-        # ends it and so opens the next resolution: every resolution has layers_per_block + 1 outputs.
+        # From fine to coarse, the control outputs are those of conv_in and of each block. A block's last output, its
+        # downsampler's, has the next resolution, so that every resolution has layers_per_block + 1 outputs.
         self.outputs_per_level = layers_per_block + 1
         channels = [block.in_channels for block in self.control.controlnet_down_blocks]
         self.fusion = SpatialFeatureFusion(*self._two_coarsest(channels)) if fuse else None
@@ -84,9 +84,9 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
     def from_unet(
         cls, unet: UNet2DConditionModel, hint_channels: tuple[int, ...], only_mid_control: bool, fuse: bool = True
     ) -> "SemanticGuidedNetwork":
-        """An SGN whose down and middle blocks start as the UNet's; its hint's encoder and its outputs are new.
+        """Return an SGN whose down and middle blocks copy the UNet's. The hint encoder and the outputs are new.
 
-        Raises InputError for a UNet of another design than Stable Diffusion 1's.
+        Raises InputError if the design of the UNet is not that of Stable Diffusion 1.
         """
         shape = "in_channels", "down_block_types", "block_out_channels", "layers_per_block"
         attention = "cross_attention_dim", "attention_head_dim"
@@ -98,13 +98,13 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         )
         ours, theirs = ({k: _plain(v) for k, v in net.config.items() if k[0] != "_"} for net in (sgn.control, unet))
         if differs := sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]):
-            raise InputError(f"an SGN cannot start from this UNet, which differs in {', '.join(differs)}")
+            raise InputError(f"an SGN cannot start from this UNet: it differs in {', '.join(differs)}.")
         for part in ("conv_in", "time_embedding", "down_blocks", "mid_block"):
             getattr(sgn.control, part).load_state_dict(getattr(unet, part).state_dict())
         return sgn
 
     def unused_outputs(self) -> nn.ModuleList:
-        """The control's output convolutions that reach neither the UNet nor the fusion."""
+        """Return the output convolutions that reach neither the UNet nor the fusion."""
         used = self.outputs_per_level * (2 if self.config.fuse else 1)
         return self.control.controlnet_down_blocks[: -used if self.config.only_mid_control else 0]
 
@@ -119,10 +119,11 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         encoder_hidden_states: torch.Tensor,
         image: torch.Tensor,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Control for the UNet's skips, finest first, and for its middle block.
+        """Return the control of the UNet's skips, finest first, and of its middle block.
 
-        sample: (B, C, h, w) noisy latents; timestep: (B,) or a scalar; encoder_hidden_states: (B, L, D) text
-        embeddings; image: (B, 3, H, W), normalised as for the first stage. A skip without control gets a scalar zero.
+        `sample` holds noisy latents (B, C, h, w), `timestep` is (B,) or a scalar, `encoder_hidden_states` holds text
+        embeddings (B, L, D), `image` (B, 3, H, W) is normalised as for the first stage. A skip without control gets a
+        scalar zero.
         """
         outputs, middle = self.control(sample, timestep, encoder_hidden_states, image, return_dict=False)
         sources, targets = self._two_coarsest(outputs)
@@ -134,10 +135,10 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
 
 
 def _instance_norm(channels: int) -> nn.Module:
-    # Groups of one channel. PyTorch's own InstanceNorm2d has a wrong gradient for a batch of one in channels-last.
+    # PyTorch's InstanceNorm2d has a wrong gradient for a batch of one in channels-last.
     return nn.GroupNorm(channels, channels, affine=False)
 
 
 def _plain(value):
-    """A configured value as JSON would give it back."""
+    """Return a configured value as JSON returns it."""
     return list(value) if isinstance(value, tuple) else value

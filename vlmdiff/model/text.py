@@ -1,9 +1,9 @@
-"""From captions to what the denoiser attends to.
+"""Embed captions for the denoiser's attention.
 
-A caption is read whole: in windows of as many tokens as the text encoder has positions (77 of CLIP's, 75 of them the
-caption's), each encoded by itself, their embeddings one after another. The number of windows is filled up to a power of
-two with the empty caption's, and what is shorter than the longest of a batch is repeated: attention over keys that are
-all repeated equally often is the same attention, so beside longer captions a caption means what it means alone.
+A long caption is split into windows of the text encoder's length (CLIP: 77 tokens, 75 without start and end). Each
+window is encoded alone, and the embeddings are concatenated. Windows of the empty caption fill their number up to a
+power of two, and shorter captions of a batch are repeated to the length of the longest. Repeating all keys equally
+often does not change attention, so a caption's effect does not depend on the rest of the batch.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from vlmdiff.core.console import say
 def token_windows(
     tokenizer: CLIPTokenizer, captions: Sequence[str], length: int, max_windows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (W, length) of all windows, and for each caption the rows (B, K) that it is made of, in order.
+    """Return the token ids (W, length) of all windows, and each caption's row indices (B, K) into them.
 
-    K is the largest number of windows of a caption, a power of two. Where captions need more than `max_windows`, the
-    rest of them is left out and a warning says of how many.
+    K is the largest number of windows of a caption, a power of two. Captions longer than `max_windows` are cut, with a
+    warning that counts them.
     """
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     room = length - 2
@@ -36,20 +36,20 @@ def token_windows(
         windows += [[bos, *part, eos] + [pad] * (room - len(part)) for part in parts]
     if cut:
         say(
-            f"warning: {cut} of {len(captions)} captions are longer than {max_windows} x {room} tokens, and only that "
-            "much of them is read (encode.max_windows)"
+            f"warning: {cut} of {len(captions)} captions are longer than {max_windows} x {room} tokens and are cut. "
+            "Raise encode.max_windows to read more."
         )
     most = max(map(len, rows))
     return torch.tensor(windows), torch.tensor([row * (most // len(row)) for row in rows])
 
 
 def max_windows(text_encoder: CLIPTextModel) -> int:
-    """What its configuration says, one where it does not: CLIP's own cut."""
+    """Return `max_windows` of the configuration. The default, 1, cuts captions as CLIP does."""
     return getattr(text_encoder.config, "max_windows", 1)
 
 
 def embed(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, captions: Sequence[str]) -> torch.Tensor:
-    """Text embeddings (B, K L, D) of captions, L the text encoder's positions, K the windows of the longest."""
+    """Return text embeddings (B, K L, D): L is the text encoder's length, K the windows of the longest caption."""
     length = text_encoder.config.max_position_embeddings
     windows, rows = token_windows(tokenizer, captions, length, max_windows(text_encoder))
     states = text_encoder(windows.to(text_encoder.device)).last_hidden_state

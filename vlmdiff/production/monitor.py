@@ -4,7 +4,6 @@ The mix of products may change from day to day, and scored images have no class.
 calibration, is assigned to the class with the nearest image statistics, and images are compared within that class.
 """
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_folder, write_json
+from vlmdiff.core.files import atomic_folder, sha256, write_json
 from vlmdiff.core.params import Monitor, Params
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.detector import SETTINGS
@@ -125,7 +124,7 @@ def _model(folder: Path | None, params: Params) -> tuple[Path, set[str]]:
         names.add(f"{params.registry.model_name}/{version}")
     elif not (folder / SETTINGS).is_file():
         raise InputError(f"{folder} is not a detector's folder: it has no {SETTINGS}, which `vlmdiff evaluate` writes")
-    return folder, names | {f"sha256:{hashlib.sha256((folder / SETTINGS).read_bytes()).hexdigest()[:16]}"}
+    return folder, names | {f"sha256:{sha256(folder / SETTINGS)[:16]}"}
 
 
 def read_scores(path: Path) -> pd.DataFrame:

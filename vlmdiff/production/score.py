@@ -1,4 +1,4 @@
-"""Judge photographs by the thousand: a row an image in a Parquet dataset and, where wanted, a heatmap an alarm."""
+"""Judge many photographs: a Parquet dataset with a row for each and, on request, a heatmap of each alarm."""
 
 import contextlib
 import hashlib
@@ -7,11 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,29 +19,27 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
-from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import process_group
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_path
+from vlmdiff.core.files import atomic_path, sha256
+from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
-from vlmdiff.data.images import decode, to_rgb
+from vlmdiff.data.images import read_image
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
-from vlmdiff.detection.detector import SETTINGS, Detection, Detector, batches
-from vlmdiff.evaluation.report import heatmap
+from vlmdiff.detection.decoded import Decoded
+from vlmdiff.detection.detector import SETTINGS, Detector, batches
 
 BATCH = 32
-# Photographs that are read while the model judges others, and by how many threads.
+# How many photographs are read while the model judges others, and by how many threads.
 AHEAD, READERS = 32, 4
-# A part is written after so many images, or seconds: what a kill loses at most.
+# A part is written after this many images or seconds: a kill loses no more than that.
 PART_ROWS, PART_SECONDS = 256, 60.0
-HEATMAP_SIDE = 1024
-# Readers of Parquet datasets pass over what begins with an underscore or a dot.
+# Readers of Parquet datasets ignore names that begin with an underscore or a dot.
 HEATMAPS, LOCK = "_heatmaps", ".lock"
 SHOWN = 20
 
@@ -59,7 +57,7 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.float64()) for name in ("brightness", "contrast", "sharpness", "red", "green", "blue")),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
-        # By which a later run knows that the file is still the same; null where it does not exist.
+        # A later run knows by these that the file has not changed; null where it does not exist.
         pa.field("bytes", pa.int64()),
         pa.field("mtime_ns", pa.int64()),
         pa.field("scored_at", pa.timestamp("us", "UTC"), nullable=False),
@@ -69,11 +67,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Scored:
-    """What came of a run; `known` of its `images` were in the dataset already, and `unreadable` of the others could not
-    be read.
+    """The result of a run.
 
-    `rows` has the images' rows where they are few, `errors` some sentences of why images could not be read; `judged`:
-    of all the images, how many have a score. Seconds are those of judging.
+    images: how many were named; known: how many of them the dataset had already; alarms and unreadable: how many of
+    the new ones are anomalous or cannot be read; judged: how many of all have a score; seconds: the time of judging;
+    rows: the images' rows, where there are at most SHOWN; errors: why images cannot be read, at most SHOWN sentences.
     """
 
     out: Path
@@ -90,7 +88,7 @@ class Scored:
     def __str__(self) -> str:
         new = self.images - self.known
         return (
-            f"score: {self.images} images by {self.model}, {self.known} of them scored before; of {new} new ones "
+            f"score: {self.images} images by {self.model}, {self.known} of them scored before; {new} new: "
             f"{self.alarms} alarms, {self.unreadable} could not be read; {new / max(self.seconds, 1e-9):.1f} images a "
             f"second; {self.out}"
         )
@@ -106,27 +104,27 @@ def score(
 ) -> Scored | None:
     """Judge the photographs of `sources` (as `find_photographs` lists them) and add their rows to the dataset `out`.
 
-    `pandas.read_parquet(out)` reads it: a row an image as in SCHEMA, in parts that are whole. What is in there with the
-    file's size and time is not judged again; what has changed since replaces its row. An image that cannot be read has
-    a row with its `error`. heatmaps: a PNG of each alarm in `out/_heatmaps`. model: a detector's folder, instead of the
-    champion. class_name: of all photographs whose table does not say it, for a detector that judges by its classes'
-    captions.
+    `pandas.read_parquet(out)` reads the dataset: a row for each image, as in SCHEMA. A file that has not changed since
+    it was judged is not judged again; one that has changed gets a new row. An image that cannot be read has a row with
+    its `error`. heatmaps: also write a PNG of each alarm into `out/_heatmaps`. model: a detector's folder, by default
+    the champion. class_name: the class of photographs whose table does not name one, for a detector that judges by the
+    captions of classes.
 
-    Where `accelerate launch` started several processes, each judges its share; the result is the main one's, None in
-    the others. Raises InputError, and writes nothing, where a source or the model is missing, the detector needs other
-    captions, or `out` is something else, another model's, or being written.
+    Under `accelerate launch`, each process judges its share; the main process returns the result, the others None.
+    Raises InputError, and writes nothing, where a source or the model is missing, the detector needs other captions, or
+    `out` holds other files or another model's scores, or another process writes to it.
     """
     here = process_group()
     folder, name, photographs = _from_main(here, lambda: (*_model(model, params), find_photographs(sources, out)))
     detector = Detector.from_pretrained(folder, str(here.device))
-    name = name or f"sha256:{_sha256((folder / SETTINGS).read_bytes())[:16]}"
+    name = name or f"sha256:{sha256(folder / SETTINGS)[:16]}"
     captions = _captions(detector, photographs, class_name)
     with _alone(out) if here.is_main_process else contextlib.nullcontext():
         new = _from_main(here, lambda: _pending(out, photographs, name))
         began = time.perf_counter()
         own = new[here.process_index :: here.num_processes]
         read = partial(
-            _read, size=detector.pipeline.config.image_size, max_pixels=params.prepare.max_pixels, keep=heatmaps
+            _read, size=detector.pipeline.config.image_size, max_pixels=params.prepare.max_pixels, draw=heatmaps
         )
         rows = _judge(detector, _ahead(read, own), captions, name, out)
         _write_parts(track(rows, "score", len(own)) if here.is_main_process else rows, len(own), out, here)
@@ -138,7 +136,7 @@ def score(
 
 
 def scores_table(scored: Scored) -> Table:
-    """The rows of a few images, for the terminal."""
+    """Return the rows of a few images as a table for the terminal."""
     table = Table(caption="0.5 is the threshold")
     table.add_column("photograph", overflow="fold")
     for title in ("score", "verdict", "regions"):
@@ -157,7 +155,7 @@ Found = TypeVar("Found")
 
 
 def _from_main(here: PartialState, find: Callable[[], Found]) -> Found:
-    """What the main process finds, in every process: a folder or the registry may be another a moment later."""
+    """Return in every process what the main one finds: a folder or the registry may change a moment later."""
     found: tuple[Found | None, InputError | None] = None, None
     if here.is_main_process:
         try:
@@ -172,7 +170,7 @@ def _from_main(here: PartialState, find: Callable[[], Found]) -> Found:
 
 
 def _model(folder: Path | None, params: Params) -> tuple[Path, str | None]:
-    """The detector's folder and, of a registered one, its name."""
+    """Return the detector's folder and the name of a registered model, None for a folder."""
     if folder is not None:
         return folder, None
     from vlmdiff.registry.promotion import champion
@@ -181,12 +179,8 @@ def _model(folder: Path | None, params: Params) -> tuple[Path, str | None]:
     return folder, f"{params.registry.model_name}/{version}"
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def _captions(detector: Detector, photographs: list[Photograph], class_name: str | None) -> dict[str, str]:
-    """The caption by which each photograph is judged, by its path; empty where the detector judges without."""
+    """Return captions by path, as the detector needs them; empty where it judges without captions."""
     match detector.params.captions:
         case "none":
             if class_name is not None:
@@ -194,32 +188,29 @@ def _captions(detector: Detector, photographs: list[Photograph], class_name: str
             return {}
         case "image":
             given = {photograph.path: photograph.caption for photograph in photographs}
-            missing, advice = "caption", "name them by a table with columns path and caption"
+            missing, advice = "caption", "give a table with columns path and caption"
         case "class":
             given = {photograph.path: photograph.class_name or class_name for photograph in photographs}
-            missing, advice = "class", "name it by --class-name, or a table's column class_name"
+            missing, advice = "class", "give --class-name, or a table with columns path and class_name"
     for path, text in given.items():
         if text is None:
-            raise InputError(f"{path}: this model judges a photograph by the caption of its {missing}, {advice}")
+            raise InputError(f"{path}: this model needs the photograph's {missing}: {advice}")
     return given if missing == "caption" else dict(zip(given, detector.captions_of(given.values()), strict=True))
 
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Nobody else writes there. Raises InputError where somebody does, or where it is no folder of scores."""
+    """Lock `out`, and make it where it is missing. Raises InputError where it is locked or holds other files."""
     foreign = [
         path.name
         for path in (out.iterdir() if out.is_dir() else [])
         if not path.name.startswith((".", "part-")) and path.name != HEATMAPS
     ]
     if foreign or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out} holds other files ({', '.join(foreign[:3])}): name a folder of its own by --out")
+        raise InputError(f"{out} holds other files ({', '.join(foreign[:3])}): give an empty or new folder as --out")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"another `vlmdiff score` writes to {out}: wait for it, or name another --out") from None
+    with hold(out / LOCK, f"the folder {out}"):
+        yield
 
 
 def _parts(out: Path) -> list[Path]:
@@ -227,7 +218,7 @@ def _parts(out: Path) -> list[Path]:
 
 
 def _pending(out: Path, photographs: list[Photograph], model: str) -> list[Photograph]:
-    """The photographs that have no row yet; rows of files that have changed since are taken out."""
+    """Return the photographs that have no row, after removing the rows of files that have changed."""
     for left in out.glob(".part-*.tmp"):
         left.unlink()
     listed, known = {photograph.path for photograph in photographs}, set()
@@ -235,18 +226,18 @@ def _pending(out: Path, photographs: list[Photograph], model: str) -> list[Photo
         try:
             table = pq.read_table(part, schema=SCHEMA)
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{part} is not of this version's scores: name another --out ({error})") from error
+            raise InputError(f"{part} does not hold scores of this version ({error}): give another --out") from error
         if others := set(table["model"].to_pylist()) - {model}:
-            raise InputError(f"{out} has scores by {others.pop()}, and this is {model}: name another folder by --out")
+            raise InputError(f"{out} has scores by {others.pop()}, and this is {model}: give another --out")
         stamps = zip(*(table[column].to_pylist() for column in ("path", "bytes", "mtime_ns")), strict=True)
         stale = [path in listed and _stamp(path) != tuple(stamp) for path, *stamp in stamps]
         known.update(path for path, old in zip(table["path"].to_pylist(), stale, strict=True) if not old)
         if any(stale):
-            _take_out(part, table, stale, out)
+            _remove_rows(part, table, stale, out)
     return [photograph for photograph in photographs if photograph.path not in known]
 
 
-def _take_out(part: Path, table: pa.Table, stale: list[bool], out: Path) -> None:
+def _remove_rows(part: Path, table: pa.Table, stale: list[bool], out: Path) -> None:
     for picture in filter(None, table.filter(pa.array(stale))["heatmap"].to_pylist()):
         (out / picture).unlink(missing_ok=True)
     if all(stale):
@@ -255,7 +246,7 @@ def _take_out(part: Path, table: pa.Table, stale: list[bool], out: Path) -> None
     times = part.stat()
     with atomic_path(part) as temporary:
         pq.write_table(table.filter(pc.invert(pa.array(stale))), temporary)
-        # The rows that stay are no newer than before.
+        # The rows that remain are as old as before.
         os.utime(temporary, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
@@ -267,42 +258,27 @@ def _stamp(path: str) -> tuple[int | None, int | None]:
     return status.st_size, status.st_mtime_ns
 
 
-class _Read(NamedTuple):
-    """What is known of a photograph before it is judged: columns of its row; uint8 (S, S, 3), None where it cannot be
-    read; and where heatmaps are wanted, the photograph to lay one on.
-    """
-
-    row: dict[str, Any]
-    image: np.ndarray | None = None
-    shown: np.ndarray | None = None
+Read = tuple[dict[str, Any], Decoded | None]
 
 
-def _read(photograph: Photograph, size: int, max_pixels: int, keep: bool) -> _Read:
-    path = photograph.path
-    row: dict[str, Any] = {"path": path}
-    row["bytes"], row["mtime_ns"] = _stamp(path)
+def _read(photograph: Photograph, size: int, max_pixels: int, draw: bool) -> Read:
+    """Return the columns of a photograph's row that need no model, and the photograph where it can be read."""
+    file = Path(photograph.path)
+    row: dict[str, Any] = {"path": photograph.path}
+    row["bytes"], row["mtime_ns"] = _stamp(photograph.path)
     try:
-        with open(path, "rb") as stream:
-            row["image_id"] = hashlib.file_digest(stream, "sha256").hexdigest()
-            stream.seek(0)
-            image = to_rgb(decode(stream, max_pixels, name=path))
-    except InputError as error:
-        return _Read(row | {"error": str(error)})
-    # Pillow's decoders may raise anything for a damaged file, and thousands of others wait behind it.
-    except Exception as error:
-        return _Read(row | {"error": f"{path} cannot be read: {error!r}"})
-    row |= image_statistics(np.asarray(image))
-    small = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-    if keep:
-        image.thumbnail((HEATMAP_SIDE, HEATMAP_SIDE))
-    return _Read(row, small, np.array(image) if keep else None)
+        row["image_id"] = sha256(file)
+        image = read_image(file, max_pixels)
+    except (InputError, OSError) as error:
+        return row | {"error": str(error)}, None
+    return row | image_statistics(np.asarray(image)), Decoded.of(image, size, draw)
 
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`function` of each item, in their order, computed in threads up to AHEAD items before it is asked for."""
+    """Yield `function` of each item, in their order, computed in threads up to AHEAD items in advance."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting: deque = deque()
         try:
@@ -317,45 +293,36 @@ def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
 
 
 def _judge(
-    detector: Detector, photographs: Iterable[_Read], captions: dict[str, str], model: str, out: Path
+    detector: Detector, photographs: Iterable[Read], captions: dict[str, str], model: str, out: Path
 ) -> Iterator[dict[str, Any]]:
-    """The row of each photograph."""
+    """Yield the row of each photograph."""
     for batch in batches(photographs, BATCH):
-        readable = [read for read in batch if read.image is not None]
-        texts = [captions[read.row["path"]] for read in readable] if captions else None
-        found = iter(detector.detect([read.image for read in readable], captions=texts)) if readable else iter(())
-        for read in batch:
-            row = read.row | {"model": model, "scored_at": datetime.now(UTC)}
-            if read.image is not None:
+        readable = [(row["path"], decoded.judged) for row, decoded in batch if decoded is not None]
+        texts = [captions[path] for path, _ in readable] if captions else None
+        found = iter(detector.detect([image for _, image in readable], captions=texts) if readable else ())
+        for read, decoded in batch:
+            row = read | {"model": model, "scored_at": datetime.now(UTC)}
+            if decoded is not None:
                 detection = next(found)
-                regions = detection.scaled_regions(int(row["width"]), int(row["height"]))
-                row |= {
-                    "score": detection.score,
-                    "is_anomalous": detection.is_anomalous,
-                    "regions": [asdict(region) for region in regions],
-                }
-                if detection.is_anomalous and read.shown is not None:
-                    row["heatmap"] = _write_heatmap(row["path"], read.shown, detection, out)
+                row |= decoded.verdict(detection)
+                if detection.is_anomalous and decoded.shown is not None:
+                    # The photograph's name, and a hash of its path, since names may be the same.
+                    digest = hashlib.sha256(row["path"].encode()).hexdigest()
+                    row["heatmap"] = f"{HEATMAPS}/{Path(row['path']).stem[:50]}-{digest[:12]}.png"
+                    with atomic_path(out / row["heatmap"]) as temporary:
+                        decoded.heatmap(detection).save(temporary, format="PNG")
             yield row
 
 
-def _write_heatmap(path: str, photograph: np.ndarray, detection: Detection, out: Path) -> str:
-    """Where under `out` it lies: a file of the photograph's name, and no other photograph's."""
-    name = f"{HEATMAPS}/{Path(path).stem[:50]}-{_sha256(path.encode())[:12]}.png"
-    with atomic_path(out / name) as temporary:
-        Image.fromarray(heatmap(photograph, detection.anomaly_map, vmax=1.0)).save(temporary, format="PNG")
-    return name
-
-
 def _write_parts(rows: Iterable[dict[str, Any]], total: int, out: Path, here: PartialState) -> None:
-    """Write rows as they come, some at a time; what was judged is written also where an error ends it."""
+    """Write rows in parts as they come, also those before an error."""
     part: list[dict[str, Any]] = []
     done, last = 0, time.monotonic()
 
     def flush() -> None:
         nonlocal part, done, last
         if part:
-            # In the order in which they were written, whatever was there before.
+            # Names sort by the time of writing.
             with atomic_path(out / f"part-{time.time_ns()}-{here.process_index}.parquet") as temporary:
                 pq.write_table(pa.Table.from_pylist(part, SCHEMA), temporary)
             done, part, last = done + len(part), [], time.monotonic()

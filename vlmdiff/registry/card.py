@@ -11,6 +11,8 @@ import pandas as pd
 from vlmdiff.core import params as p
 from vlmdiff.core import workspace as w
 from vlmdiff.data import manifest
+from vlmdiff.data.images import FORMATS
+from vlmdiff.detection.decoded import HEATMAP_SIDE
 from vlmdiff.detection.detector import SETTINGS
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS, PER_CLASS
@@ -57,6 +59,8 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         size_mb=evidence.size_mb,
         parts=list(_parts(params)),
         served=served,
+        formats=FORMATS,
+        heatmap_side=HEATMAP_SIDE,
     )
     # MLflow's page shows tables without space between columns.
     return re.sub(r" \| (?!---)", " | &ensp;", card)

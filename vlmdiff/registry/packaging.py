@@ -21,14 +21,16 @@ import vlmdiff
 from vlmdiff.captions.files import read_captions
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
+from vlmdiff.core.dvc import read_lock
+from vlmdiff.core.git import code_revision
 from vlmdiff.core.params import Params
 from vlmdiff.data import manifest
 from vlmdiff.data.images import read_image, resolve
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import Results
-from vlmdiff.registry import lineage, served
+from vlmdiff.registry import served
 from vlmdiff.registry.card import model_card
-from vlmdiff.registry.store import FINGERPRINT, open_store
+from vlmdiff.registry.store import FINGERPRINT, fingerprint_of, open_store
 
 # What the served model imports: neither Prefect nor DVC nor Great Expectations.
 REQUIREMENTS = (
@@ -76,11 +78,11 @@ def register(params: Params, code: dict[str, str] | None = None) -> int:
     call after a kill completes the registration. code: tags of the code's revision, instead of git's HEAD. Raises
     InputError if the stages have not run, their outputs differ from dvc.lock, or the store does not answer.
     """
-    recorded = lineage.read_lock(w.DVC_LOCK)
-    fingerprint = lineage.fingerprint(recorded)
+    recorded = read_lock()
+    fingerprint = fingerprint_of(recorded)
     tags = {
         FINGERPRINT: fingerprint,
-        **(lineage.code_revision() if code is None else code),
+        **(code_revision() if code is None else code),
         # The run has the reports themselves.
         **{f"dvc.{path}": value for path, value in recorded.items() if not path.startswith("reports/")},
     }

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from vlmdiff.captions.files import read_captions
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
+from vlmdiff.core.dvc import read_lock
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_folder, atomic_path, folder_mb
 from vlmdiff.core.params import Params
@@ -20,8 +21,7 @@ from vlmdiff.evaluation.gate import judge
 from vlmdiff.evaluation.judging import hash_test_set, judge_images
 from vlmdiff.evaluation.report import read_content, render
 from vlmdiff.evaluation.verdict import Criterion, Override, Verdict
-from vlmdiff.registry import lineage
-from vlmdiff.registry.store import CHAMPION, FINGERPRINT, champion_version, open_store
+from vlmdiff.registry.store import CHAMPION, FINGERPRINT, champion_version, fingerprint_of, open_store
 
 # Tags of a version: the gate's verdict and reasons, the champion it was compared with, who overrode the gate and why.
 VERDICT, REASONS, AGAINST = "gate.verdict", "gate.reasons", "gate.champion"
@@ -145,7 +145,7 @@ def _tags(client: MlflowClient, params: Params, version: int) -> dict[str, str]:
 def _tags_here(client: MlflowClient, params: Params) -> dict[str, str]:
     """Return the tags of the version with this workspace's model, empty if it is not registered."""
     try:
-        model = lineage.fingerprint(lineage.read_lock(w.DVC_LOCK))
+        model = fingerprint_of(read_lock())
     except InputError:
         return {}
     return next((tags for tags in _versions(client, params).values() if tags.get(FINGERPRINT) == model), {})

@@ -1,6 +1,6 @@
-"""The registered model, as MLflow loads it: its code from this file, its weights from safetensors beside it.
+"""The registered model as MLflow loads it: the code from this file, the weights from safetensors beside it.
 
-It runs where the package's repository, Prefect, DVC and Great Expectations are not.
+It runs without the package's repository, Prefect, DVC and Great Expectations.
 """
 
 import base64
@@ -10,7 +10,6 @@ import math
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,55 +18,41 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
-from PIL import Image
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.data.images import decode, resolve, to_rgb
+from vlmdiff.data.images import read_image, resolve
+from vlmdiff.detection.decoded import Decoded
 from vlmdiff.detection.detector import Detection, Detector, batches
-from vlmdiff.evaluation.report import heatmap
 
-# Of the server's environment: the folder below which it reads photographs itself, and the most rows of a request.
+# In the server's environment: the folder of photographs that it may read, and the most rows of a request.
 IMAGE_ROOT, MAX_ROWS = "VLMDIFF_IMAGE_ROOT", "VLMDIFF_MAX_ROWS"
 ROWS = 256
 BATCH = 32
-# What else Pillow reads has decoders that nobody should reach over a network: EPS runs Ghostscript.
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-HEATMAP_SIDE = 1024
-# The signature's parameters, as they are where a request says nothing.
+# The signature's parameters and their defaults.
 DEFAULTS: dict[str, Any] = {"heatmap": False, "threshold": 0.5}
-# What else a row has, by the detector's `captions`.
+# The column that a row needs besides, by the detector's `captions`.
 CAPTION_COLUMNS = {"image": "caption", "class": "class_name"}
 
 
-@dataclass(frozen=True)
-class Photograph:
-    """What is kept of a row's photograph: at the model's size, as it is judged; its own size; to draw a heatmap on."""
-
-    judged: Image.Image
-    width: int
-    height: int
-    shown: Image.Image | None
-
-
 class Inspector(mlflow.pyfunc.PythonModel):
-    """Photographs in, scores and verdicts out; the signature in packaging.py gives names and types."""
+    """Photographs in, scores and verdicts out. The signature in packaging.py gives names and types."""
 
     def load_context(self, context) -> None:
-        """Read the weights, and the environment. Raises InputError where that says what cannot be."""
+        """Read the weights and the environment. Raises InputError where a variable has a value that is not valid."""
         self.detector = Detector.from_pretrained(context.artifacts["detector"])
         self.max_pixels = context.model_config["max_pixels"]
         self.max_rows, self.root = _max_rows(), _image_root()
         self.judge, self.waiting = ThreadPoolExecutor(1), deque()
 
     def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A row a photograph: `score` in [0, 1); `is_anomalous`, whether it is above `threshold`; `regions`, and on
-        request a `heatmap`, base64 of a PNG, at most HEATMAP_SIDE pixels a side.
+        """Return a row for each photograph: `score` in [0, 1); `is_anomalous`, whether it is above `threshold`;
+        `regions`, where the map exceeds it, in the photograph's own pixels; and on request a `heatmap`, base64 of a PNG
+        of at most 1024 pixels a side.
 
-        A row has either `image`, a photograph's file as base64 or, from Python or Parquet, as bytes; or `path`, below
-        the server's IMAGE_ROOT and relative to it. A model that judges by captions wants `caption`, or `class_name`
-        where a class has one. Params: `threshold`, 0.5 by default, where the false alarms are guaranteed; regions are
-        where the map exceeds it, in the photograph's own pixels; `heatmap`, false by default. Raises MlflowException,
-        which its server answers by status 400, with a sentence that names the row.
+        A row has either `image`, a photograph's file as base64 or, from Python or Parquet, as bytes; or `path`,
+        relative to the server's IMAGE_ROOT. A model that judges by captions also needs `caption`, or `class_name` where
+        a class has one. params: `threshold`, by default 0.5, for which the false alarm rate is guaranteed; `heatmap`,
+        by default false. Raises MlflowException with a sentence that names the row; the server answers with status 400.
         """
         try:
             return self._judge(model_input, params or {})
@@ -78,28 +63,33 @@ class Inspector(mlflow.pyfunc.PythonModel):
         asked = DEFAULTS | {name: value for name, value in params.items() if value is not None}
         threshold, draw = asked["threshold"], asked["heatmap"]
         if not 0 <= threshold <= 1:
-            raise InputError(f"`threshold` is {threshold}: scores lie between 0 and 1, and so must it")
+            raise InputError(f"`threshold` is {threshold}: give a number from 0 to 1")
         columns = [frame[name].tolist() if name in frame else [None] * len(frame) for name in ("image", "path")]
         if not frame.columns.intersection(["image", "path"]).size:
             raise InputError("no row has a photograph: give each an `image`, base64 of a file, or a `path`")
         if len(frame) > self.max_rows:
             raise InputError(
-                f"{len(frame)} rows in one request, at most {self.max_rows} are taken: send several requests, or start "
-                f"the server with a larger {MAX_ROWS}"
+                f"{len(frame)} rows in one request, at most {self.max_rows} are allowed: send several requests, or "
+                f"start the server with a larger {MAX_ROWS}"
             )
         captions = self._captions(frame)
         rows = []
         for batch in batches(zip(range(len(frame)), *columns, strict=True), BATCH):
             photographs = [self._read(number, image, path, draw) for number, image, path in batch]
             texts = captions and captions[len(rows) : len(rows) + len(batch)]
-            found = self._detect([p.judged for p in photographs], texts)
-            rows += [_row(p, detection.at(threshold)) for p, detection in zip(photographs, found, strict=True)]
+            found = self._detect([photograph.judged for photograph in photographs], texts)
+            for photograph, detection in zip(photographs, found, strict=True):
+                rows.append(photograph.verdict(detection.at(threshold)))
+                if draw:
+                    buffer = io.BytesIO()
+                    photograph.heatmap(detection).save(buffer, "PNG")
+                    rows[-1]["heatmap"] = base64.b64encode(buffer.getvalue()).decode()
         names = ["score", "is_anomalous", "regions"]
         return pd.DataFrame(rows, columns=[*names, "heatmap"] if draw else names)
 
-    def _detect(self, images: list[Image.Image], captions: list[str] | None) -> list[Detection]:
-        """Judge at most BATCH images. MLflow's server asks from many threads: one thread judges, and what waited
-        meanwhile it judges together, which takes less time. Of many, each would bring threads of its own to the cores.
+    def _detect(self, images: list[np.ndarray], captions: list[str] | None) -> list[Detection]:
+        """Judge at most BATCH images. MLflow's server calls from many threads, but one thread judges: it takes together
+        what waits, which is faster, and several threads with torch's own threads would compete for the cores.
         """
         mine: Future[list[Detection]] = Future()
         self.waiting.append((images, captions, mine))
@@ -111,7 +101,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
         while self.waiting and size + len(self.waiting[0][0]) <= BATCH:
             taken.append(self.waiting.popleft())
             size += len(taken[-1][0])
-        if not taken:  # an earlier call took it along
+        if not taken:  # an earlier call judged it too
             return
         try:
             texts = [text for _, captions, _ in taken for text in captions or ()] or None
@@ -133,7 +123,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
                 raise InputError(f"row {number}: `{column}` must be text, not {text!r}")
         return texts if kind == "image" else self.detector.captions_of(texts)
 
-    def _read(self, number: int, image: Any, path: Any, draw: bool) -> Photograph:
+    def _read(self, number: int, image: Any, path: Any, draw: bool) -> Decoded:
         if _is_missing(image) == _is_missing(path):
             raise InputError(f"row {number} needs either an `image` or a `path`")
         if _is_missing(path):
@@ -143,45 +133,25 @@ class Inspector(mlflow.pyfunc.PythonModel):
             name = f"row {number}: `path`"
             stream = self._open(name, path)
         with stream:
-            picture = to_rgb(decode(stream, self.max_pixels, name, FORMATS))
-        width, height = picture.size
-        side = self.detector.pipeline.config.image_size
-        judged = picture.resize((side, side), Image.Resampling.BILINEAR)
-        if draw:
-            picture.thumbnail((HEATMAP_SIDE, HEATMAP_SIDE), Image.Resampling.LANCZOS)
-        return Photograph(judged, width, height, picture if draw else None)
+            photograph = read_image(stream, self.max_pixels, name)
+        return Decoded.of(photograph, self.detector.pipeline.config.image_size, draw)
 
     def _open(self, name: str, path: Any) -> BinaryIO:
-        """A file below the root. The client is not told where the root is, nor what lies outside."""
+        """Open a file below the root. Errors tell the client neither where the root is nor what lies outside."""
         if self.root is None:
-            raise InputError(f"{name}: this server reads no files, its {IMAGE_ROOT} is not set: send an `image`")
+            raise InputError(f"{name}: this server does not read files, its {IMAGE_ROOT} is not set: send an `image`")
         if not isinstance(path, str):
             raise InputError(f"{name} must be text, not {type(path).__name__}")
         try:
             file = resolve(self.root, path)
-            # A pipe would be waited for.
+            # Opening a pipe would wait for its writer.
             if file.is_file():
                 return file.open("rb")
         except InputError:
-            raise InputError(f"{name} {path!r} leaves the folder that is served: give it relative to that") from None
-        except (OSError, RuntimeError):  # a name too long, no right to read it; links in a circle
+            raise InputError(f"{name} {path!r} leaves the folder that is served: give a path inside it") from None
+        except (OSError, RuntimeError):  # a name that is too long, no permission; links in a circle
             pass
-        raise InputError(f"{name} {path!r} is no file that can be read in the folder that is served")
-
-
-def _row(photograph: Photograph, detection: Detection) -> dict[str, Any]:
-    regions = detection.scaled_regions(photograph.width, photograph.height)
-    row = {
-        "score": detection.score,
-        "is_anomalous": detection.is_anomalous,
-        "regions": [asdict(region) for region in regions],
-    }
-    if photograph.shown is not None:
-        buffer = io.BytesIO()
-        picture = heatmap(np.asarray(photograph.shown), detection.anomaly_map, vmax=1.0)
-        Image.fromarray(picture).save(buffer, "PNG")
-        row["heatmap"] = base64.b64encode(buffer.getvalue()).decode()
-    return row
+        raise InputError(f"{name} {path!r} is not a file that can be read in the folder that is served")
 
 
 def _is_missing(value: Any) -> bool:
@@ -207,7 +177,7 @@ def _bytes(name: str, value: Any) -> bytes:
 def _max_rows() -> int:
     said = os.environ.get(MAX_ROWS, str(ROWS))
     if not said.isdecimal() or int(said) < 1:
-        raise InputError(f"{MAX_ROWS} is {said!r}: give a number of rows, from 1 on")
+        raise InputError(f"{MAX_ROWS} is {said!r}: give a whole number of rows, at least 1")
     return int(said)
 
 
@@ -216,7 +186,7 @@ def _image_root() -> Path | None:
     if not root:
         return None
     if not Path(root).is_dir():
-        raise InputError(f"{IMAGE_ROOT} is {root!r}, which is no folder: name the one below which photographs lie")
+        raise InputError(f"{IMAGE_ROOT} is {root!r}, which is not a folder: give the folder of the photographs")
     return Path(root).resolve()
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -20,6 +19,7 @@ from torch import nn
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import process_group, resolve_precision
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Training
 from vlmdiff.training import checkpoint
 
@@ -241,17 +241,11 @@ def fit(problem: Problem, params: Training, state: Path) -> History:
     Raises InputError if the batch cannot be shared evenly, the precision needs other hardware, the loss is not finite,
     or another training has the folder.
     """
-    loop = Loop(problem, params)
-    state.mkdir(parents=True, exist_ok=True)
-    main = loop.here.is_main_process
-    try:
-        with filelock.FileLock(state / "lock", timeout=0) if main else contextlib.nullcontext():
-            loop.restore(state / "checkpoint")
-            _run(loop, state / "checkpoint")
-    except filelock.Timeout:
-        raise InputError(
-            f"{problem.name}: another process trains with the same inputs ({state}). Wait for it or end it."
-        ) from None
+    loop, main = Loop(problem, params), process_group().is_main_process
+    # `state` belongs to these inputs: another process that holds it runs the same training.
+    with hold(state / "lock", f"{problem.name}'s training state {state}") if main else contextlib.nullcontext():
+        loop.restore(state / "checkpoint")
+        _run(loop, state / "checkpoint")
     return loop.history
 
 

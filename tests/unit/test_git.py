@@ -1,11 +1,11 @@
-"""A workspace committed on a branch of its own, while nothing of what a person has checked out moves."""
+"""Commits on a branch of their own leave what a person has checked out; and git's failures are errors."""
 
 import subprocess
 
 import pytest
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.registry.lineage import code_revision, commit_workspace
+from vlmdiff.core.git import code_revision, commit_workspace, list_files
 
 
 def git(*arguments: str) -> str:
@@ -82,7 +82,7 @@ def test_a_clean_workspace_is_its_own_commit(here):
 @pytest.mark.parametrize(
     "branch, words", [("main", "is checked out in"), ("no..name", "check-ref-format"), ("@{-1}", "check-ref-format")]
 )
-def test_a_branch_that_is_in_use_or_none_is_refused(here, branch, words):
+def test_a_branch_that_is_in_use_or_has_no_valid_name_is_refused(here, branch, words):
     before = state()
     with pytest.raises(InputError, match=words):
         commit_workspace(branch, "never")
@@ -93,4 +93,28 @@ def test_outside_of_git_it_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="not a git repository"):
         commit_workspace("retrained", "never")
+    with pytest.raises(InputError, match="not a git repository"):
+        list_files("*.dvc")
     assert code_revision() == {}
+
+
+def test_before_the_first_commit_there_is_no_revision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
+    assert code_revision() == {}
+
+
+def test_a_repository_that_git_cannot_read_is_an_error_and_not_an_empty_answer(here):
+    (here / ".git/HEAD").write_text("broken")
+    for ask in (code_revision, lambda: list_files("*.dvc")):
+        with pytest.raises(InputError, match=r"`git .*` failed: fatal: "):
+            ask()
+
+
+def test_files_are_listed_by_their_names_whatever_is_in_them(here):
+    (here / "größe 1.dvc").write_text("outs\n")
+    (here / "params.yaml").unlink()
+    assert list_files("*.dvc") == []
+    assert set(list_files("*.dvc", untracked=True)) == {"größe 1.dvc", "photos.dvc"}
+    made = commit_workspace("retrained", "once")
+    assert "größe 1.dvc" in git("ls-tree", "-r", "-z", "--name-only", made["git.revision"]).split("\0")

@@ -1,0 +1,199 @@
+"""The one place that runs `dvc`, always in a child process; and what its files record, read without it."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from vlmdiff.core import git
+from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.processes import run_child
+
+DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+GRAPH = Path("dvc.yaml")
+Log = Callable[[str], None]
+Outcome = Literal["ran", "restored from the run cache", "up to date"]
+
+
+class StageFailed(Exception):
+    """A stage failed. The message ends with the last lines that it printed."""
+
+
+class StageDisturbed(StageFailed):
+    """A signal ended the stage, or another DVC process holds its files. Another attempt can succeed."""
+
+
+class DvcFailed(InputError):
+    """A `dvc` command failed. The message ends with what it printed."""
+
+
+def stage_names() -> list[str]:
+    """Return the stages of dvc.yaml, in the order of the file."""
+    return list(yaml.safe_load(GRAPH.read_text())["stages"])
+
+
+def run_stage(name: str, log: Log, force: bool = False, pull: bool = False) -> Outcome:
+    """Bring one stage up to date by `dvc repro --single-item`, and return what DVC did.
+
+    If an exception ends this function early (Ctrl-C, a cancelled run, SIGTERM), the stage ends too.
+
+    Args:
+        name: A stage of dvc.yaml.
+        log: Gets each line that DVC and the stage print.
+        force: Run the stage even if it is up to date.
+        pull: Fetch missing files, and results of other workspaces, from the default remote.
+
+    Raises StageFailed.
+    """
+    options = [option for option, wanted in (("--force", force), ("--pull", pull)) if wanted]
+    running = f"Running stage '{name}':"
+    outcome: Outcome = "up to date"
+
+    def note(line: str) -> None:
+        nonlocal outcome
+        log(line)
+        if line == running:
+            outcome = "ran"
+        elif line.startswith(f"Stage '{name}' is cached"):
+            outcome = "restored from the run cache"
+
+    status, printed = run_child([*DVC, "repro", "--single-item", name, *options], note)
+    if status:
+        printed = printed.rpartition(f"{running}\n")[2]
+        failure = StageDisturbed if _disturbed(status, printed) else StageFailed
+        raise failure(f"stage {name!r} failed:\n{printed}")
+    return outcome
+
+
+def _disturbed(status: int, printed: str) -> bool:
+    """Return whether a signal ended DVC or the stage's command, or DVC found the stage's files in use."""
+    stage_status = re.search(r"failed to run: .*, exited with (-?\d+)", printed)
+    by_signal = stage_status is not None and not 0 <= int(stage_status[1]) <= 128
+    return status < 0 or by_signal or "is busy, it is being blocked by" in printed
+
+
+def default_remote() -> str | None:
+    """Return the name of DVC's default remote, None if the workspace has none. Raises DvcFailed."""
+    return _ask("config", "core.remote").strip() or None
+
+
+def take_in(log: Log, remote: str | None) -> None:
+    """Bring the DVC-tracked data of params.yaml and its .dvc files in step.
+
+    Data that is missing is pulled from the remote, if there is one. Data that has changed or grown is added.
+
+    Raises InputError if files are gone that a .dvc file lists: only a person knows whether that is right. Raises
+    DvcFailed.
+    """
+    files = _data_files()
+    absent = [file for file in files if not file.with_suffix("").exists()]
+    if absent and remote:
+        _move("pull", *map(str, absent), log=log)
+    # The content of an import is its source's to say.
+    own = [str(file) for file in files if file not in absent and "deps" not in yaml.safe_load(file.read_text())]
+    changed = json.loads(_ask("status", "--json", *own)) if own else {}
+    if not changed:
+        return
+    status = json.loads(_ask("data", "status", "--granular", "--json"))
+    for file in changed:
+        folder = file.removesuffix(".dvc")
+        gone = [path for path in status.get("uncommitted", {}).get("deleted", []) if path.startswith(f"{folder}/")]
+        if gone:
+            raise InputError(
+                f"{len(gone)} files that {file} lists are not in {folder}, such as {gone[0]}: "
+                f"run `dvc checkout {file}` to restore them, or `dvc add {folder}` to accept that they are gone"
+            )
+        log(f"{folder} has changed: dvc add")
+        add(folder, log)
+
+
+def add(path: str, log: Log) -> None:
+    """Put a file or a folder under DVC, or record its new content. Raises DvcFailed."""
+    _move("add", "--quiet", path, log=log)
+
+
+def push(log: Log) -> None:
+    """Push data, outputs of the stages and the run cache to the default remote. Raises DvcFailed.
+
+    The run cache gives another workspace the results of these stages without running them.
+    """
+    _move("push", "--run-cache", *stage_names(), *map(str, _data_files()), log=log)
+
+
+def _data_files() -> list[Path]:
+    """Return the .dvc files of the datasets and models that params.yaml names, of parts and of folders around them."""
+    files = [Path(name) for name in git.list_files("*.dvc", untracked=True)]
+    named = [Path(text) for text in _texts(yaml.safe_load(w.PARAMS.read_text())) if text]
+
+    def is_named(path: Path) -> bool:
+        return any(path.is_relative_to(each) or each.is_relative_to(path) for each in named)
+
+    return [file for file in files if file.is_file() and is_named(file.with_suffix(""))]
+
+
+def _texts(value: object) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict() | list():
+            for each in value.values() if isinstance(value, dict) else value:
+                yield from _texts(each)
+
+
+def _ask(*arguments: str) -> str:
+    """Return what a `dvc` command that changes nothing prints on standard output."""
+    done = subprocess.run([*DVC, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise DvcFailed(f"`dvc {' '.join(arguments)}` failed:\n{done.stderr.strip()}")
+    return done.stdout
+
+
+def _move(*arguments: str, log: Log) -> None:
+    """Run a `dvc` command that moves data."""
+    status, printed = run_child([*DVC, *arguments], log)
+    if status:
+        raise DvcFailed(f"`dvc {arguments[0]}` failed:\n{printed}")
+
+
+def read_lock() -> dict[str, str]:
+    """Return the hash of each path that the stages read and wrote, code apart, as dvc.lock records it.
+
+    Raises InputError if there is no dvc.lock.
+    """
+    if not w.DVC_LOCK.is_file():
+        raise InputError(f"{w.DVC_LOCK} does not exist: run `dvc repro` first")
+    stages = yaml.safe_load(w.DVC_LOCK.read_text())["stages"]
+    entries = [entry for stage in stages.values() for kind in ("deps", "outs") for entry in stage.get(kind, ())]
+    return {entry["path"]: entry["md5"] for entry in entries if not entry["path"].startswith("vlmdiff/")}
+
+
+def check_output(path: Path, recorded: dict[str, str]) -> str:
+    """Return the recorded hash of a stage's output. Raises InputError if it has none, or the output has another."""
+    if path.as_posix() not in recorded or not path.exists():
+        raise InputError(f"{path} is not an output that the stages of dvc.yaml have made: run `dvc repro` first")
+    if dvc_hash(path) != recorded[path.as_posix()]:
+        raise InputError(
+            f"{path} differs from what dvc.lock records: run `dvc repro`, or `dvc checkout` to restore what it was"
+        )
+    return recorded[path.as_posix()]
+
+
+def dvc_hash(path: Path) -> str:
+    """Return the hash that DVC gives a file, or a folder: the MD5 of the JSON list of its files' hashes and paths."""
+    if path.is_file():
+        return _md5(path)
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    listing = [{"md5": _md5(files[relative]), "relpath": relative} for relative in sorted(files)]
+    return hashlib.md5(json.dumps(listing).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _md5(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

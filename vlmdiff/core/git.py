@@ -1,0 +1,88 @@
+"""The one place that runs `git`: the code's revision, the files it tracks, and commits on a branch of their own."""
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
+
+# The author of commits that no person makes.
+COMMITTER = {"NAME": "vlmdiff", "EMAIL": "vlmdiff@localhost"}
+
+
+def code_revision() -> dict[str, str]:
+    """Return the commit of the workspace and the tracked files that differ from it, as tags.
+
+    Empty outside of a git repository, or before its first commit. Raises InputError if git fails.
+    """
+    here = Path.cwd()
+    if not any((folder / ".git").exists() for folder in (here, *here.parents)):
+        return {}
+    status = _git("status", "--porcelain=v2", "--branch", "--untracked-files=no")
+    revision = status.splitlines()[0].removeprefix("# branch.oid ")
+    if revision == "(initial)":
+        return {}
+    changed = _paths("diff", "--name-only", "-z", "HEAD")
+    return {"git.revision": revision, "git.changed": ", ".join(changed) or "nothing"}
+
+
+def list_files(pattern: str, untracked: bool = False) -> list[str]:
+    """Return the tracked files of a path or a pattern such as `*.dvc`, relative to the workspace.
+
+    untracked: Also files that git neither tracks nor ignores. Raises InputError if git fails.
+    """
+    options = ("--others", "--exclude-standard") if untracked else ()
+    return _paths("ls-files", "-z", "--cached", *options, "--", pattern)
+
+
+def commit_workspace(branch: str, message: str) -> dict[str, str]:
+    """Commit the workspace on a branch of its own: tracked files as they are here, dvc.lock and .dvc files.
+
+    What is checked out, the index and the files stay as they are. The branch is created if it does not exist. Else it
+    gets one more commit, which merges HEAD if HEAD has commits that the branch has not. A workspace that the branch
+    has already adds no commit. Returns what `code_revision` returns, and the branch.
+
+    Raises InputError if git fails, or the branch is checked out.
+    """
+    ref = f"refs/heads/{_git('check-ref-format', '--branch', branch)}"
+    if where := _git("for-each-ref", "--format=%(worktreepath)", ref):
+        raise InputError(f"branch {branch} is checked out in {where}: choose another branch")
+    head = _git("rev-parse", "HEAD")
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
+        _git("read-tree", head, **index)
+        _git("add", "--update", ":/", **index)
+        new = _paths("ls-files", "-z", "--others", "--exclude-standard", "--", str(w.DVC_LOCK), "*.dvc", **index)
+        if new:
+            _git("add", "--", *new, **index)
+        tree = _git("write-tree", **index)
+    tip = _git("for-each-ref", "--format=%(objectname)", ref)
+    shared = _git("merge-base", tip, head) if tip else None
+    # The one that contains the other's commits. None if each has commits of its own.
+    newest = head if shared == (tip or None) else tip if shared == head else None
+    if newest is None or _git("rev-parse", f"{newest}^{{tree}}") != tree:
+        parents = [option for parent in ([newest] if newest else [tip, head]) for option in ("-p", parent)]
+        who = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in COMMITTER.items()}
+        newest = _git("commit-tree", tree, *parents, "-m", message, **who)
+    # Fails if another process has moved the branch.
+    _git("update-ref", ref, newest, tip or "0" * len(head))
+    return {"git.revision": newest, "git.branch": branch, "git.changed": "nothing"}
+
+
+def _paths(*arguments: str, **environment: str) -> list[str]:
+    """Return the paths that a git command prints with -z: others are quoted where they are not ASCII."""
+    return [path for path in _git(*arguments, **environment).split("\0") if path]
+
+
+def _git(*arguments: str, **environment: str) -> str:
+    """Return what a git command prints. Raises InputError with its error message if it fails."""
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", **environment}
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        raise InputError("git is not installed: install it, then try again") from None
+    if done.returncode:
+        raise InputError(f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    return done.stdout.strip()

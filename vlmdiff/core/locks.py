@@ -1,0 +1,70 @@
+"""Locks between processes: one holds a file, the others learn who it is."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from vlmdiff.core.console import say
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import write_json
+
+# Seconds of silent waiting.
+PATIENCE = 3.0
+# Characters of a command line that a message quotes.
+QUOTED = 100
+
+
+@contextlib.contextmanager
+def hold(file: Path, what: str, limit: float = 0.0, by: str | None = None) -> Iterator[None]:
+    """Hold a lock file, as the only process that does.
+
+    The system releases the lock when the process ends, however it ends. A JSON file beside the lock file, whose name
+    begins with a dot, says who holds it.
+
+    Args:
+        file: The lock file. It is created where there is none, with its folder.
+        what: What the lock protects, as messages name it: "the folder out".
+        limit: Seconds to wait at most. 0: do not wait.
+        by: Who holds it, as messages to others name this process. None: its command line.
+
+    Raises InputError that names the holder if another process still holds the lock after `limit` seconds.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    holder = file.with_name(f".{file.name.lstrip('.')}.json")
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=min(limit, PATIENCE))
+    except Timeout:
+        if limit > PATIENCE:
+            say(f"waiting: {_who(holder)} holds {what}")
+        try:
+            lock.acquire(timeout=max(0.0, limit - PATIENCE))
+        except Timeout:
+            waited = f" (waited {limit:g} s)" if limit else ""
+            raise InputError(f"{_who(holder)} holds {what}{waited}: wait for it or end it, then try again") from None
+    try:
+        by = by or f"`{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:QUOTED]}`"
+        name = {"by": by, "pid": os.getpid(), "what": what, "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        # A full disk hides the holder's name. It does not stop work that only reads.
+        with contextlib.suppress(OSError):
+            write_json(holder, name)
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _who(holder: Path) -> str:
+    # A holder writes its name right after it has the lock.
+    try:
+        said = json.loads(holder.read_text())
+    except FileNotFoundError:
+        return "another process"
+    return f"{said['by']} (process {said['pid']}, since {said['since']})"
