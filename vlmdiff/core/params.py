@@ -548,6 +548,10 @@ class Params(Section):
         return self
 
 
+# The experiment of the repository's params.yaml: the defaults, but in fp32. Its networks are too small for bf16.
+DEMO = Params(first_stage=FirstStage(precision="fp32"), train=Train(precision="fp32"))
+
+
 def load(path: Path | str = "params.yaml") -> Params:
     """Read and validate a params file.
 
