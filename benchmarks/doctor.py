@@ -63,6 +63,9 @@ def add_rows(table: Table, name: str, workspace: Path, real: dict[str, tuple[flo
     }
     for stage in ("first_stage", "encode", "train"):
         took, peak = real[stage]
+        if stage not in seconds:
+            table.add_row(name, stage, f"not within {LIMIT:.0f} s", f"{took:.0f}", "", "", f"{peak / MIB:.0f}", "")
+            continue
         memory = []
         if stage in costs:
             predicted = costs[stage].memory + mapped[stage]

@@ -170,7 +170,7 @@ def test_models_that_are_here_are_counted_and_their_memory_and_disk_are_known(he
     assert all(found[name].ok and "million parameters" in found[name].found for name in models)
     assert found["detection.features.0"].ok and found["tokenizer"].ok and found["noise schedule"].ok
     assert all(found[f"memory, {stage}"].ok for stage in ("first_stage", "train", "evaluate")) and found["disk"].ok
-    assert all(found[f"time, {stage}"].ok for stage in ("first_stage", "train", "encode", "together"))
+    assert all(found[f"time, {stage}"].ok for stage in ("first_stage", "train", "encode", "total"))
 
 
 def test_a_backbone_whose_features_are_the_latents_is_found_and_what_it_takes_is_known(here, backbone):

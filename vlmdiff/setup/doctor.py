@@ -420,7 +420,7 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
         count = _encoded_images(params, frame)
         rows.append(Requirement("time, encode", _duration(seconds["encode"]), f"{count} images", True))
     if len(seconds) > 1:
-        rows.append(Requirement("time, together", _duration(total + seconds.get("encode", 0.0)), "all of these", True))
+        rows.append(Requirement("time, total", _duration(total + seconds.get("encode", 0.0)), "these stages", True))
     return rows
 
 

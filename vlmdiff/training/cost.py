@@ -43,13 +43,13 @@ HELD_OUT = 16
 
 @dataclass
 class Cost:
-    """What a training's first steps have shown. A part that they have not reached is None.
+    """What a training's first steps show. None: the measurement did not get so far.
 
-    start: seconds from the start of the process to the first step; steps: seconds of each, the first ones warm up;
-    validation and encode: seconds per image; checkpoint and text: seconds of one, and of the text encoder's training.
-    memory: the most bytes so far. latents: (C, h, w); tokens: (L, D) of a window of text; weights: those of each
-    network; trained: those that are trained. unfinished: seconds that the step took that the limit cut off. failure:
-    why there are no more steps.
+    Seconds: start, from the start of the process to the first step; steps, of each step (the first ones warm up);
+    validation and encode, per image; checkpoint; text, of the text encoder's training; unfinished, of what ran when the
+    limit was reached. memory: peak, in bytes. Shapes: latents (C, h, w); tokens (L, D), of a window of text. weights:
+    number by network; trained: number that is trained. failure: why the measurement ended early; too_large: because of
+    the memory.
     """
 
     start: float | None = None
@@ -141,7 +141,7 @@ def _listen(connection: Connection, child, began: float, limit: float) -> Cost:
 
 def _child(connection: Connection, owner: int, stage: str, params: Params, folder: Path) -> None:
     lifeline.end_with(owner)
-    # What training says is of no use here.
+    # The output of a training would look as if it were the real one.
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             _run(lambda name, value: connection.send((name, value)), stage, params, folder)
@@ -169,6 +169,7 @@ def _run(send, stage: str, params: Params, folder: Path) -> None:
     count, began = 0, time.monotonic()
     while time.monotonic() < began + (SECONDS if count >= STEPS else AT_MOST) or count < 2:
         send("step", step())
+        send("memory", _peak(device))
         count += 1
     loop.validate()
     step()
