@@ -51,16 +51,19 @@ def init(
 
 
 @app.command(rich_help_panel=BEFORE)
-def doctor(params: Annotated[Path, typer.Argument(help="Parameters, such as a preset.")] = w.PARAMS) -> None:
+def doctor(
+    params: Annotated[Path, typer.Argument(help="Parameters, such as a preset.")] = w.PARAMS,
+    measure: Annotated[bool, typer.Option(help="Run a few steps of each training, for about a minute.")] = True,
+) -> None:
     """Check dataset, models, memory, disk and time for a run. Exits with status 1 if something is missing."""
     from rich.console import Console
 
     from vlmdiff.core.params import load
     from vlmdiff.setup.doctor import examine, report
 
-    checks = examine(load(params))
-    Console().print(report(checks))
-    if any(check.ok is False for check in checks):
+    rows = examine(load(params), measure)
+    Console().print(report(rows))
+    if any(row.ok is False for row in rows):
         raise typer.Exit(1)
 
 

@@ -58,12 +58,12 @@ def first_stage(
     params: p.FirstStage, data: p.Prepare, manifest_file: Path, state: Path, out: Path, report: Path
 ) -> None:
     """Fit the latent space to the normal training images: a model folder `out`, loss curves in `report`."""
-    from vlmdiff.core.device import processes
+    from vlmdiff.core.device import process_group
     from vlmdiff.data import manifest
     from vlmdiff.model.normalization import Normalization
     from vlmdiff.training.first_stage import train_first_stage
 
-    here = processes()
+    here = process_group()
     folder = training_state(state, params, manifest_file)
     files = {split: folder / f"{split}.npy" for split in ("train", "validation")}
     if here.is_main_process:
@@ -108,13 +108,13 @@ def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Pat
     """Train the denoiser on what `encode` wrote; the whole pipeline into `out`."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from vlmdiff.core.device import processes
+    from vlmdiff.core.device import process_group
     from vlmdiff.model.first_stage import load_first_stage
     from vlmdiff.model.normalization import Normalization
     from vlmdiff.training.diffusion import build, train_denoiser
     from vlmdiff.training.encoded import Encoded
 
-    here = processes()
+    here = process_group()
     folder = training_state(state, params, data, latent_space)
     pipeline = build(
         load_first_stage(latent_space),
@@ -227,14 +227,17 @@ def write_history(report: Path, history: list[dict[str, float]]) -> None:
         write_json(temporary / "loss.json", history)
 
 
-def training_state(root: Path, params: p.Section, *inputs: Path) -> Path:
+def training_state(root: Path, params: p.Training, *inputs: Path) -> Path:
     """The folder for the state of the training that these parameters, inputs and this code define."""
     from accelerate.utils import broadcast_object_list
 
-    from vlmdiff.core.device import processes
+    from vlmdiff.core.device import process_group, resolve_precision
 
+    here = process_group()
+    # A training that resumes on another machine must not change its precision.
+    params = params.model_copy(update={"precision": resolve_precision(params.precision, here.device)})
     # What the main process has found serves the others: the inputs are a whole dataset.
-    found = [_digest(params, *inputs) if processes().is_main_process else None]
+    found = [_digest(params, *inputs) if here.is_main_process else None]
     folder = root / f"{type(params).__name__.lower()}-{broadcast_object_list(found)[0][:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

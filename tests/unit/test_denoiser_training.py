@@ -35,6 +35,7 @@ def settings(checkpoint, **changes) -> Train:
             "prediction": "epsilon",
             "hint_channels": (8, 16, 16),
             "steps": 4,
+            "precision": "fp32",
             "batch_size": 8,
             "learning_rate": 1e-3,
             "warmup_steps": 0,
@@ -82,7 +83,7 @@ def test_levels_that_the_checkpoints_schedule_has_not_are_refused(checkpoint, tm
     shutil.copytree(checkpoint, tmp_path / "short")
     file = tmp_path / "short/scheduler/scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": 500}))
-    with pytest.raises(InputError, match=r"0 to 499: set train\.noise_levels"):
+    with pytest.raises(InputError, match=r"0 to 499\. Set train\.noise_levels"):
         start(tmp_path / "short", settings(tmp_path / "short", noise_levels=(450, 550)))
 
 
@@ -243,7 +244,7 @@ def test_float16_without_a_gpu_is_refused(checkpoint, tmp_path):
 
 
 def test_another_prediction_than_the_checkpoints_is_refused(checkpoint):
-    with pytest.raises(InputError, match=r"predict epsilon: set train\.prediction"):
+    with pytest.raises(InputError, match=r"predict epsilon\. Set train\.prediction to epsilon"):
         start(checkpoint, settings(checkpoint, prediction="v_prediction"))
 
 
@@ -251,7 +252,7 @@ def test_a_first_stage_of_another_shape_is_refused(checkpoint):
     vae = AutoencoderKL(latent_channels=3, block_out_channels=(8, 8, 8), norm_num_groups=8)
     text_encoder = CLIPTextModel.from_pretrained(checkpoint / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
-    with pytest.raises(InputError, match="latents of 4 channels, and gets 3"):
+    with pytest.raises(InputError, match="latents of 4 channels, but gets 3"):
         build(vae, text_encoder, tokenizer, settings(checkpoint))
     with pytest.raises(InputError, match=r"train\.hint_channels has 2 entries.* 4 times smaller"):
         build(vae, text_encoder, tokenizer, settings(checkpoint, hint_channels=(8, 16)))

@@ -1,27 +1,29 @@
-"""`vlmdiff doctor`: what is there and what is missing, in words and in the exit status, and nothing written."""
+"""`vlmdiff doctor`: what is there, what is missing, what the trainings cost; the workspace stays as it is."""
 
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import numpy as np
+import psutil
 import pytest
 import yaml
 from PIL import Image
-from torch._subclasses import FakeTensorMode
 from typer.testing import CliRunner
 
 from tests.conftest import TINY
-from tests.tiny import SIZE, tiny_pipeline
+from tests.processes import is_gone, wait_for
+from tests.tiny import SIZE
 from vlmdiff.cli import app
 from vlmdiff.core.params import Params, Prepare, Train
 from vlmdiff.data import manifest
-from vlmdiff.setup.doctor import Check, examine
-from vlmdiff.training import cost
-from vlmdiff.training.diffusion import choose_trainable
+from vlmdiff.setup.doctor import Requirement, examine
+from vlmdiff.training.cost import GIB, Cost, measure
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -31,8 +33,12 @@ def made(**sections) -> dict:
     return {**TINY, **{name: {**TINY.get(name, {}), **values} for name, values in sections.items()}}
 
 
-def checks(**sections) -> dict[str, Check]:
-    return {check.name: check for check in examine(Params.model_validate(made(**sections)))}
+def named(values: dict, measuring: bool = False) -> dict[str, Requirement]:
+    return {row.name: row for row in examine(Params.model_validate(values), measuring)}
+
+
+def checks(measuring: bool = False, **sections) -> dict[str, Requirement]:
+    return named(made(**sections), measuring)
 
 
 @pytest.fixture
@@ -55,22 +61,23 @@ def photographs(root: Path, **counts: int) -> Path:
     return root
 
 
-def run(here: Path, values: dict):
-    """The command on a params file beside `here`."""
+def run(here: Path, values: dict, *options: str):
+    """The command on a params file beside `here`, without the measurements unless it is given other options."""
     file = here.parent / "params.yaml"
     file.write_text(yaml.safe_dump(values))
-    return CliRunner().invoke(app, ["doctor", str(file)])
+    return CliRunner().invoke(app, ["doctor", str(file), *(options or ["--no-measure"])])
 
 
 # The command
 
 
 def test_an_experiment_that_has_everything_ends_with_status_zero_and_writes_nothing(here):
-    result = run(here, TINY)
+    result = run(here, TINY, "--measure")
 
     assert result.exit_code == 0, result.output
-    assert "6 classes: " in result.output and "nothing that is needed is missing" in result.output
+    assert "6 classes: " in result.output and "everything needed is here" in result.output
     assert "no such folder" not in result.output
+    assert len(re.findall("s a step", result.output)) == 2 and "not measured" not in result.output
     assert not list(here.iterdir())
 
 
@@ -157,26 +164,27 @@ def pretrained(checkpoint: Path, perceptual: Path, **train) -> dict:
 
 
 def test_models_that_are_here_are_counted_and_their_memory_and_disk_are_known(here, checkpoint, backbone):
-    found = {check.name: check for check in examine(Params.model_validate(pretrained(checkpoint, backbone)))}
+    found = named(pretrained(checkpoint, backbone), measuring=True)
 
     models = ("first_stage.pretrained", "first_stage.perceptual", "encode.text_encoder", "train.pretrained")
     assert all(found[name].ok and "million parameters" in found[name].found for name in models)
     assert found["detection.features.0"].ok and found["tokenizer"].ok and found["noise schedule"].ok
     assert all(found[f"memory, {stage}"].ok for stage in ("first_stage", "train", "evaluate")) and found["disk"].ok
-    assert found["time, train"].ok is None and "unknown until measured" in found["time, train"].found
+    assert all(found[f"time, {stage}"].ok for stage in ("first_stage", "train", "encode", "total"))
 
 
 def test_a_backbone_whose_features_are_the_latents_is_found_and_what_it_takes_is_known(here, backbone):
     space = {"model": str(backbone), "image_size": SIZE, "layers": [1, 2], "grid": 16}
     sections = dict(first_stage={"kind": "backbone", "backbone": space}, evaluate={"detection": {"steps": 1}})
-    found = checks(**sections)
+    found = checks(measuring=True, **sections)
     assert found["first_stage.backbone"].ok and "million parameters" in found["first_stage.backbone"].found
     assert all(found[f"memory, {stage}"].ok for stage in ("first_stage", "train")) and found["disk"].ok
     assert found["time, train"].ok and found["time, first_stage"].ok
 
     space["model"] = "nowhere"
-    found = checks(**sections)
+    found = checks(measuring=True, **sections)
     assert found["first_stage.backbone"].ok is False and found["memory, train"].ok is None
+    assert "not measured" in found["memory, train"].needed and "not measured" in found["time, train"].found
 
 
 def test_a_model_that_is_missing_is_named_once_with_the_keys_that_want_it(here, backbone):
@@ -194,14 +202,14 @@ def test_a_download_that_was_cut_off_is_missing(here, checkpoint, backbone, tmp_
     shutil.copytree(checkpoint, broken)
     weights = broken / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    found = {check.name: check for check in examine(Params.model_validate(pretrained(broken, backbone)))}
-    assert found["train.pretrained"].ok is False and "is not whole" in found["train.pretrained"].advice
+    found = named(pretrained(broken, backbone))
+    assert found["train.pretrained"].ok is False and "is incomplete" in found["train.pretrained"].advice
 
 
 def test_networks_that_do_not_fit_are_said_before_anything_is_trained(here, checkpoint, backbone):
-    values = pretrained(checkpoint, backbone, prediction="v_prediction")
-    found = {check.name: check for check in examine(Params.model_validate(values))}
-    assert found["networks"].ok is False and "set train.prediction" in found["networks"].advice
+    found = named(pretrained(checkpoint, backbone, prediction="v_prediction"), measuring=True)
+    assert found["train, a step"].ok is False and "Set train.prediction to epsilon" in found["train, a step"].advice
+    assert found["memory, train"].ok is None and found["memory, first_stage"].ok
 
 
 def hub(**source) -> dict:
@@ -250,8 +258,8 @@ def test_captions_in_a_file_are_looked_for_in_the_dataset(here):
 def test_a_disk_that_is_too_small_is_missing(here, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**20, 2**20 - 1000, 1000))
-    result = run(here, TINY)
-    assert result.exit_code == 1 and re.search(r"disk: make room", result.output)
+    result = run(here, TINY, "--measure")
+    assert result.exit_code == 1 and "disk: free some space" in result.output
 
 
 def test_half_precision_needs_a_gpu(here, monkeypatch):
@@ -260,13 +268,55 @@ def test_half_precision_needs_a_gpu(here, monkeypatch):
     assert checks(train={"precision": "bf16"})["device"].ok
 
 
-def test_memory_is_counted_without_values_and_a_step_needs_a_gradient_for_each_weight_that_is_trained():
-    real, params = tiny_pipeline(), Train(sgn=True)
-    trained = sum(w.numel() for w in choose_trainable(real, params).parameters() if w.requires_grad)
-    with FakeTensorMode():
-        parts = {name: type(part).from_config(part.config) for name, part in (("unet", real.unet), ("sgn", real.sgn))}
-        networks = choose_trainable(SimpleNamespace(**parts), params)
-        step = cost.denoiser_step(networks, params, 2, latents=(4, 8, 8), text=(16, 16), size=SIZE)
-        needed = cost.count(networks, step, parts=1)
-    assert needed.trained == trained and needed.moments == 8 * trained
-    assert needed.step > 4 * trained
+# What the trainings cost
+
+
+def cost(limit: float = 120.0, stage: str = "train", **sections) -> Cost:
+    return measure(stage, Params.model_validate(made(**sections)), limit)
+
+
+def test_a_larger_batch_takes_more_seconds_and_more_memory(here):
+    small, large = cost(), cost(train={"batch_size": 128})
+    assert small.failure is None and large.failure is None
+    assert large.step > 4 * small.step
+    assert large.memory > small.memory + GIB / 40
+    assert small.trained == large.trained and small.weights == large.weights
+
+
+def test_the_seconds_of_a_training_are_those_of_its_steps_validations_and_checkpoints():
+    # The first two steps warm up.
+    found = Cost(start=4.0, steps=[10.0, 2.0, 1.0, 1.0], validation=0.5, checkpoint=3.0)
+    params = Train(steps=100, validate_every=50, checkpoint_every=40)
+    assert found.seconds(params, held_out=6) == 4 + 9 + 1 + 100 * 1 + 2 * 6 * 0.5 + 2 * 3
+    assert Cost(start=4.0, steps=[10.0]).seconds(params, held_out=6) is None
+
+
+def test_a_measurement_that_takes_too_long_is_ended_and_says_what_it_knows(here):
+    began = time.monotonic()
+    found = cost(limit=1.0)
+    assert time.monotonic() - began < 10
+    assert found.unfinished > 0 and found.step is None and found.failure is None
+
+
+def test_networks_that_the_memory_cannot_hold_are_refused_without_a_step(here, checkpoint, backbone, monkeypatch):
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(1000))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    began = time.monotonic()
+    found = named(pretrained(checkpoint, backbone), measuring=True)
+    assert time.monotonic() - began < 5
+    for stage in ("first_stage", "train"):
+        assert found[f"memory, {stage}"].ok is False and "weights alone" in found[f"memory, {stage}"].advice
+        assert found[f"time, {stage}"].ok is None
+
+
+def test_a_measurement_ends_with_doctor_even_if_that_is_killed(here):
+    code = "from tests.unit.test_doctor import cost; cost()"
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    watched = psutil.Process(owner.pid)
+    # The measurement, and what Python starts beside it.
+    wait_for(lambda: len(watched.children()) == 2, 60)
+    children = watched.children()
+    owner.kill()
+    owner.wait()
+    wait_for(lambda: all(map(is_gone, children)), 20)

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, CLIPTextModel, CLIPTokenizer
+from transformers import AutoModel, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetModel
 
 from tests.tiny import CAPTIONS, SIZE
 from vlmdiff.core.errors import InputError
@@ -45,6 +45,7 @@ def trained(checkpoint, folder, **changes):
             "pretrained": {"model": str(checkpoint), "subfolder": "vae"},
             "image_size": SIZE,
             "steps": 3,
+            "precision": "fp32",
             "batch_size": 4,
             "learning_rate": 1e-3,
             "warmup_steps": 0,
@@ -129,6 +130,17 @@ def test_all_losses_together_are_finite_and_fall(checkpoint, backbone, tmp_path,
     assert np.isfinite(values).all()
     assert history[-1]["validation_loss"] < history[0]["validation_loss"]
     assert {weight.dtype for weight in vae.state_dict().values()} == {torch.float32}
+
+
+def test_a_decoder_of_a_backbones_features_trains_in_bfloat16(tmp_path):
+    # A network of convolutions: its maps would be bfloat16, which a CPU cannot resize.
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    ResNetModel(ResNetConfig(**shape)).save_pretrained(tmp_path / "backbone")
+    space = {"model": str(tmp_path / "backbone"), "image_size": SIZE, "layers": [1, 2], "grid": 16}
+    settings = {"kind": "backbone", "backbone": space, "pretrained": None, "steps": 8}
+    vae, history = trained(None, tmp_path / "state", **settings, precision="bf16")
+    assert history[-1]["validation_loss"] < history[0]["validation_loss"]
+    assert {weight.dtype for weight in vae.decoder.state_dict().values()} == {torch.float32}
 
 
 def test_the_perceptual_distance_is_between_normalised_features(backbone):

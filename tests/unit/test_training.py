@@ -7,14 +7,24 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmdiff.core.device import resolve_precision
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.params import Training
-from vlmdiff.training.loop import batch_indices, fit, step_generator, warmup_cosine
+from vlmdiff.core.params import FirstStage, Training
+from vlmdiff.stages import training_state
+from vlmdiff.training.loop import Problem, batch_indices, fit, step_generator, warmup_cosine
 
-SETTINGS = {"steps": 40, "batch_size": 4, "learning_rate": 0.05, "warmup_steps": 2, "validate_every": 10}
+SETTINGS = {
+    "steps": 40,
+    "batch_size": 4,
+    "precision": "fp32",
+    "learning_rate": 0.05,
+    "warmup_steps": 2,
+    "validate_every": 10,
+}
 
 
 @given(count=st.integers(1, 50), batch_size=st.integers(1, 20), epochs=st.integers(1, 4), seed=st.integers(0, 9))
@@ -55,8 +65,8 @@ def regression(state, params, stop_at=None):
         noise = 0.1 * torch.randn(params.batch_size, 1, generator=step_generator(params.seed, step))[part]
         return (model(x[rows]) - 2 * x[rows] - 1 - noise).square().mean()
 
-    history = fit("train", model, loss, lambda _: (model(x) - 2 * x - 1).square().mean().item(), params, state)
-    return model, history
+    problem = Problem("train", model, loss, lambda _: (model(x) - 2 * x - 1).square().mean().item())
+    return model, fit(problem, params, state)
 
 
 @pytest.mark.parametrize("stop_at", [7, 10, 39])
@@ -84,7 +94,8 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path, keep_from,
         seen[step] = model.weight.item()
         return abs(step - 17)
 
-    fit("train", model, lambda step, part: -model.weight.sum(), judge, params, tmp_path, keep_from=keep_from)
+    problem = Problem("train", model, lambda step, part: -model.weight.sum(), judge, keep_from=keep_from)
+    fit(problem, params, tmp_path)
     assert model.weight.item() == seen[kept]
 
 
@@ -97,7 +108,7 @@ def test_the_average_not_the_last_weights_is_judged_and_kept(tmp_path):
         path.append(model.weight.item())
         return model.weight.sum()
 
-    fit("train", model, loss, lambda _: 0.0, params, tmp_path)
+    fit(Problem("train", model, loss, lambda _: 0.0), params, tmp_path)
     first, second = path[2], None
     # After step n the average moves towards the weights by 1 - min(decay, (1 + n) / (10 + n)).
     average = path[0] + 0.9 * (first - path[0])
@@ -107,15 +118,9 @@ def test_the_average_not_the_last_weights_is_judged_and_kept(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_the_parameter_to_change(tmp_path):
     model = torch.nn.Linear(1, 1)
+    problem = Problem("train", model, lambda step, part: model.weight.sum() * float("nan"), lambda _: 0.0)
     with pytest.raises(InputError, match=r"train\.learning_rate"):
-        fit(
-            "train",
-            model,
-            lambda step, part: model.weight.sum() * float("nan"),
-            lambda _: 0.0,
-            Training(**SETTINGS),
-            tmp_path,
-        )
+        fit(problem, Training(**SETTINGS), tmp_path)
 
 
 def test_two_trainings_on_one_state_are_refused(tmp_path):
@@ -130,3 +135,51 @@ def test_two_trainings_on_one_state_are_refused(tmp_path):
         with pytest.raises(InputError, match=r"another process holds .*training state"):
             regression(tmp_path, Training(**SETTINGS))
         process.stdin.close()
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cpu_has(monkeypatch):
+    """Let the CPU have exactly these instructions."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def has(*names: str) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True), raising=False)
+
+    yield has
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision"),
+    [((), "fp32"), (("avx512_f",), "fp32"), (("avx512_bf16",), "bf16"), (("amx_bf16",), "bf16")],
+)
+def test_auto_is_bf16_on_a_cpu_with_instructions_for_it(cpu_has, instructions, precision):
+    cpu_has(*instructions)
+    assert resolve_precision("auto", CPU) == precision
+    assert resolve_precision("fp16", CPU) == "fp16"
+
+
+@pytest.mark.parametrize(("instructions", "precision"), [((), "fp32"), (("avx512_bf16",), "bf16")])
+def test_training_in_auto_has_the_bits_of_training_in_the_precision_it_stands_for(
+    cpu_has, tmp_path, capsys, instructions, precision
+):
+    cpu_has(*instructions)
+    weights = {}
+    for name in ("auto", "fp32", "bf16"):
+        AcceleratorState._reset_state()
+        model, _ = regression(tmp_path / name, Training(**{**SETTINGS, "precision": name}))
+        weights[name] = torch.cat([model.weight.flatten(), model.bias])
+    assert f"train: 40 steps, in {precision}\n" in capsys.readouterr().out
+    assert torch.equal(weights["auto"], weights[precision]) and not torch.equal(weights["fp32"], weights["bf16"])
+
+
+def test_a_training_in_auto_does_not_resume_in_another_precision(cpu_has, tmp_path):
+    def state(precision, *instructions):
+        cpu_has(*instructions)
+        return training_state(tmp_path, FirstStage(precision=precision))
+
+    assert state("auto") == state("fp32") == state("fp32", "avx512_bf16")
+    assert state("auto", "avx512_bf16") == state("bf16") != state("auto")

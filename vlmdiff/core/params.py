@@ -179,12 +179,14 @@ class Training(Section):
     """The settings of all training loops. After a linear warm-up, the learning rate falls along half a cosine.
 
     `batch_size` is the number of images per optimizer step, over all processes and `accumulate` parts.
+    `precision` is that of the networks' computations; the weights stay fp32. "auto" is bf16 if the device has
+    instructions for it, else fp32.
     """
 
     steps: Positive
     batch_size: Positive
     accumulate: Positive = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     learning_rate: PositiveFloat
     warmup_steps: Annotated[int, Field(ge=0)] = 50
@@ -544,6 +546,10 @@ class Params(Section):
                 f"covers only {trained[0]} to {trained[1]}: widen train.noise_levels"
             )
         return self
+
+
+# The experiment of the repository's params.yaml: the defaults, but in fp32. Its networks are too small for bf16.
+DEMO = Params(first_stage=FirstStage(precision="fp32"), train=Train(precision="fp32"))
 
 
 def load(path: Path | str = "params.yaml") -> Params:

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlmdiff.core.console import say, track
-from vlmdiff.core.device import processes
+from vlmdiff.core.device import process_group
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, sha256
 from vlmdiff.core.locks import hold
@@ -114,7 +114,7 @@ def score(
     Raises InputError, and writes nothing, where a source or the model is missing, the detector needs other captions, or
     `out` holds other files or another model's scores, or another process writes to it.
     """
-    here = processes()
+    here = process_group()
     folder, name, photographs = _from_main(here, lambda: (*_model(model, params), find_photographs(sources, out)))
     detector = Detector.from_pretrained(folder, str(here.device))
     name = name or f"sha256:{sha256(folder / SETTINGS)[:16]}"

@@ -1,4 +1,4 @@
-"""What makes an autoencoder's images sharp: distance in the features of a backbone, and a patch discriminator."""
+"""Losses that make an autoencoder's images sharp: a distance in a backbone's features, and a patch discriminator."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -9,12 +9,14 @@ from torch import nn
 
 from vlmdiff.core.params import Discriminator
 
-# Images (B, 3, S, S) in [0, 1] to one map (B, C, h, w) a layer.
+# Images (B, 3, S, S) in [0, 1] to one map (B, C, h, w) per layer.
 Features = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
 def perceptual_distance(features: Features, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of features of unit length, summed over layers (LPIPS, Zhang et al., 2018, unweighted).
+    """Return the mean squared difference of features of unit length, summed over layers.
+
+    This is LPIPS (Zhang et al., 2018) without weights.
 
     a, b: (B, 3, S, S) in [0, 1]; a gradient flows into `a` only.
     """
@@ -27,9 +29,9 @@ def perceptual_distance(features: Features, a: torch.Tensor, b: torch.Tensor) ->
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, 3, H, W) to a map of logits, one a patch, positive for photographs (PatchGAN, Isola et al., 2017).
+    """Images (B, 3, H, W) to a map of logits, one per patch, positive for photographs (PatchGAN, Isola et al., 2017).
 
-    Groups instead of batches are normalised, so that an image's verdict does not depend on the others of its batch.
+    It normalises groups instead of batches: an image's verdict does not depend on the others of its batch.
     """
 
     def __init__(self, channels: int, layers: int):
@@ -58,11 +60,11 @@ def adversarial_loss(
     last_weight: torch.Tensor,
     mean_over_processes: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """The decoder's loss against a fixed discriminator plus the discriminator's hinge loss on fixed images.
+    """Return the decoder's loss against a fixed discriminator plus the discriminator's hinge loss on fixed images.
 
-    The two share no weights, so that one backward pass gives each network the gradient of its own. The decoder's is
-    scaled to `params.weight` times the gradient of `reconstruction_loss` at its last layer, `last_weight` (Esser et
-    al., 2021, eq. 7).
+    The two share no weights: one backward pass gives each network the gradient of its own loss. The decoder's is scaled
+    to `params.weight` times the gradient of `reconstruction_loss` at its last layer, `last_weight` (Esser et al., 2021,
+    eq. 7).
     """
     fixed = {name: weight.detach() for name, weight in discriminator.named_parameters()}
     fooled = -torch.func.functional_call(discriminator, fixed, (reconstructions,)).float().mean()
@@ -75,7 +77,7 @@ def adversarial_loss(
 def gradient_ratio(
     a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, mean_over_processes: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Norm of the gradient of the loss `a` over that of `b` at `weight`, at most 10,000; a constant to autograd."""
+    """Return the norm of the gradient of loss `a` over that of `b` at `weight`, at most 10,000, without a gradient."""
     # Scaled up, gradients of a mean over many pixels survive float16; the ratio is the same.
     scale = 2.0**10
     norms = [

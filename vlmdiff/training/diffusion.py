@@ -1,6 +1,5 @@
-"""Train the denoiser: UNet and SGN together, on latents, hints and text embeddings computed once."""
+"""Train the denoiser: UNet and SGN together, on latents, hints and text embeddings that `encode` has computed."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +9,14 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.params import Pretrained, Train
+from vlmdiff.core.params import Train
 from vlmdiff.model import pretrained
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 from vlmdiff.training.encoded import Encoded
-from vlmdiff.training.loop import History, batch_indices, fit, step_generator
-
-
-def read_pretrained(source: Pretrained) -> tuple[UNet2DConditionModel, DDIMScheduler]:
-    """UNet and schedule of a pipeline in diffusers' layout. Raises InputError where it is none."""
-    scheduler = pretrained.load(DDIMScheduler, source, "scheduler")
-    return pretrained.load_network(UNet2DConditionModel, source, "unet"), scheduler
+from vlmdiff.training.loop import History, Problem, batch_indices, fit, step_generator
 
 
 def build(
@@ -32,13 +25,10 @@ def build(
     tokenizer: CLIPTokenizer,
     params: Train,
     normalization: Normalization = Normalization(),
-    read: Callable[[Pretrained], tuple[UNet2DConditionModel, DDIMScheduler]] = read_pretrained,
 ) -> VLMDiffPipeline:
-    """A pipeline with a denoiser to be trained around a first stage and a text encoder.
+    """Return a pipeline with an untrained or pretrained denoiser around a first stage and a text encoder.
 
-    read: gives the UNet and the schedule that `params.pretrained` names.
-
-    Raises InputError where a pretrained UNet or the hint's encoder does not fit them.
+    Raises InputError if a pretrained UNet or the hint's encoder does not fit them.
     """
     torch.manual_seed(params.seed)
     if mistake := params.hint_mistake(downsampling(vae)):
@@ -46,7 +36,7 @@ def build(
     if params.pretrained is None:
         unet, sgn, scheduler = _untrained(vae, text_encoder, params)
     else:
-        unet, sgn, scheduler = _pretrained(*read(params.pretrained), vae, text_encoder, params)
+        unet, sgn, scheduler = _pretrained(vae, text_encoder, params)
     return VLMDiffPipeline(
         vae,
         text_encoder,
@@ -60,7 +50,7 @@ def build(
     )
 
 
-# What is said of the error must not change what is said of the image (cf. Nichol and Dhariwal, 2021).
+# The prediction of the error must not change the prediction of the image (cf. Nichol and Dhariwal, 2021).
 VARIANCE_WEIGHT = 0.1
 
 Denoiser = tuple[UNet2DConditionModel, SemanticGuidedNetwork | None, DDIMScheduler]
@@ -71,8 +61,8 @@ def _untrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train)
     shape = dict(
         in_channels=vae.config.latent_channels,
         block_out_channels=params.block_channels,
-        # Captions are attended to where the photograph comes in: at the coarsest resolution. A finer one costs more,
-        # and says where grain lies, not what the thing is.
+        # The UNet attends to captions at the coarsest resolution. A finer one costs more and adds nothing: it says
+        # where grain lies, not what the object is.
         down_block_types=(*("DownBlock2D",) * (levels - 1), "CrossAttnDownBlock2D"),
         layers_per_block=params.layers_per_block,
         cross_attention_dim=text_encoder.config.hidden_size,
@@ -105,27 +95,22 @@ def _untrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train)
     return unet, sgn, scheduler
 
 
-def _pretrained(
-    unet: UNet2DConditionModel,
-    scheduler: DDIMScheduler,
-    vae: FirstStageModel,
-    text_encoder: CLIPTextModel,
-    params: Train,
-) -> Denoiser:
-    name = params.pretrained.model
-    predicts = scheduler.config.prediction_type
+def _pretrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train) -> Denoiser:
+    scheduler = pretrained.load(DDIMScheduler, params.pretrained, "scheduler")
+    unet = pretrained.load_network(UNet2DConditionModel, params.pretrained, "unet")
+    name, predicts = params.pretrained.model, scheduler.config.prediction_type
     if predicts != params.prediction:
-        raise InputError(f"{name} was trained to predict {predicts}: set train.prediction to it")
+        raise InputError(f"{name} was trained to predict {predicts}. Set train.prediction to {predicts}.")
     if params.noise_levels[1] >= (count := scheduler.config.num_train_timesteps):
-        raise InputError(f"{name} knows noise levels 0 to {count - 1}: set train.noise_levels within them")
+        raise InputError(f"{name} has noise levels 0 to {count - 1}. Set train.noise_levels within them.")
     for what, has, needs in (
         ("latents of {} channels", unet.config.in_channels, vae.config.latent_channels),
         ("text embeddings of {} numbers", unet.config.cross_attention_dim, text_encoder.config.hidden_size),
     ):
         if has != needs:
             raise InputError(
-                f"the UNet of {name} takes {what.format(has)}, and gets {needs}: take first stage and text "
-                "encoder from the same model (first_stage.pretrained, encode.text_encoder)"
+                f"the UNet of {name} takes {what.format(has)}, but gets {needs}. Use the first stage and the text "
+                "encoder of the same model (first_stage.pretrained, encode.text_encoder)."
             )
     if params.learn_variance:
         _add_output(unet)
@@ -137,7 +122,7 @@ def _pretrained(
 
 
 def _add_output(unet: UNet2DConditionModel) -> None:
-    """One more output channel, zero at first; the others stay as they are."""
+    """Add an output channel, zero at first; the others stay as they are."""
     old = unet.conv_out
     new = nn.Conv2d(old.in_channels, old.out_channels + 1, old.kernel_size, padding=old.padding)
     with torch.no_grad():
@@ -148,12 +133,12 @@ def _add_output(unet: UNet2DConditionModel) -> None:
 
 
 def gaussian_loss(squared: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Negative logarithm of the likelihood of errors of these squares, twice it and but for a constant."""
+    """Return twice the negative log-likelihood of errors with these squares, up to a constant."""
     return log_variance + squared * torch.exp(-log_variance)
 
 
 def choose_trainable(pipeline: VLMDiffPipeline, params: Train) -> nn.ModuleDict:
-    """UNet and, where there is one, SGN, of which exactly what `params.trainable` names requires a gradient.
+    """Return UNet and SGN, if there is one; exactly what `params.trainable` names requires a gradient.
 
     "paper" is the SGN, the UNet's up blocks and its output (normalisation and convolution). Outputs of the SGN that
     reach nothing, as all but the two coarsest resolutions' do with `only_mid_control`, are never trained.
@@ -171,6 +156,11 @@ def choose_trainable(pipeline: VLMDiffPipeline, params: Train) -> nn.ModuleDict:
 
 def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, state: Path) -> History:
     """Train the pipeline's denoiser in place; what is frozen is not touched."""
+    return fit(problem(pipeline, data, params), params, state)
+
+
+def problem(pipeline: VLMDiffPipeline, data: Encoded, params: Train) -> Problem:
+    """Return the training of the pipeline's denoiser on encoded images."""
     device = pipeline.unet.device
     scheduler = pipeline.scheduler
     denoiser = choose_trainable(pipeline, params).to(memory_format=torch.channels_last)
@@ -202,7 +192,7 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
         return squared.mean() + VARIANCE_WEIGHT * gaussian_loss(squared.detach(), log_variance.float()).mean()
 
     def loss(step: int, part: slice) -> torch.Tensor:
-        # All is drawn for the whole batch, so that its parts add up to the same whatever their number.
+        # Drawn for the whole batch: its parts add up to the same, however many there are.
         rows = training[batch_indices(len(training), params.batch_size, step, params.seed)]
         shape = (len(rows), *data.mean.shape[1:])
         generator = step_generator(params.seed, step)
@@ -217,7 +207,7 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
         return prediction_loss(rows, latents, noise, levels, np.where(dropped, 0, captions[rows]))
 
     def validation_loss(share: slice) -> float:
-        # The same levels and noise each time: a curve that falls means a model that is better.
+        # The same levels and noise each time: if the curve falls, the model is better.
         generator = step_generator(params.seed, 2**32)
         total = 0.0
         for start in range(0, len(held_out), params.batch_size):
@@ -230,4 +220,4 @@ def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, stat
                 total += prediction_loss(rows, latents, noise, levels, captions[rows]).item() * len(rows)
         return total / len(held_out)
 
-    return fit("train", denoiser, loss, validation_loss, params, state)
+    return Problem("train", denoiser, loss, validation_loss)

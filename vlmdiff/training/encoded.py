@@ -1,4 +1,4 @@
-"""What training reads: everything frozen that it would compute again each epoch, as memory-mapped arrays."""
+"""What training reads, as memory-mapped arrays: everything frozen that it would otherwise compute in each epoch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,11 @@ from vlmdiff.training.text_encoder import THUMBNAIL, train_text_encoder, train_t
 
 @dataclass(frozen=True)
 class Encoded:
-    """index: a row an image: image_id, split, caption (row of `windows`; row 0 is the empty caption).
+    """The encoded images of a dataset.
 
-    mean, std: (N, C, h, w), the latents' posteriors, scaled; std is None where codes are certain. text: (W, L, D),
-    windows of captions; windows: (M, K), the rows of `text` that make a caption; hints: uint8 (N, S, S, 3).
+    index: a row per image: image_id, split, caption (a row of `windows`; row 0 is the empty caption). mean, std:
+    (N, C, h, w), the latents' posteriors, scaled; std is None for a backbone's features, which have none. text:
+    (W, L, D), windows of captions. windows: (M, K), the rows of `text` that make a caption. hints: uint8 (N, S, S, 3).
     """
 
     index: pd.DataFrame
@@ -37,14 +38,14 @@ class Encoded:
     @classmethod
     def open(cls, folder: Path) -> "Encoded":
         if not (folder / "index.parquet").is_file():
-            raise InputError(f"{folder} holds no encoded images: run the encode stage first")
+            raise InputError(f"{folder} has no encoded images. Run the encode stage first.")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("mean", "text", "windows", "hints")}
         std = folder / "std.npy"
         arrays["std"] = np.load(std, mmap_mode="r") if std.is_file() else None
         return cls(index=pd.read_parquet(folder / "index.parquet"), **arrays)
 
     def prompt_embeds(self, captions: np.ndarray) -> torch.Tensor:
-        """Text embeddings (B, K L, D) of these captions, by their rows."""
+        """Return the text embeddings (B, K L, D) of captions, given by their rows."""
         return torch.from_numpy(self.text[self.windows[captions]]).flatten(1, 2)
 
 
@@ -58,7 +59,7 @@ def encode(
     out: Path,
     device: torch.device,
 ) -> None:
-    """Get the text encoder, then write latents and text embeddings into the folder `out`, beside the hints.
+    """Train or load the text encoder, then write latents and text embeddings into the folder `out`, beside the hints.
 
     frame: image_id and split of each image; images: uint8 (N, S, S, 3), the hints; captions: by image_id.
     """
@@ -82,7 +83,7 @@ def encode(
         text_encoder = train_text_encoder(tokenizer, read, thumbnails, chosen, params.seed, device)
     text_encoder.requires_grad_(False)
     tokenizer.save_pretrained(out / "tokenizer")
-    # In the text encoder's own configuration it stays with the text encoder, wherever that goes.
+    # Kept in the text encoder's own configuration, it is there wherever the text encoder is.
     text_encoder.config.max_windows = params.max_windows
     text_encoder.save_pretrained(out / "text_encoder")
 

@@ -1,4 +1,4 @@
-"""A small CLIP text model of one's own: the tokenizer learns the captions, the model to tell their images apart."""
+"""A small CLIP text model trained here: the tokenizer learns the captions, the model learns to match their images."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ END_OF_WORD = "</w>"
 
 
 def train_tokenizer(captions: Sequence[str], params: TextEncoder) -> CLIPTokenizer:
-    """CLIP's byte-level BPE with merges learned from `captions`; the empty caption is two tokens.
+    """Return CLIP's byte-level BPE with merges learned from `captions`; the empty caption is two tokens.
 
-    The merge of the most frequent pair comes first, of equally frequent ones the first by its letters (Sennrich et al.,
-    2016). The library's own trainer breaks such ties by chance: each run had another vocabulary.
+    The most frequent pair is merged first; of equally frequent pairs, the first by its letters (Sennrich et al., 2016).
+    The library's own trainer breaks such ties at random, so that each run has another vocabulary.
     """
     blank = CLIPTokenizer()
     split, normalize = blank.backend_tokenizer.pre_tokenizer, blank.backend_tokenizer.normalizer
@@ -52,7 +52,7 @@ def train_tokenizer(captions: Sequence[str], params: TextEncoder) -> CLIPTokeniz
 
 
 def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """The word with every occurrence of the pair as one symbol."""
+    """Return the word with every occurrence of the pair as one symbol."""
     merged: list[str] = []
     i = 0
     while i < len(word):
@@ -72,8 +72,8 @@ def train_text_encoder(
 ) -> CLIPTextModel:
     """Fit a `CLIPTextModel` by CLIP's symmetric contrastive loss (Radford et al., 2021).
 
-    tokens: (N, K, L), the windows of each image's caption, which is the mean of what they are embedded as;
-    thumbnails: (N, 3, 8, 8) in [0, 1], the images that a linear image tower sees.
+    tokens: (N, K, L), the windows of each image's caption; a caption's embedding is the mean over its windows.
+    thumbnails: (N, 3, 8, 8) in [0, 1], the images that a linear image tower reads.
     """
     torch.manual_seed(seed)
     model = CLIPTextModel(
@@ -108,7 +108,7 @@ def train_text_encoder(
         text = F.normalize(text, dim=1)
         image = F.normalize(image_tower(pixels[chosen].to(device)), dim=1)
         logits = log_scale.exp() * text @ image.T
-        # Images that share a caption are each other's truth as well.
+        # Images that share a caption are positives of each other as well.
         same = (windows[:, None] == windows).flatten(2).all(dim=2).float()
         loss = (
             F.cross_entropy(logits, same / same.sum(1, keepdim=True))
