@@ -33,7 +33,7 @@ class CaptionStore:
         self.path = path
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Switching a new file to WAL in several processes at once can fail as busy without waiting.
+            # Processes that turn a fresh file to WAL at once may fail as busy without waiting.
             with FileLock(path.with_name(path.name + ".lock")):
                 self._db = sqlite3.connect(path, timeout=BUSY_SECONDS)
                 self._db.execute("PRAGMA journal_mode = WAL")
