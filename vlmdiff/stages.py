@@ -235,7 +235,7 @@ def training_state(root: Path, params: p.Training, *inputs: Path) -> Path:
 
     here = process_group()
     # A training that resumes on another machine must not change its precision.
-    params = params.model_copy(update={"precision": resolve_precision(params.precision, here.device)})
+    params = params.model_copy(update={"precision": resolve_precision(params, here.device)})
     # What the main process has found serves the others: the inputs are a whole dataset.
     found = [_digest(params, *inputs) if here.is_main_process else None]
     folder = root / f"{type(params).__name__.lower()}-{broadcast_object_list(found)[0][:16]}"

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from vlmdiff.cli import app
 from vlmdiff.core.dvc import stage_names
-from vlmdiff.core.params import DEMO, Params, load
+from vlmdiff.core.params import Params, load
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ["core", "data", "captions", "model", "training", "detection", "evaluation", "registry", "production", "setup"]
@@ -111,7 +111,7 @@ def test_what_a_stage_depends_on_of_the_sources_exists() -> None:
 
 
 def test_the_default_parameters_are_those_of_the_code() -> None:
-    assert load(ROOT / "params.yaml") == DEMO
+    assert load(ROOT / "params.yaml") == Params()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda file: file.stem)

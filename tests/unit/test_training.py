@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vlmdiff.core.device import resolve_precision
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.params import FirstStage, Training
+from vlmdiff.core.params import FirstStage, Part, Train, Training
 from vlmdiff.stages import training_state
 from vlmdiff.training.loop import Problem, batch_indices, fit, step_generator, warmup_cosine
 
@@ -158,8 +158,16 @@ def cpu_has(monkeypatch):
 )
 def test_auto_is_bf16_on_a_cpu_with_instructions_for_it(cpu_has, instructions, precision):
     cpu_has(*instructions)
-    assert resolve_precision("auto", CPU) == precision
-    assert resolve_precision("fp16", CPU) == "fp16"
+    assert resolve_precision(Train(precision="auto", block_channels=(64, 128)), CPU) == precision
+    assert resolve_precision(Train(precision="fp16"), CPU) == "fp16"
+
+
+@pytest.mark.parametrize("params", [Train(block_channels=(32, 64)), FirstStage(block_channels=(32, 64))])
+def test_auto_is_fp32_for_narrow_networks_on_a_cpu(cpu_has, params):
+    cpu_has("avx512_bf16")
+    assert resolve_precision(params, CPU) == "fp32"
+    pretrained = params.model_copy(update={"pretrained": Part(model="a")})
+    assert resolve_precision(pretrained, CPU) == "bf16"
 
 
 @pytest.mark.parametrize(("instructions", "precision"), [((), "fp32"), (("avx512_bf16",), "bf16")])
@@ -179,7 +187,7 @@ def test_training_in_auto_has_the_bits_of_training_in_the_precision_it_stands_fo
 def test_a_training_in_auto_does_not_resume_in_another_precision(cpu_has, tmp_path):
     def state(precision, *instructions):
         cpu_has(*instructions)
-        return training_state(tmp_path, FirstStage(precision=precision))
+        return training_state(tmp_path, FirstStage(precision=precision, block_channels=(64, 128)))
 
     assert state("auto") == state("fp32") == state("fp32", "avx512_bf16")
     assert state("auto", "avx512_bf16") == state("bf16") != state("auto")

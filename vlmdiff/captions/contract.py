@@ -64,7 +64,7 @@ def _rules(table: pd.DataFrame, params: Caption) -> list[Rule]:
         Rule(
             "length",
             f"a caption has {params.min_words} to {params.max_words} words",
-            "fix the captions, or change caption.min_words and caption.max_words",
+            "Fix the captions, or change caption.min_words and caption.max_words",
             gxe.ExpectColumnValuesToBeBetween,
             {"column": "words", "min_value": params.min_words, "max_value": params.max_words},
         ),

@@ -5,6 +5,12 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
+from vlmdiff.core.params import Training
+
+# Channels. On a CPU with avx512_bf16, a UNet's step in bf16 takes 0.8 to 1.4 times as long as in fp32 if its widest
+# layer has fewer, and 0.6 to 1.0 times if it has as many or more.
+WIDE = 128
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device of that name; "auto" is the GPU if there is one, else the CPU."""
@@ -31,8 +37,9 @@ def fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return "fp32", "bf16" or "fp16": what "auto" means on the device, and any other precision as it is."""
-    if precision != "auto":
-        return precision
-    return "bf16" if fast_bf16(device) else "fp32"
+def resolve_precision(params: Training, device: torch.device) -> str:
+    """Return "fp32", "bf16" or "fp16": the precision of a training, with "auto" resolved for its device and width."""
+    if params.precision != "auto":
+        return params.precision
+    wide = device.type != "cpu" or params.width is None or params.width >= WIDE
+    return "bf16" if wide and fast_bf16(device) else "fp32"

@@ -8,7 +8,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -52,9 +52,9 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text + "\n")
 
 
-def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with file.open("rb") as stream:
+def sha256(file: Path | BinaryIO) -> str:
+    """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits. An open file is read from where it stands."""
+    with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -179,8 +179,8 @@ class Training(Section):
     """The settings of all training loops. After a linear warm-up, the learning rate falls along half a cosine.
 
     `batch_size` is the number of images per optimizer step, over all processes and `accumulate` parts.
-    `precision` is that of the networks' computations; the weights stay fp32. "auto" is bf16 if the device has
-    instructions for it, else fp32.
+    `precision` is that of the networks' computations; the weights stay fp32. "auto" is bf16 if the device computes
+    networks of this width faster in it, else fp32.
     """
 
     steps: Positive
@@ -196,6 +196,11 @@ class Training(Section):
     validate_every: Positive = 100
     checkpoint_every: Positive = 100
     seed: int = 0
+
+    @property
+    def width(self) -> int | None:
+        """The channels of the widest layer that is trained, None for a pretrained network."""
+        return None
 
 
 # The index of a hidden state, or the model's last state.
@@ -276,6 +281,12 @@ class FirstStage(Training):
     steps: Annotated[int, Field(ge=0)] = 800
     batch_size: Positive = 8
     learning_rate: PositiveFloat = 3e-3
+
+    @property
+    def width(self) -> int | None:
+        if self.kind == "backbone":
+            return self.backbone.decoder_channels
+        return None if self.pretrained else max(self.block_channels)
 
     @property
     def downsampling(self) -> int | None:
@@ -364,6 +375,10 @@ class Train(Training):
     steps: Positive = 420
     batch_size: Positive = 16
     learning_rate: PositiveFloat = 1e-3
+
+    @property
+    def width(self) -> int | None:
+        return None if self.pretrained else max(self.block_channels)
 
     def hint_mistake(self, downsampling: int) -> str | None:
         """Return what is wrong with `hint_channels` for latents `downsampling` times smaller than the image."""
@@ -546,10 +561,6 @@ class Params(Section):
                 f"covers only {trained[0]} to {trained[1]}: widen train.noise_levels"
             )
         return self
-
-
-# The experiment of the repository's params.yaml: the defaults, but in fp32. Its networks are too small for bf16.
-DEMO = Params(first_stage=FirstStage(precision="fp32"), train=Train(precision="fp32"))
 
 
 def load(path: Path | str = "params.yaml") -> Params:

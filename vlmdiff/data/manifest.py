@@ -118,12 +118,14 @@ def _with_none(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _look(file: Path, max_pixels: int) -> dict[str, str | int | None]:
-    """Return an image's hash, size and mode, or the problem with it."""
-    facts = {"image_id": sha256(file)}
-    try:
-        image = decode(file, max_pixels)
-    except InputError as error:
-        return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
+    """Return an image's hash, size and mode, or the problem with it. Open the file once."""
+    with file.open("rb") as stream:
+        facts = {"image_id": sha256(stream)}
+        stream.seek(0)
+        try:
+            image = decode(stream, max_pixels, name=str(file))
+        except InputError as error:
+            return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
     return {**facts, "width": image.width, "height": image.height, "mode": image.mode, "problem": None}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 def page(template: str, **content: Any) -> str:
     """Return the page. A variable that the template uses and `content` lacks is an error."""
-    # Imported here because most users of this module's importers render no page.
+    # Imported here because most commands render no page.
     import jinja2
 
     environment = jinja2.Environment(

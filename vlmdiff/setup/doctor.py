@@ -298,7 +298,7 @@ def _weights(folder: Path, pickled: bool) -> tuple[int, int]:
 
 def _device(params: p.Params, device: torch.device) -> Requirement:
     found = torch.cuda.get_device_name() if device.type == "cuda" else f"no GPU, {os.cpu_count()} CPU cores"
-    precisions = {name: resolve_precision(getattr(params, name).precision, device) for name in TRAININGS}
+    precisions = {name: resolve_precision(getattr(params, name), device) for name in TRAININGS}
     halves = [name for name, precision in precisions.items() if precision == "fp16"]
     return Requirement(
         "device",

@@ -20,7 +20,7 @@ from vlmdiff.core import dvc, git
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path
-from vlmdiff.core.params import DEMO, Params, Prepare, load
+from vlmdiff.core.params import Params, Prepare, load
 from vlmdiff.data import manifest
 from vlmdiff.data.layouts import LAYOUTS
 
@@ -114,7 +114,7 @@ def write_params(found: Found, preset: Path | None, out: Path = w.PARAMS) -> str
         present = load(out)
         if present == wanted:
             return f"{out} is up to date"
-        if present != DEMO:
+        if present != Params():
             return f"{out} has settings of its own and stays as it is; it differs in\n" + "\n".join(
                 f"  {key}: {ours}, here {theirs}" for key, ours, theirs in _differences(present, wanted)
             )

@@ -86,7 +86,7 @@ class Loop:
         self.problem, self.params, self.here = problem, params, process_group()
         self.weights = {key: weight for key, weight in problem.model.named_parameters() if weight.requires_grad}
         self.device = next(iter(self.weights.values())).device
-        self.precision = resolve_precision(params.precision, self.device)
+        self.precision = resolve_precision(params, self.device)
         self._check()
         self.accelerator = Accelerator(
             mixed_precision="no" if self.precision == "fp32" else self.precision,
