@@ -57,7 +57,7 @@ def _rules(table: pd.DataFrame, params: Caption) -> list[Rule]:
         Rule(
             "captioned",
             "every normal train and validation image has a caption",
-            "check caption.captioner",
+            "Check caption.captioner",
             gxe.ExpectColumnValuesToNotBeNull,
             {"column": "caption"},
         ),
@@ -71,7 +71,7 @@ def _rules(table: pd.DataFrame, params: Caption) -> list[Rule]:
         Rule(
             "normal_language",
             "no caption of a normal image mentions defects",
-            f"the model would learn that these are normal: {quotes}",
+            f"The model would learn that these are normal: {quotes}",
             gxe.ExpectColumnValuesToBeNull,
             {"column": "defect_sentences"},
             "warning",
