@@ -38,6 +38,8 @@ LIMIT = 60.0
 AROUND = GIB
 # Names that `save_pretrained` of transformers and of diffusers gives the weights.
 WEIGHTS = "model.safetensors", "diffusion_pytorch_model.safetensors"
+# The file that shows a network is there.
+NETWORK = ("config.json",)
 UNKNOWN = "not measured"
 TRAININGS = "first_stage", "train"
 
@@ -147,45 +149,44 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
 
 
 def _models(params: p.Params) -> tuple[list[Requirement], dict[str, Model]]:
-    """Return a row for each model that the parameters name, and the models that are here, by their key."""
-    rows, found = _captioner(params), {}
-    for key, source, subfolder, pickled in _sources(params):
-        row, model = _model(key, source, subfolder, pickled)
-        rows.append(row)
-        if model is not None:
-            found[key] = model
-    for key, source, subfolder, files in _companions(params):
+    """Return a row for each model that the parameters name, and the networks that are here, by their key."""
+    rows, models = _captioner(params), {}
+    for key, source, subfolder, files in _sources(params):
+        needed = f"{subfolder} of {source.model}" if subfolder else source.model
+        if source.revision:
+            needed += f" at {source.revision[:12]}"
         try:
             folder = _folder(source, subfolder, files)
-            rows.append(Requirement(key, str(folder), _named(source, subfolder), True))
+            found = str(folder)
+            if files == NETWORK:
+                # A backbone's stage reads pickled weights as well.
+                models[key] = model = _weights(folder, pickled=isinstance(source, p.VisionBackbone))
+                place = "folder" if Path(source.model).is_dir() else "hub's cache"
+                found = f"{place}, {_bytes(model.size)}, {model.parameters / 1e6:.1f} million parameters"
+            rows.append(Requirement(key, found, needed, True))
         except InputError as error:
-            rows.append(Requirement(key, "missing", _named(source, subfolder), False, str(error)))
-    return rows, found
+            rows.append(Requirement(key, "missing", needed, False, str(error)))
+    return rows, models
 
 
-def _sources(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, bool]]:
-    """Yield the networks: key, source, subfolder, and whether the stage would read pickled weights."""
-    captioner, text = params.caption.captioner, params.encode.text_encoder
+def _sources(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, tuple[str, ...]]]:
+    """Yield the models and what they need as well: key, source, subfolder, and the files that may show it is there."""
+    captioner, text, first_stage = params.caption.captioner, params.encode.text_encoder, params.first_stage
     if isinstance(captioner, p.VisionLanguageModel):
-        yield "caption.captioner", captioner, "", False
-    if params.first_stage.kind == "backbone":
-        yield "first_stage.backbone", params.first_stage.backbone, "", True
-    if params.first_stage.pretrained:
-        yield "first_stage.pretrained", params.first_stage.pretrained, params.first_stage.pretrained.subfolder, False
-    if params.first_stage.perceptual:
-        yield "first_stage.perceptual", params.first_stage.perceptual, "", True
+        yield "caption.captioner", captioner, "", NETWORK
+    if first_stage.kind == "backbone":
+        yield "first_stage.backbone", first_stage.backbone, "", NETWORK
+    if first_stage.pretrained:
+        yield "first_stage.pretrained", first_stage.pretrained, first_stage.pretrained.subfolder, NETWORK
+    if first_stage.perceptual:
+        yield "first_stage.perceptual", first_stage.perceptual, "", NETWORK
     if isinstance(text, p.PretrainedTextEncoder):
-        yield "encode.text_encoder", text, text.subfolder, False
+        yield "encode.text_encoder", text, text.subfolder, NETWORK
     if params.train.pretrained:
-        yield "train.pretrained", params.train.pretrained, "unet", False
+        yield "train.pretrained", params.train.pretrained, "unet", NETWORK
     for i, features in enumerate(params.evaluate.detection.features):
         if isinstance(features, p.BackboneFeatures):
-            yield f"detection.features.{i}", features, "", True
-
-
-def _companions(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, tuple[str, ...]]]:
-    """Yield what the networks need as well: key, source, subfolder, and the files that may show it is there."""
-    text = params.encode.text_encoder
+            yield f"detection.features.{i}", features, "", NETWORK
     if isinstance(text, p.PretrainedTextEncoder):
         yield "tokenizer", text, text.tokenizer_subfolder, ("tokenizer.json", "vocab.json")
     if params.train.pretrained:
@@ -224,23 +225,6 @@ def _captioner(params: p.Params) -> list[Requirement]:
     return []
 
 
-def _model(key: str, source: p.Pretrained, subfolder: str, pickled: bool) -> tuple[Requirement, Model | None]:
-    needed = _named(source, subfolder)
-    try:
-        folder = _folder(source, subfolder, ("config.json",))
-        size, parameters = _weights(folder, pickled)
-    except InputError as error:
-        return Requirement(key, "missing", needed, False, str(error)), None
-    place = "folder" if Path(source.model).is_dir() else "hub's cache"
-    found = f"{place}, {_bytes(size)}, {parameters / 1e6:.1f} million parameters"
-    return Requirement(key, found, needed, True), Model(folder, size, parameters)
-
-
-def _named(source: p.Pretrained, subfolder: str) -> str:
-    name = f"{subfolder} of {source.model}" if subfolder else source.model
-    return f"{name} at {source.revision[:12]}" if source.revision else name
-
-
 def _folder(source: p.Pretrained, subfolder: str, files: tuple[str, ...]) -> Path:
     """Return the folder that has one of `files`, here or in the hub's cache. Raise InputError if there is none."""
     try:
@@ -267,8 +251,8 @@ def _folder(source: p.Pretrained, subfolder: str, files: tuple[str, ...]) -> Pat
     )
 
 
-def _weights(folder: Path, pickled: bool) -> tuple[int, int]:
-    """Return bytes and number of the weights in `folder`, by the files' headers. Raise InputError if one is cut off."""
+def _weights(folder: Path, pickled: bool) -> Model:
+    """Return the size of the weights in `folder`, by the files' headers. Raise InputError if one is cut off."""
     files: list[Path] = []
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
@@ -280,7 +264,7 @@ def _weights(folder: Path, pickled: bool) -> tuple[int, int]:
             break
     if not files and pickled and (file := folder / "pytorch_model.bin").is_file():
         # Reading its header would run code: count by the size of float32.
-        return file.stat().st_size, file.stat().st_size // 4
+        return Model(folder, file.stat().st_size, file.stat().st_size // 4)
     if not files:
         raise InputError(f"{folder} has no {' or '.join(WEIGHTS)}. Copy the whole model there.")
     parameters = 0
@@ -290,7 +274,7 @@ def _weights(folder: Path, pickled: bool) -> tuple[int, int]:
                 parameters += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is incomplete ({error}). Download it again.") from error
-    return sum(file.stat().st_size for file in files), parameters
+    return Model(folder, sum(file.stat().st_size for file in files), parameters)
 
 
 # The machine
