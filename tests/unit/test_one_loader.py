@@ -13,7 +13,6 @@ from PIL import ExifTags, Image
 
 from tests.endpoint import Endpoint, completion, image_of
 from tests.tiny import SIZE, tiny_detector
-from vlmdiff import stages
 from vlmdiff.captions.captioners import Describe, caption_images
 from vlmdiff.core.params import Caption, Evaluate, Params, Prepare, Validate
 from vlmdiff.data import manifest
@@ -25,6 +24,7 @@ from vlmdiff.production.score import score
 from vlmdiff.registry.served import Inspector
 
 LIMIT = 10**6
+from vlmdiff.training.encoded import image_array
 
 
 def encodings(folder: Path) -> list[Path]:
@@ -83,7 +83,7 @@ Seen = list[np.ndarray]
 
 def training(files: list[Path], model: Path) -> Seen:
     frame = pd.DataFrame({"path": [str(file) for file in files]})
-    return list(stages.image_array(frame, Prepare(layout="folder", root=Path()), SIZE, Path("images.npy")))
+    return list(image_array(frame, Prepare(layout="folder", root=Path()), SIZE, Path("images.npy")))
 
 
 def evaluation(files: list[Path], model: Path) -> Seen:

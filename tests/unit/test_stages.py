@@ -48,7 +48,7 @@ def run():
     ("stage", "said"),
     [
         ("encode", "models/first_stage has no first stage. Run vlmdiff first_stage first."),
-        ("train", "data/encoded does not exist: run the stages before this one first"),
+        ("train", "data/encoded does not exist. Run the earlier stages first"),
         ("evaluate", "models/vlmdiff has no pipeline. Run `vlmdiff train` first"),
     ],
 )

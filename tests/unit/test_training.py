@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vlmdiff.core.device import resolve_precision
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import FirstStage, Part, Train, Training
-from vlmdiff.stages import training_state
+from vlmdiff.training.checkpoint import state_folder
 from vlmdiff.training.loop import Problem, batch_indices, fit, step_generator, warmup_cosine
 
 SETTINGS = {
@@ -187,7 +187,7 @@ def test_training_in_auto_has_the_bits_of_training_in_the_precision_it_stands_fo
 def test_a_training_in_auto_does_not_resume_in_another_precision(cpu_has, tmp_path):
     def state(precision, *instructions):
         cpu_has(*instructions)
-        return training_state(tmp_path, FirstStage(precision=precision, block_channels=(64, 128)))
+        return state_folder(tmp_path, FirstStage(precision=precision, block_channels=(64, 128)))
 
     assert state("auto") == state("fp32") == state("fp32", "avx512_bf16")
     assert state("auto", "avx512_bf16") == state("bf16") != state("auto")

@@ -14,7 +14,12 @@ import pandas as pd
 from PIL import Image
 from scipy import ndimage
 
+from vlmdiff import __version__
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import sha256
+from vlmdiff.core.git import code_revision
+from vlmdiff.core.params import Params
+from vlmdiff.data.layouts import SPLITS
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.heatmap import dimmed, heatmap, scaled
 from vlmdiff.evaluation import pages
@@ -110,6 +115,19 @@ def compose(
         "alarms": _alarms(scores, calibration),
         "galleries": _galleries(examples),
         "provenance": provenance,
+    }
+
+
+def provenance(params: Params, frame: pd.DataFrame, manifest_file: Path, captions: Path) -> dict[str, Any]:
+    """Return what made a model: the data, captions and code, and the parameters of every stage."""
+    counts = frame["split"].value_counts()
+    return {
+        "data": ", ".join(f"{counts.get(split, 0)} {split}" for split in SPLITS),
+        "manifest": sha256(manifest_file),
+        "captions": f"{params.caption.captioner.kind}, {sha256(captions)}",
+        "vlmdiff": __version__,
+        **code_revision(),
+        **params.model_dump(mode="json", by_alias=True, exclude={"gate", "monitor", "registry"}),
     }
 
 

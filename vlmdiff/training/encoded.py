@@ -1,5 +1,6 @@
 """What training reads, as memory-mapped arrays: everything frozen that it would otherwise compute in each epoch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.params import Encode, PretrainedTextEncoder
+from vlmdiff.core.params import Encode, Prepare, PretrainedTextEncoder
+from vlmdiff.data.images import load_rgb, resolve
 from vlmdiff.model import pretrained
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
@@ -119,3 +121,26 @@ def encode(
 
 def _array(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+
+def mirrored(frame: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:
+    """Add the training images' mirror images, in each direction and in both; column `axes` has the axes to reverse."""
+    frame = frame.assign(axes=[()] * len(frame))
+    for axis, direction in enumerate(("vertical", "horizontal")):
+        if direction in directions:
+            training = frame[frame["split"] == "train"]
+            frame = pd.concat([frame, training.assign(axes=[(*axes, axis) for axes in training["axes"]])])
+    return frame.reset_index(drop=True)
+
+
+def image_array(frame: pd.DataFrame, data: Prepare, size: int, file: Path) -> np.ndarray:
+    """Decode and resize the images of a manifest's rows into the memory-mapped `file`: uint8 (N, size, size, 3).
+
+    If the rows have `axes`, as `mirrored` returns them, the images are mirrored along these.
+    """
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(frame), size, size, 3))
+    every = [()] * len(frame) if "axes" not in frame else frame["axes"]
+    for i, (path, axes) in enumerate(zip(track(frame["path"], "read images", total=len(frame)), every, strict=True)):
+        array[i] = np.flip(load_rgb(resolve(data.image_root, path), size, data.max_pixels), axes)
+    array.flush()
+    return array

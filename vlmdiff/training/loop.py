@@ -19,6 +19,7 @@ from torch import nn
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import process_group, resolve_precision
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import atomic_folder, write_json
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Training
 from vlmdiff.training import checkpoint
@@ -247,6 +248,12 @@ def fit(problem: Problem, params: Training, state: Path) -> History:
         loop.restore(state / "checkpoint")
         _run(loop, state / "checkpoint")
     return loop.history
+
+
+def write_history(history: History, report: Path) -> None:
+    """Write loss curves into the folder `report`, as rows that `dvc plots` reads."""
+    with atomic_folder(report) as temporary:
+        write_json(temporary / "loss.json", history)
 
 
 def _run(loop: Loop, saved: Path) -> None:
