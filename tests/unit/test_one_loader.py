@@ -22,9 +22,9 @@ from vlmdiff.evaluation.judging import judge_images
 from vlmdiff.production.inspector_page import judge
 from vlmdiff.production.score import score
 from vlmdiff.registry.served import Inspector
+from vlmdiff.training.encoded import image_array
 
 LIMIT = 10**6
-from vlmdiff.training.encoded import image_array
 
 
 def encodings(folder: Path) -> list[Path]:
