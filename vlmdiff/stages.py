@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -163,13 +164,13 @@ def evaluate(
     pipeline = load_pipeline(pipeline_folder, pick_device())
     of_classes = None
     if params.detection.captions == "class":
-        of_classes = class_captions(captions_of(training, texts), training["class_name"])
+        of_classes = class_captions(captions_of(training, texts), training["class_name"].tolist())
     detector = Detector(pipeline, params.detection, class_captions=of_classes)
     size = pipeline.config.image_size
     normal = [load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in held_out["path"]]
     scores = detector.calibrate(normal, params.batch_size, detector_captions(detector, held_out, texts))
     judged = judge_images(detector, frame, data, texts, params)
-    detector.calibration = replace(detector.calibration, f1_optimal=judged.f1_optimal())
+    detector.calibration = replace(detector.calibrated(), f1_optimal=judged.f1_optimal())
     with atomic_folder(detector_out) as temporary:
         detector.save_pretrained(temporary)
         write_reference(temporary, held_out, scores, data)
@@ -198,11 +199,12 @@ def sha256(file: Path) -> str:
 
 def mirrored(frame: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:
     """With the training images' mirror images, in each direction and in both; `axes` are those that are reversed."""
-    frame = frame.assign(axes=[()] * len(frame))
+    frame = frame.assign(axes=[()] * len(frame))  # pyrefly: ignore[bad-argument-type]
     for axis, direction in enumerate(("vertical", "horizontal")):
         if direction in directions:
             training = frame[frame["split"] == "train"]
-            frame = pd.concat([frame, training.assign(axes=[(*axes, axis) for axes in training["axes"]])])
+            axes: Any = [(*axes, axis) for axes in training["axes"]]
+            frame = pd.concat([frame, training.assign(axes=axes)])
     return frame.reset_index(drop=True)
 
 
