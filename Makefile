@@ -31,8 +31,10 @@ test: $(INSTALLED) ## Run the tests
 services: $(INSTALLED) ## Run the tests that start and kill servers and workers (twenty minutes)
 	@pytest -m services
 
-lint: $(INSTALLED) ## Check style, formatting and types
+lint: $(INSTALLED) ## Check style, format and types
 	@ruff check .
+	@ruff format --check .
+	@pyrefly check
 
 up: $(INSTALLED) ## Start the servers and a worker on this machine, and deploy the flows
 	@python -m flows.servers up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT) \

@@ -1,7 +1,7 @@
 """One training at a time on the GPU, among all workspaces of a Prefect server."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.concurrency.sync import concurrency
@@ -18,7 +18,7 @@ def install(client: SyncPrefectClient) -> None:
 
 
 @contextlib.contextmanager
-def hold(log: Callable[[str], None]) -> Iterator[None]:
+def hold(log: Callable[[str], None]) -> Generator[None]:
     """Wait for the GPU, and hold it. A server without the limit lets every run pass."""
     with get_client(sync_client=True) as client:
         try:

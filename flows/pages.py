@@ -4,10 +4,10 @@ import base64
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pandas as pd
@@ -47,7 +47,8 @@ class Progress:
     """How many steps of a run are done. A step is a task of the flow."""
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.done, self.artifact = steps, 0, None
+        self.steps, self.done = steps, 0
+        self.artifact: Any = None
         with _published():
             self.artifact = create_progress_artifact(0.0, key="progress", description=f"0 of {steps} steps")
 
@@ -193,7 +194,7 @@ def show_drift(found: "DriftCheck", out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _published() -> Iterator[None]:
+def _published() -> Generator[None]:
     """Let the run go on if Prefect's server is away: artifacts are only for a person to look at."""
     try:
         yield

@@ -35,7 +35,7 @@ RETRIES = {"cache_policy": NO_CACHE, "retries": 2, "retry_delay_seconds": 30}
 PRESETS = {file.stem: file for file in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
 # The choices that the form on Prefect's page offers.
 AS_IT_IS = "as it is"
-Preset = Literal[AS_IT_IS, *PRESETS]
+Preset = Literal[AS_IT_IS, *PRESETS]  # pyrefly: ignore[not-a-type, invalid-literal]
 
 
 def _only(kind: type[Exception]) -> Callable[[Task, TaskRun, State], bool]:
@@ -149,7 +149,7 @@ def main() -> None:
     load()
     settings = {} if PREFECT_API_URL.value() else servers.prefect_settings()
     with temporary_settings(settings):
-        state = retrain(return_state=True)
+        state = retrain(return_state=True)  # pyrefly: ignore[no-matching-overload]
     if not state.is_completed():
         sys.exit(f"error: {state.message}")
     pages.print_summary(state.result())

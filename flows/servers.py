@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -71,7 +71,7 @@ def address(page: Path) -> str:
     return page.as_uri()
 
 
-def prefect_settings() -> dict[str, str]:
+def prefect_settings() -> dict[Any, str]:
     """Return Prefect settings for the server of `make up` if it runs, else for an API that ends with this process."""
     if server := find("prefect"):
         return {"api.url": f"{server.url}/api"}
@@ -152,7 +152,7 @@ def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port =
         command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)]
         # Without it, its pages call port 4200.
         pages = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{prefect_port}/api"}
-        _up("prefect", prefect_port, "/api/health", command, PREFECT_SERVER | pages)
+        ours = _up("prefect", prefect_port, "/api/health", command, PREFECT_SERVER | pages) + "/api"
     if store.startswith("http"):
         from vlmdiff.registry.store import shown
 
@@ -168,7 +168,7 @@ def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port =
     REPORTS.mkdir(exist_ok=True)
     command = ["http.server", str(reports_port), "--bind", "127.0.0.1", "--directory", str(REPORTS)]
     _up("reports", reports_port, "/", command)
-    _deploy(ours or f"{find('prefect').url}/api")
+    _deploy(ours)
 
 
 def _deploy(api: str) -> None:
@@ -203,10 +203,11 @@ def _deploy(api: str) -> None:
                 _keep(f"{WORKER}-{pool.name}", page, command, is_polling, environment, ends_with_it=True)
 
 
-def _up(name: str, port: int, health: str, command: list[str], environment: dict[str, str] | None = None) -> None:
+def _up(name: str, port: int, health: str, command: list[str], environment: dict[str, str] | None = None) -> str:
+    """Start a server if `up` has not started it, and return its address."""
     if server := find(name):
         print(f"{name} already runs: {server.url}")
-        return
+        return server.url
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -216,6 +217,7 @@ def _up(name: str, port: int, health: str, command: list[str], environment: dict
             raise InputError(f"port {port} is in use: choose another one, such as `{other}`") from error
     url = f"http://127.0.0.1:{port}"
     _keep(name, url, command, lambda: _answers(url + health), environment)
+    return url
 
 
 def _keep(

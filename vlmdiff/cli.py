@@ -188,10 +188,10 @@ def promote(
     from vlmdiff.evaluation.verdict import Override, verdict_table
     from vlmdiff.registry.promotion import promote
 
-    given = [bool(text and text.strip()) for text in (override, reason)]
-    if (override is not None or reason is not None) and not all(given):
+    by, why = ((text or "").strip() for text in (override, reason))
+    if (override is not None or reason is not None) and not (by and why):
         raise InputError("an override takes both a person's name and a reason: --override NAME --reason WHY")
-    person = Override(override.strip(), reason.strip()) if all(given) else None
+    person = Override(by, why) if by and why else None
     Console().print(verdict_table(promote(load(params), version, person)))
 
 

@@ -161,13 +161,13 @@ def evaluate(
     pipeline = load_pipeline(pipeline_folder, pick_device())
     of_classes = None
     if ours.detection.captions == "class":
-        of_classes = class_captions(captions_of(training, texts), training["class_name"])
+        of_classes = class_captions(captions_of(training, texts), training["class_name"].tolist())
     detector = Detector(pipeline, ours.detection, class_captions=of_classes)
     size = pipeline.config.image_size
     normal = [load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in held_out["path"]]
     scores = detector.calibrate(normal, ours.batch_size, detector_captions(detector, held_out, texts))
     judged = judge_images(detector, frame, data, texts, ours)
-    detector.calibration = replace(detector.calibration, f1_optimal=judged.f1_optimal())
+    detector.calibration = replace(detector.calibrated(), f1_optimal=judged.f1_optimal())
     with atomic_folder(detector_out) as temporary:
         detector.save_pretrained(temporary)
         write_reference(temporary, held_out, scores, data)

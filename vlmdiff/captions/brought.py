@@ -16,7 +16,7 @@ means `000000000139.jpg`. Captions of images that the manifest does not list are
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,7 +47,7 @@ class FromFile:
         digests = [sha256(f) for f in (file, images) if f is not None]
         self.identity = {"captioner": "file", "sha256": digests}
 
-    def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:
+    def caption(self, items: Sequence[tuple[str, Path]]) -> Generator[dict[str, str | None]]:
         yield {image_id: self.captions.get(image_id) for image_id, _ in items}
 
 
@@ -97,7 +97,7 @@ def _match(file: Path, images: Path | None, frame: pd.DataFrame) -> dict[str, st
 
 
 @contextmanager
-def _at(where: str) -> Iterator[None]:
+def _at(where: str) -> Generator[None]:
     """Prefix the message of a ValueError with `where`."""
     try:
         yield

@@ -1,6 +1,6 @@
 """Make captioners by name, and ask them for the captions that the store does not have yet."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -28,9 +28,10 @@ class Captioner(Protocol):
     part of the store's key.
     """
 
-    identity: Mapping[str, Any]
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
 
-    def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[Mapping[str, str | None]]:
+    def caption(self, items: Sequence[tuple[str, Path]]) -> Generator[Mapping[str, str | None]]:
         """Yield captions of (image_id, file) pairs as dictionaries by image_id, in any order, as soon as they exist.
 
         A caption is None if the captioner has none for the image. Raises InputError, after all other images are
@@ -48,7 +49,7 @@ class Describe:
         revision = sha256(Path(describe.__file__))
         self.identity = {"captioner": "describe", "revision": revision[:12]}
 
-    def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:
+    def caption(self, items: Sequence[tuple[str, Path]]) -> Generator[dict[str, str]]:
         describe_file = partial(_describe_file, self.max_pixels)
         files = [file for _, file in items]
         # Starting a process takes about a second.

@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -49,7 +49,7 @@ class FromEndpoint:
             "max_side": params.max_side,
         }
 
-    def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:
+    def caption(self, items: Sequence[tuple[str, Path]]) -> Generator[dict[str, str | None]]:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         limits = httpx.Limits(max_connections=self.params.concurrency)
         stop = threading.Event()
@@ -95,7 +95,7 @@ class FromEndpoint:
         """Return one image's caption. Raises NoCaption, InputError, or _Stopped if another image failed."""
         if stop.is_set():
             raise _Stopped
-        body = self._body(file)
+        body, problem = self._body(file), ""
         for attempt in range(self.params.retries + 1):
             pause = random.uniform(0, min(LONGEST_BACKOFF, self.params.backoff * 2**attempt))
             try:

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ class FromModel:
             "decoding": {"temperature": params.temperature, "seed": params.seed} if params.temperature else "greedy",
         }
 
-    def caption(self, items: Sequence[tuple[str, Path]]) -> Iterator[dict[str, str | None]]:
+    def caption(self, items: Sequence[tuple[str, Path]]) -> Generator[dict[str, str | None]]:
         if not items:
             return
         self._load()

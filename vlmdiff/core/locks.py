@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import datetime
 from pathlib import Path
 
@@ -22,7 +22,7 @@ QUOTED = 100
 
 
 @contextlib.contextmanager
-def hold(file: Path, what: str, limit: float = 0.0, by: str | None = None) -> Iterator[None]:
+def hold(file: Path, what: str, limit: float = 0.0, by: str | None = None) -> Generator[None]:
     """Hold a lock file, as the only process that does.
 
     The system releases the lock when the process ends, however it ends. A JSON file beside the lock file, whose name

@@ -300,10 +300,8 @@ class FirstStage(Training):
         if self.kind == "backbone":
             if self.image_size % self.backbone.grid:
                 raise ValueError("`image_size` must be a multiple of `backbone.grid`")
-        elif self.pretrained is None and self.image_size % self.downsampling:
-            raise ValueError(
-                f"`image_size` must be a multiple of {self.downsampling}, the downsampling of `block_channels`"
-            )
+        elif (factor := self.downsampling) and self.image_size % factor:
+            raise ValueError(f"`image_size` must be a multiple of {factor}, the downsampling of `block_channels`")
         if self.pretrained is None and self.steps == 0:
             raise ValueError("`steps: 0` keeps a `pretrained` model unchanged: set `pretrained`, or raise `steps`")
         if self.kind == "backbone" and self.pretrained is not None:

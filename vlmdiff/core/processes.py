@@ -23,7 +23,8 @@ GRACE = 10.0
 # How many of a command's last lines an error message quotes.
 LAST_LINES = 20
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], chunk: int) -> Iterator[Result]:
@@ -58,7 +59,7 @@ def run_child(command: list[str], log: Callable[[str], None]) -> tuple[int, str]
     )
     last: deque[str] = deque(maxlen=LAST_LINES)
     try:
-        for raw in process.stdout:
+        for raw in process.stdout or ():
             # A progress bar overwrites its line: only its last state counts.
             if line := raw.decode("utf-8", "replace").rstrip().rpartition("\r")[2]:
                 log(line)

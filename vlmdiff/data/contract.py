@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import great_expectations as gx
 import great_expectations.expectations as gxe
@@ -12,6 +12,7 @@ import imagehash
 import numpy as np
 import pandas as pd
 from great_expectations.core.run_identifier import RunIdentifier
+from great_expectations.expectations.metadata_types import FailureSeverity
 
 from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import InputError
@@ -40,7 +41,7 @@ class Rule:
     severity: Literal["error", "warning"] = "error"
 
     def build(self) -> gxe.Expectation:
-        severity = "critical" if self.severity == "error" else "warning"
+        severity = FailureSeverity.CRITICAL if self.severity == "error" else FailureSeverity.WARNING
         return self.expectation(**self.settings, severity=severity, description=self.what, meta={"rule": self.name})
 
 
@@ -92,14 +93,14 @@ def check_tables(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]
     """
     with atomic_folder(out) as temporary:
         context = gx.get_context(mode="ephemeral")
-        context.variables.progress_bars = {"globally": False}
-        for site in list(context.variables.data_docs_sites):
+        context.variables.progress_bars = {"globally": False}  # pyrefly: ignore[bad-argument-type]
+        for site in list(context.variables.data_docs_sites or ()):
             context.delete_data_docs_site(site)
         store = {
             "class_name": "TupleFilesystemStoreBackend",
             "base_directory": str((temporary / "docs").resolve()),
         }
-        site = {
+        site: Any = {
             "class_name": "SiteBuilder",
             "site_index_builder": {"class_name": "DefaultSiteIndexBuilder", "view": VIEW},
             "site_section_builders": {section: {"view": VIEW} for section in ("expectations", "validations")},
@@ -121,7 +122,7 @@ def check_tables(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]
             named = RunIdentifier(run_name=name)
             outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": table}, run_id=named)
             (judged,) = outcome.run_results.values()
-            results = {result.expectation_config.meta["rule"]: result for result in judged.results}
+            results = {c.meta["rule"]: found for found in judged.results if (c := found.expectation_config)}
             findings += [_finding(rule, results[rule.name]) for rule in rules]
         # Fonts and pictures of the pages that VIEW replaces.
         shutil.rmtree(temporary / "docs/static")

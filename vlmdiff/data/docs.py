@@ -9,7 +9,7 @@ class Page(DefaultJinjaPageView):
 
     def __init__(self, custom_styles_directory: str | None = None, custom_views_directory: str | None = None) -> None:
         super().__init__(custom_styles_directory, custom_views_directory)
-        self.env.loader = ChoiceLoader([PackageLoader("vlmdiff.data"), self.env.loader])
+        self.env.loader = ChoiceLoader([PackageLoader("vlmdiff.data"), *filter(None, [self.env.loader])])
 
 
 VIEW = {"module_name": __name__, "class_name": Page.__name__}

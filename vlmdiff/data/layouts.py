@@ -177,8 +177,8 @@ LABEL_MAPS = {"visa", "real_iad", "coco_ad"}
 
 def _found(root: Path, class_name: str, split: str | None, kind: str, good: str, image: Path, masks: dict) -> Record:
     """Return the record of an image in a folder named after its `kind`, and remove its mask from `masks`."""
-    mask = masks.pop((kind, image.stem), None)
-    path, mask_path = (file and file.relative_to(root).as_posix() for file in (image, mask))
+    mask: Path | None = masks.pop((kind, image.stem), None)
+    path, mask_path = image.relative_to(root).as_posix(), mask.relative_to(root).as_posix() if mask else None
     return Record(path, class_name, split, kind != good, None if kind == good else kind, mask_path)
 
 
@@ -223,7 +223,6 @@ def _listed(
     # Reports use the class as a file name.
     if not class_name.isprintable() or "/" in class_name or class_name in ("", ".", ".."):
         raise InputError(f"{where}: the class {class_name!r} is not a valid file name. Rename it.")
-    paths = []
     for name in (path, mask_path or None):
         try:
             # isfile rejects the empty path, which resolves to the root. Unlike pathlib, os.path takes any name.
@@ -231,8 +230,8 @@ def _listed(
                 raise InputError(f"{name!r} is not a file under {root}. Restore it or remove the row.")
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        paths.append(name and PurePosixPath(name).as_posix())
-    return Record(paths[0], class_name, split, is_anomalous, defect, paths[1])
+    mask = PurePosixPath(mask_path).as_posix() if mask_path else None
+    return Record(PurePosixPath(path).as_posix(), class_name, split, is_anomalous, defect, mask)
 
 
 TABLE_COLUMNS = ("path", "class_name", "split", "is_anomalous", "label", "defect", "mask_path")

@@ -44,5 +44,6 @@ class Decoded:
         }
 
     def heatmap(self, detection: Detection) -> Image.Image:
-        """Return the anomaly map over the photograph."""
+        """Return the anomaly map over the photograph, which must be kept to be shown."""
+        assert self.shown is not None
         return Image.fromarray(heatmap(self.shown, detection.anomaly_map, vmax=1.0))

@@ -134,7 +134,7 @@ class Detector:
                 written |= {**Backbone.save(entry, folder / name), "model": name}
         facts = {
             "detection": detection,
-            "calibration": asdict(self._calibrated()),
+            "calibration": asdict(self.calibrated()),
             "class_captions": self.class_captions,
         }
         write_json(folder / SETTINGS, facts)
@@ -193,7 +193,7 @@ class Detector:
         self, images: Iterable[Photograph], batch_size: int = 32, captions: Iterable[str] | None = None
     ) -> Iterator[Detection]:
         """Judge photographs as `detect` does, with no more than one batch of them in memory."""
-        calibration = self._calibrated()
+        calibration = self.calibrated()
         for differences, deviations, rebuilt in self._differences(images, batch_size, captions):
             raw = self._combine(self._relative(differences, deviations, calibration.deviation), calibration.scales)
             maps, scores = (
@@ -223,7 +223,8 @@ class Detector:
             solver=params.solver,
         )
 
-    def _calibrated(self) -> Calibration:
+    def calibrated(self) -> Calibration:
+        """Return the calibration. Raises InputError if there is none."""
         if self.calibration is None:
             raise InputError("this detector has no threshold yet: call calibrate() with normal images")
         return self.calibration
@@ -247,11 +248,12 @@ class Detector:
             texts = None if captions is None else [caption for _, caption in batch]
             clean = self.pipeline.encode_images(x)
             before = [extract(x, clean) for extract, _ in self.spaces]
-            samples, expected = [], []
+            samples, expected, rebuilt, shown = [], [], x, np.empty(0)
             for sample in range(params.samples):
                 latents, deviation = self.reconstruct(clean, x, params.seed + sample, texts)
                 # Where only latents are compared, one sample is decoded, to be shown.
-                rebuilt = self.pipeline.decode_latents(latents) if sample == 0 or self._decodes else None
+                if sample == 0 or self._decodes:
+                    rebuilt = self.pipeline.decode_latents(latents)
                 if sample == 0:
                     shown = (rebuilt * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
                 samples.append([extract(rebuilt, latents) for extract, _ in self.spaces])

@@ -95,7 +95,7 @@ def collect(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], names: Sequ
             continue
         labels, count = regions_of(mask)
         regions += count
-        sizes.append(np.bincount(labels)[labels])
+        sizes.append(np.bincount(labels)[labels].astype(float))
         anomalous.append(scores[mask])
         normal.append(scores[~mask])
     return Pixels(np.concatenate(anomalous), 1 / (np.concatenate(sizes) * regions), np.concatenate(normal))

@@ -60,10 +60,9 @@ def detection_range(anomalous: np.ndarray, normal: np.ndarray) -> dict[str, Rang
         precision = np.divide(hits, hits + before, out=np.zeros_like(hits), where=hits > 0)
         best = np.sum(anomalous * precision, axis=-1) / positives[..., 0]
         f1 = [np.max(2 * hits / (positives + hits + passed), axis=-1, initial=0) for passed in (alarms, before)]
-    values = {"auroc": tuple(auroc), "ap": (worst, best), "f1_max": tuple(f1)}
-    return {
-        name: tuple(_defined({"": value}, positives, negatives)[""] for value in pair) for name, pair in values.items()
-    }
+    values = {"auroc": auroc, "ap": [worst, best], "f1_max": f1}
+    low, high = (_defined({name: pair[i] for name, pair in values.items()}, positives, negatives) for i in (0, 1))
+    return {name: (low[name], high[name]) for name in values}
 
 
 def _sums(anomalous: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -73,7 +73,7 @@ class Statistics:
                 inside, (labels, regions[row]) = found[mask], regions_of(mask)
                 parts[1, row] = np.bincount(inside, minlength=size)
                 parts[2, row] = np.bincount(inside, 1 / np.bincount(labels)[labels], size)
-        return cls(*parts, regions, np.asarray(scores, np.float64), np.asarray(is_anomalous, bool))
+        return cls(parts[0], parts[1], parts[2], regions, np.asarray(scores, float), np.asarray(is_anomalous, bool))
 
     def metrics(self, weights: np.ndarray, max_fpr: float) -> Samples:
         """Return each metric (S,) for weights (S, N) of the images."""

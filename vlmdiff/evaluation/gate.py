@@ -60,7 +60,7 @@ def _compare(model: Evidence, champion: Evidence | InputError, params: Gate) -> 
         why_gain = f"{title} of {', '.join(undefined) or 'any class of the champion'} is not defined"
     else:
         lower = round((model.resampled - champion.resampled).lower_bound(params.metric, params.confidence), 9)
-        worst = max(falls, key=falls.get)
+        worst = max(falls, key=falls.__getitem__)
         gained = -sum(falls.values()) / len(falls) + 0.0  # not -0
         why_gain = (
             f"mean {title} differs from the champion's by {gained:+.4f}, with "

@@ -72,7 +72,7 @@ class Judged:
             self.examples,
             self.curves,
             self.scores,
-            self.detector.calibration,
+            self.detector.calibrated(),
             provenance,
         )
         write_json(folder / CONTENT, content)
@@ -96,7 +96,7 @@ def judge_images(
     judged = Judged(detector, hashed, latency)
     tables = []
     for name, part in test.groupby("class_name"):
-        part = part.reset_index(drop=True)
+        name, part = str(name), part.reset_index(drop=True)
         found = list(islice(stream, len(part)))
         maps = [detection.anomaly_map for detection in found]
         masks = [
@@ -159,7 +159,7 @@ def hash_test_set(frame: pd.DataFrame, data: Prepare, max_fpr: float) -> str:
     """Return a hash of the test images, their classes and labels, the bytes of their masks, and AU-PRO's limit."""
     rows = []
     for row in _test_images(frame).itertuples():
-        digest = row.mask_path and sha256(resolve(data.image_root, row.mask_path))
+        digest = sha256(resolve(data.image_root, str(row.mask_path))) if row.mask_path else None
         rows.append(json.dumps([row.class_name, row.image_id, bool(row.is_anomalous), digest]))
     return hashlib.sha256("\n".join([f"{max_fpr!r}", *sorted(rows)]).encode()).hexdigest()
 

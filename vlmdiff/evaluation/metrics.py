@@ -100,8 +100,8 @@ def evaluate_classes(
 
     classes = {}
     for name, members in group(class_names).items():
-        known = [i for i in members if masks[i] is not None]
-        pixels = collect([maps[i] for i in known], [masks[i] for i in known], [ids[i] for i in known])
+        known = {i: mask for i in members if (mask := masks[i]) is not None}
+        pixels = collect([maps[i] for i in known], list(known.values()), [ids[i] for i in known])
         pixel_ranking = rank(*pixels)
         anomalous, normal = scores[members][truth[members]], scores[members][~truth[members]]
         image_ranking = rank(anomalous, np.ones(len(anomalous)), normal)
@@ -153,4 +153,4 @@ def _nulls(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def _numbers(values: dict[str, float | None]) -> dict[str, float]:
-    return {metric: math.nan if values[metric] is None else float(values[metric]) for metric in METRICS}
+    return {metric: math.nan if (value := values[metric]) is None else float(value) for metric in METRICS}

@@ -58,8 +58,8 @@ def curves(
     check_limit(max_fpr)
     rows: Curves = {"pro": [], "roc": [], "precision_recall": []}
     for name, members in group(class_names).items():
-        known = [i for i in members if masks[i] is not None]
-        ranking = rank(*collect([maps[i] for i in known], [masks[i] for i in known]))
+        known = {i: mask for i in members if (mask := masks[i]) is not None}
+        ranking = rank(*collect([maps[i] for i in known], list(known.values())))
         rows["pro"] += _rows(name, ("fpr", "pro"), curve(ranking, max_fpr))
         rows["roc"] += _rows(name, ("fpr", "tpr"), curve(ranking.uniform()))
         rows["precision_recall"] += _rows(name, ("recall", "precision"), _precision_recall(ranking))
@@ -79,10 +79,10 @@ def histograms(scores: pd.DataFrame) -> Rows:
     """
     rows: Rows = []
     for (name, is_anomalous), part in scores.groupby(["class_name", "is_anomalous"]):
+        truth = "defective" if is_anomalous else "good"
         counts, edges = np.histogram(part["score"], BINS, (0, 1))
         rows += [
-            {"class_name": name, "truth": "defective" if is_anomalous else "good", "score": round(float(left), DIGITS)}
-            | {"images": int(count)}
+            {"class_name": str(name), "truth": truth, "score": round(float(left), DIGITS), "images": int(count)}
             for count, left in zip(counts, edges[:-1], strict=True)
         ]
     return rows
@@ -138,7 +138,7 @@ def draw_distributions(
     """Draw two histograms of shares as SVG: `then` (N,) with `weights`, filled, and `now` (M,) as a line."""
     import matplotlib.pyplot as plt
 
-    edges = np.histogram_bin_edges(np.concatenate([then, now]), BINS // 2)
+    edges = np.histogram_bin_edges(np.concatenate([then, now]), BINS // 2).tolist()
     weights = weights / weights.sum() if weights.sum() else np.full(len(then), 1 / len(then))
     with plt.rc_context(STYLE | {"svg.hashsalt": label}):
         figure, axes = plt.subplots(figsize=(3.4, 2.0), layout="tight")

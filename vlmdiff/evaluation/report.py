@@ -82,14 +82,14 @@ def pick_examples(
     fair sample follows, which is the same for every model: the first good and the first defective images by their ids,
     which are hashes.
     """
-    scores, truth, verdicts = np.asarray(scores, float), np.asarray(is_anomalous, bool), np.asarray(verdicts, bool)
+    values, truth, alarms = np.asarray(scores, float), np.asarray(is_anomalous, bool), np.asarray(verdicts, bool)
 
     def first(members: np.ndarray, keys: np.ndarray) -> list[int]:
         found = np.flatnonzero(members)
         return found[np.argsort(keys[found], kind="stable")][:count].tolist()
 
-    picked = [(MISSED, i) for i in first(truth & ~verdicts, scores)]
-    picked += [(FALSE_ALARMS, i) for i in first(~truth & verdicts, -scores)]
+    picked = [(MISSED, i) for i in first(truth & ~alarms, values)]
+    picked += [(FALSE_ALARMS, i) for i in first(~truth & alarms, -values)]
     return picked + [(SAMPLE, i) for kind in (truth, ~truth) for i in first(kind, np.asarray(ids))]
 
 
@@ -283,7 +283,7 @@ def _pictures(example: Example, vmax: float) -> dict[str, np.ndarray]:
 
 def _encode(pictures: list[dict[str, np.ndarray]]) -> list[dict[str, str]]:
     """Return all pictures as WebP data URLs, as large as PICTURE_SIDE and their total PICTURE_BYTES allow."""
-    side, total = PICTURE_SIDE, math.inf
+    side, total, encoded = PICTURE_SIDE, math.inf, []
     while total > PICTURE_BYTES:
         encoded = [{label: _webp(picture, side) for label, picture in row.items()} for row in pictures]
         total = sum(len(data) for row in encoded for data in row.values())

@@ -7,6 +7,7 @@ scores within a bin is unknown; `errors` returns a bound for its effect.
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -143,7 +144,7 @@ class StreamingMetrics:
 
     def save(self, file: Path) -> None:
         """Write the counts to `file`, for `load`."""
-        arrays: dict[str, np.ndarray] = {"max_fpr": np.array(self.max_fpr), "names": np.array(self._names, np.str_)}
+        arrays: dict[str, Any] = {"max_fpr": np.array(self.max_fpr), "names": np.array(self._names, np.str_)}
         for index, name in enumerate(self._names):
             counts = self.classes[name]
             arrays[f"{index}.regions"] = np.array(counts.regions)

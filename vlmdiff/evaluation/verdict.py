@@ -97,8 +97,8 @@ class Verdict:
                 for row in facts["criteria"]
             ]
             override = facts["override"] and Override(**facts["override"])
-            known = [facts[key] for key in ("version", "champion", "rejudged", "is_champion")]
-            return cls(*known, criteria, override)
+            known = {key: facts[key] for key in ("version", "champion", "rejudged", "is_champion")}
+            return cls(**known, criteria=criteria, override=override)
         except FileNotFoundError:
             raise InputError(f"{path} does not exist. Run `vlmdiff gate` first") from None
         except (ValueError, KeyError, TypeError) as error:

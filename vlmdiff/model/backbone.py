@@ -3,15 +3,16 @@
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, ModelOutput, cached_file, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import VisionBackbone
@@ -20,6 +21,13 @@ from vlmdiff.model.pretrained import check_pinned
 
 # Scales inputs to [-1, 1], as TensorFlow checkpoints and most checkpoints without a processor file expect.
 DEFAULT_MEAN = DEFAULT_STD = (0.5, 0.5, 0.5)
+
+
+class States(Protocol):
+    """What a model of `transformers` returns."""
+
+    last_hidden_state: torch.Tensor
+    hidden_states: Sequence[torch.Tensor]
 
 
 def concatenate(maps: Sequence[torch.Tensor], size: int | tuple[int, int]) -> torch.Tensor:
@@ -59,7 +67,7 @@ class Backbone:
         if _states(output)[0].ndim == 4:
             model.to(memory_format=torch.channels_last)
         elif "last" not in self.layers:
-            _drop_blocks(model, count - 1, max(self.layers))
+            _drop_blocks(model, count - 1, max(layer for layer in self.layers if isinstance(layer, int)))
 
     @classmethod
     def load(cls, params: VisionBackbone, device: torch.device | str = "cpu") -> "Backbone":
@@ -93,13 +101,13 @@ class Backbone:
         parts = [self._maps(self._run(_resize(x.to(device, torch.float32), self.size))) for x in images.split(at_once)]
         return [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
-    def _run(self, images: torch.Tensor) -> ModelOutput:
+    def _run(self, images: torch.Tensor) -> States:
         pixels = self.normalization(images)
         return self.network(pixel_values=pixels, output_hidden_states=True, **self._options)
 
-    def _maps(self, output: ModelOutput) -> list[torch.Tensor]:
+    def _maps(self, output: States) -> list[torch.Tensor]:
         states = _states(output)
-        chosen = [output.last_hidden_state if layer == "last" else states[layer] for layer in self.layers]
+        chosen = [states[layer] if isinstance(layer, int) else output.last_hidden_state for layer in self.layers]
         return [x if x.ndim == 4 else self._fold(x) for x in chosen]
 
     def _fold(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -107,7 +115,7 @@ class Backbone:
         return tokens[:, self._first : self._first + h * w].transpose(1, 2).unflatten(2, (h, w))
 
     @torch.no_grad()
-    def _probe(self) -> tuple[ModelOutput, tuple[tuple[int, int], int]]:
+    def _probe(self) -> tuple[States, tuple[tuple[int, int], int]]:
         """Return the model's output for test images, the grid (h, w) of the tokens, and the index of the first."""
         images = torch.zeros(3, 3, *self.size, device=self.network.device)
         patch = _patch_size(self.network)
@@ -122,11 +130,11 @@ class Backbone:
         states, last = _states(output), output.last_hidden_state
         if states[0].ndim == 4:
             # All states are maps. The last alone may be tokens, which a token with their mean may precede.
-            grid = tuple(states[-1].shape[2:])
+            grid = states[-1].shape[2], states[-1].shape[-1]
             first = last.shape[1] - grid[0] * grid[1] if last.ndim == 3 else 0
             understood = all(x.ndim == 4 for x in states) and first in (0, 1)
         else:
-            grid = tuple(self._patches(side) for side in patch)
+            grid = self._patches(patch[0]), self._patches(patch[1])
             # Before the first block a token sees only its own patch: the corners mark the first and the last patch.
             first, end = (states[0][1:] - states[0][:1]).abs().sum(dim=2).argmax(dim=1).tolist()
             understood = end - first == grid[0] * grid[1] - 1 and len({x.shape for x in states}) == 1
@@ -153,7 +161,7 @@ def _resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _states(output: ModelOutput) -> Sequence[torch.Tensor]:
+def _states(output: States) -> Sequence[torch.Tensor]:
     """Return the hidden states, as maps if the model itself reshapes them, as Swin does."""
     return getattr(output, "reshaped_hidden_states", None) or output.hidden_states
 
@@ -165,7 +173,7 @@ def _patch_size(model: PreTrainedModel) -> tuple[int, int]:
 
 def _drop_blocks(model: PreTrainedModel, count: int, needed: int) -> None:
     """Drop the transformer blocks after the last one that is needed. `count` is the number of blocks."""
-    blocks = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), ())
+    blocks = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), nn.ModuleList())
     if needed < len(blocks):
         del blocks[max(needed, 1) :]  # the first block records the state before it
         model.config.num_hidden_layers = len(blocks)
@@ -190,7 +198,7 @@ def _load(params: VisionBackbone, dtype: torch.dtype | str) -> PreTrainedModel:
 
 def _normalization(params: VisionBackbone) -> tuple[Sequence[float], Sequence[float]]:
     """Return mean and standard deviation of the channels, for images in [0, 1]."""
-    if params.image_mean is not None:
+    if params.image_mean and params.image_std:
         return params.image_mean, params.image_std
     # Read the file instead of loading the processor: some processors need torchvision.
     for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
@@ -207,7 +215,7 @@ def _normalization(params: VisionBackbone) -> tuple[Sequence[float], Sequence[fl
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Hide the progress bar and the warnings about unused weights of heads."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -129,7 +129,7 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         channels = self.config.feature_channels
         total = torch.zeros(sum(channels), dtype=torch.float64, device=self.mean.device)
         squares = torch.zeros(len(total), len(total), dtype=torch.float64, device=self.mean.device)
-        count = 0
+        count, shift = 0, self.mean
         for batch in batches:
             rows = self.features(batch).permute(0, 2, 3, 1).flatten(0, 2)
             # Centring by the first batch keeps the float32 products accurate.

@@ -61,8 +61,8 @@ class VLMDiffPipeline(DiffusionPipeline):
         sgn: SemanticGuidedNetwork | None,
         scheduler: DDIMScheduler,
         image_size: int = 256,
-        image_mean: list[float] = (0.5, 0.5, 0.5),
-        image_std: list[float] = (0.5, 0.5, 0.5),
+        image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
     ):
         super().__init__()
         self.register_modules(

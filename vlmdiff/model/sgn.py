@@ -31,7 +31,7 @@ class SpatialFeatureFusion(nn.Module):
 
     def forward(self, sources: list[torch.Tensor], targets: list[torch.Tensor]) -> list[torch.Tensor]:
         return [
-            F.silu(target + sum(down(source) for down, source in zip(row, sources, strict=True)))
+            F.silu(target + sum(down(source) for down, source in zip(row.children(), sources, strict=True)))
             for target, row in zip(targets, self.downsamplers, strict=True)
         ]
 

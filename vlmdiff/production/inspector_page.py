@@ -47,10 +47,10 @@ def training_images(stamp: int) -> tuple[list[str], np.ndarray] | None:
     rows = np.flatnonzero(encoded.index["split"] == "train")
     paths = dict(zip(frame["image_id"], frame["path"], strict=True))
     names = [paths.get(image_id) for image_id in encoded.index["image_id"].iloc[rows]]
-    known = [i for i, name in enumerate(names) if name is not None]
-    parts = np.array_split(rows[known], max(len(known) // 256, 1))
+    known = {i: name for i, name in enumerate(names) if name is not None}
+    parts = np.array_split(rows[list(known)], max(len(known) // 256, 1))
     features = np.concatenate([describe(torch.from_numpy(np.array(encoded.mean[part]))) for part in parts])
-    return [names[i] for i in known], features
+    return list(known.values()), features
 
 
 def describe(latents: torch.Tensor) -> np.ndarray:
@@ -118,7 +118,8 @@ def ask_for_caption(detector: Detector) -> str | None:
             return detector.captions_of([name])[0]
         case "image":
             return st.text_input("Caption of the photograph, as if it were normal") or st.stop()
-    return None
+        case "none":
+            return None
 
 
 def show(image: np.ndarray, detection: Detection, similar: str | None, params: Params) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -195,11 +194,12 @@ def _captions(detector: Detector, photographs: list[Photograph], class_name: str
     for path, text in given.items():
         if text is None:
             raise InputError(f"{path}: this model needs the photograph's {missing}: {advice}")
-    return given if missing == "caption" else dict(zip(given, detector.captions_of(given.values()), strict=True))
+    texts = {path: text for path, text in given.items() if text is not None}
+    return texts if missing == "caption" else dict(zip(texts, detector.captions_of(texts.values()), strict=True))
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _alone(out: Path) -> Generator[None]:
     """Lock `out`, and make it where it is missing. Raises InputError where it is locked or holds other files."""
     foreign = [
         path.name
@@ -245,7 +245,7 @@ def _remove_rows(part: Path, table: pa.Table, stale: list[bool], out: Path) -> N
         return
     times = part.stat()
     with atomic_path(part) as temporary:
-        pq.write_table(table.filter(pc.invert(pa.array(stale))), temporary)
+        pq.write_table(table.filter(pa.array([not old for old in stale])), temporary)
         # The rows that remain are as old as before.
         os.utime(temporary, ns=(times.st_atime_ns, times.st_mtime_ns))
 
@@ -274,7 +274,8 @@ def _read(photograph: Photograph, size: int, max_pixels: int, draw: bool) -> Rea
     return row | image_statistics(np.asarray(image)), Decoded.of(image, size, draw)
 
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

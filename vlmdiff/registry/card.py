@@ -73,13 +73,13 @@ def _count(frame: pd.DataFrame) -> dict[str, int]:
 
 
 def _counts(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
-    return {name: _count(rows) for name, rows in frame.groupby("class_name")}
+    return {str(name): _count(rows) for name, rows in frame.groupby("class_name")}
 
 
 def _parts(params: p.Params) -> Iterator[tuple[str, str, str, bool]]:
     """Yield each part from others: its use, name, revision, and whether the model contains its weights."""
 
-    def part(use: str, source: p.Pretrained, inside: bool = True) -> tuple[str, str, str, bool]:
+    def part(use: str, source: p.Pretrained | p.VisionLanguageModel, inside: bool = True) -> tuple[str, str, str, bool]:
         # The path of a local folder means nothing elsewhere: only its name.
         name = f"the folder {Path(source.model).name}" if Path(source.model).is_dir() else source.model
         return use, name, source.revision or "none", inside

@@ -162,7 +162,7 @@ def _inputs(params: Params) -> Schema:
     kind = params.evaluate.detection.captions
     if kind != "none":
         columns.append(ColSpec(DataType.string, served.CAPTION_COLUMNS[kind]))
-    return Schema(columns)
+    return Schema([*columns])
 
 
 def _description(params: Params) -> str:
@@ -187,11 +187,10 @@ def _example(params: Params) -> dict[str, str]:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     example = {"image": base64.b64encode(buffer.getvalue()).decode()}
-    match params.evaluate.detection.captions:
-        case "image":
-            example[served.CAPTION_COLUMNS["image"]] = read_captions(w.CAPTIONS)[row["image_id"]]
-        case "class":
-            example[served.CAPTION_COLUMNS["class"]] = row["class_name"]
+    kind = params.evaluate.detection.captions
+    if kind != "none":
+        text = read_captions(w.CAPTIONS)[row["image_id"]] if kind == "image" else row["class_name"]
+        example[served.CAPTION_COLUMNS[kind]] = text
     return example
 
 

@@ -86,7 +86,7 @@ def promote(params: Params, version: int, override: Override | None = None) -> V
             if becomes:
                 for key in tags.keys() & set(ROLLBACK):
                     client.delete_model_version_tag(name, str(version), key)
-            run = client.get_model_version(name, str(version)).run_id
+            run = _run_of(client, params, version)
             for file in (w.GATE, w.GATE_PAGE):
                 client.log_artifact(run, str(file), "gate")
             if becomes:
@@ -142,6 +142,14 @@ def _tags(client: MlflowClient, params: Params, version: int) -> dict[str, str]:
     return found[version]
 
 
+def _run_of(client: MlflowClient, params: Params, version: int) -> str:
+    """Return the run that registered a version. Raises InputError if it has none."""
+    run = client.get_model_version(params.registry.model_name, str(version)).run_id
+    if not run:
+        raise InputError(f"version {version} has no run with an evaluation. Run `vlmdiff register` for its model")
+    return run
+
+
 def _tags_here(client: MlflowClient, params: Params) -> dict[str, str]:
     """Return the tags of the version with this workspace's model, empty if it is not registered."""
     try:
@@ -167,7 +175,7 @@ def _opponent(version: int | None, champion: int | None, tags: dict[str, str]) -
     if version is None or version != champion:
         return champion, None
     by = tags.get(OVERRIDE_BY)
-    return _champion_before(tags), by and Override(by, tags.get(OVERRIDE_REASON, ""))
+    return _champion_before(tags), Override(by, tags.get(OVERRIDE_REASON, "")) if by else None
 
 
 def _as_tags(verdict: Verdict) -> dict[str, str]:
@@ -203,7 +211,7 @@ class Case:
     def publish(self, verdict: Verdict) -> None:
         """Write the verdict as JSON, and the page that shows it above the model's report."""
         champion, difference = None, None
-        if isinstance(self.champion, Evidence):
+        if isinstance(self.champion, Evidence) and self.champion_folder:
             champion, difference = read_content(self.champion_folder), self.model.resampled - self.champion.resampled
         with atomic_path(w.GATE_PAGE) as temporary:
             temporary.write_text(render(read_content(self.folder), verdict, champion, difference))
@@ -229,7 +237,7 @@ def _hear(params: Params, version: int | None, against: int | None, tags: dict[s
 def _evaluation(params: Params, version: int) -> Path:
     """Return the folder of a version's evaluation, downloaded once into the workspace's cache."""
     with open_store(params.registry) as client:
-        run = client.get_model_version(params.registry.model_name, str(version)).run_id
+        run = _run_of(client, params, version)
         folder = w.REGISTRY_CACHE / run / "evaluation"
         if not folder.exists():
             with atomic_folder(folder) as temporary:
@@ -274,7 +282,7 @@ def _detector(params: Params, version: int) -> Path:
     """Return a version's detector, downloaded once into the workspace's cache."""
     with open_store(params.registry) as client:
         name = params.registry.model_name
-        folder = w.REGISTRY_CACHE / client.get_model_version(name, str(version)).run_id / "model"
+        folder = w.REGISTRY_CACHE / _run_of(client, params, version) / "model"
         if not folder.exists():
             with atomic_folder(folder) as temporary:
                 source = f"models:/{name}/{version}/artifacts/detector"

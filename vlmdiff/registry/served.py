@@ -44,6 +44,8 @@ class Inspector(mlflow.pyfunc.PythonModel):
         self.max_rows, self.root = _max_rows(), _image_root()
         self.judge, self.waiting = ThreadPoolExecutor(1), deque()
 
+    # MLflow's method has no annotations.
+    # pyrefly: ignore[bad-override]
     def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return a row for each photograph: `score` in [0, 1); `is_anomalous`, whether it is above `threshold`;
         `regions`, where the map exceeds it, in the photograph's own pixels; and on request a `heatmap`, base64 of a PNG

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -38,7 +38,7 @@ def tracking_uri(params: Registry) -> str:
 
 
 @contextlib.contextmanager
-def open_store(params: Registry) -> Iterator[MlflowClient]:
+def open_store(params: Registry) -> Generator[MlflowClient]:
     """Yield a client, as the only process of this machine that uses the store.
 
     Several processes that create the schema of an SQLite store at once break it, and MLflow has no compare-and-set:

@@ -1,9 +1,9 @@
 """Look at a folder of photographs: what is in it, the parameters for it, and the data under DVC."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,7 +86,7 @@ def table(found: Found) -> Group:
     return Group(shown, *map(Text, lines))
 
 
-def _sizes(root: Path, paths: Sequence[str]) -> str:
+def _sizes(root: Path, paths: pd.Series) -> str:
     """Return the smallest and the largest size of a class's images, by the headers of some of them."""
     some = list(paths)[:: max(1, len(paths) // LOOKED_AT)]
     sizes, broken = [], 0
@@ -119,7 +119,7 @@ def write_params(found: Found, preset: Path | None, out: Path = w.PARAMS) -> str
                 f"  {key}: {ours}, here {theirs}" for key, ours, theirs in _differences(present, wanted)
             )
     document = _read(template)
-    section = document.setdefault("prepare", CommentedMap())
+    section: Any = document.setdefault("prepare", CommentedMap())
     for key, value in {"root": found.params.root.as_posix(), "layout": found.params.layout}.items():
         if key in section:
             section[key] = value
