@@ -38,11 +38,7 @@ def inspector(workspace: Workspace, *options: str, **environment: str) -> Iterat
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "vlmdiff.cli", "inspect", *options, "--port", str(port)]
     server = subprocess.Popen(
-        command,
-        cwd=workspace.path,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        command, cwd=workspace.path, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
     def answers() -> bool:

@@ -124,9 +124,7 @@ def tiny_encoded(latent: int = SIZE // 4, size: int = SIZE, tokens: int = 16, wi
     generator = np.random.default_rng(3)
     count = 26
     return Encoded(
-        index=pd.DataFrame(
-            {"split": ["train"] * 20 + ["validation"] * 6, "caption": generator.integers(1, 4, count)},
-        ),
+        index=pd.DataFrame({"split": ["train"] * 20 + ["validation"] * 6, "caption": generator.integers(1, 4, count)}),
         mean=generator.standard_normal((count, 4, latent, latent), dtype=np.float32),
         std=np.full((count, 4, latent, latent), 0.1, np.float32),
         text=generator.standard_normal((4, tokens, width), dtype=np.float32),

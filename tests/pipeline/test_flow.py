@@ -13,13 +13,7 @@ FLOW = (sys.executable, "-m", "flows.retrain")
 def test_the_flow_ends_with_a_champion_and_run_again_changes_nothing(workspace, prefect_api, recorded):
     first = workspace.run(*FLOW, PREFECT_API_URL=prefect_api).stdout
     assert "version 1 passes the gate and is champion" in first
-    for shown in (
-        "AU-PRO",
-        "reports/gate.html",
-        "reports/data/docs/index.html",
-        "make up",
-        "vlmdiff score",
-    ):
+    for shown in ("AU-PRO", "reports/gate.html", "reports/data/docs/index.html", "make up", "vlmdiff score"):
         assert shown in first
     second = workspace.run(*FLOW, PREFECT_API_URL=prefect_api).stdout
     assert "this model is already version 1" in second and "version 1 passes the gate and is champion" in second

@@ -334,17 +334,7 @@ def test_the_champion_loads_and_serves_without_this_repository(workspace, tmp_pa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        "models:/vlmdiff@champion",
-        "--env-manager",
-        "local",
-        "-p",
-        port,
-    ]
+    command = ["mlflow", "models", "serve", "-m", "models:/vlmdiff@champion", "--env-manager", "local", "-p", port]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             [*command, "-h", "127.0.0.1"],

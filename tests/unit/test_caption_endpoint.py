@@ -238,10 +238,7 @@ def test_an_answer_that_is_not_a_chat_completion_is_shown_in_the_error(tmp_path,
 def test_the_key_is_in_no_error_and_no_log(tmp_path, monkeypatch, caplog, capsys, status):
     monkeypatch.setenv("CAPTION_KEY", KEY)
     caplog.set_level(logging.DEBUG)
-    with (
-        Endpoint(lambda *_: Reply(f"Bearer {KEY} is no key", status)) as endpoint,
-        pytest.raises(InputError) as error,
-    ):
+    with Endpoint(lambda *_: Reply(f"Bearer {KEY} is no key", status)) as endpoint, pytest.raises(InputError) as error:
         captioned(photographs(tmp_path, 1), tmp_path, endpoint.url, api_key_variable="CAPTION_KEY", retries=1)
     assert endpoint.requests[0]["key"] == f"Bearer {KEY}"
     said = "".join([str(error.getrepr()), caplog.text, *capsys.readouterr()])

@@ -184,8 +184,7 @@ def test_noise_and_posterior_are_drawn_from_the_seed(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dropout", "reads_empty", "reads_captions"),
-    [(0.0, False, True), (0.5, True, True), (1.0, True, False)],
+    ("dropout", "reads_empty", "reads_captions"), [(0.0, False, True), (0.5, True, True), (1.0, True, False)]
 )
 def test_captions_are_replaced_by_the_empty_one_at_the_rate(checkpoint, tmp_path, dropout, reads_empty, reads_captions):
     """Defect 8 of the reference: no dropout in training, though the empty prompt is what is used at test."""

@@ -17,12 +17,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Discriminator, Encode, FirstStage, Perceptual
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.normalization import Normalization, from_uint8
-from vlmdiff.training.adversarial import (
-    PatchDiscriminator,
-    adversarial_loss,
-    gradient_ratio,
-    perceptual_distance,
-)
+from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, gradient_ratio, perceptual_distance
 from vlmdiff.training.encoded import Encoded, encode
 from vlmdiff.training.first_stage import train_first_stage
 
@@ -212,10 +207,7 @@ def test_one_backward_pass_gives_each_network_the_gradient_of_its_own_loss():
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [
-        ({"pretrained": None, "steps": 0}, "steps: 0"),
-        ({"discriminator": {"start": 3}}, "discriminator.start"),
-    ],
+    [({"pretrained": None, "steps": 0}, "steps: 0"), ({"discriminator": {"start": 3}}, "discriminator.start")],
 )
 def test_settings_that_do_nothing_are_refused(checkpoint, tmp_path, change, words):
     with pytest.raises(ValueError, match=words):

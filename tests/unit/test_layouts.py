@@ -536,10 +536,7 @@ def test_a_row_that_is_there_twice_is_kept_for_the_contract(tmp_path):
         (["class_name,label", "nut,0"], ["no column 'path'"]),
         (["path,path,class_name,label", "a.png,a.png,nut,0"], ["repeated column path"]),
         (["path;class_name;label", "a.png;nut;0"], ["no column 'path'", "path;class_name;label"]),
-        (
-            ["path,class_name,label", "a.png,nut,0", "b.png,nut,nut"],
-            ["line 3", "label is 'nut'", "column class_name"],
-        ),
+        (["path,class_name,label", "a.png,nut,0", "b.png,nut,nut"], ["line 3", "label is 'nut'", "column class_name"]),
         (["path,class_name,label", "", "a.png,nut,"], ["line 3", "label is ''"]),
         (["path,class_name,label", "c.png,nut,0"], ["line 2", "'c.png' is not a file"]),
         (["path,class_name,label", ",nut,0"], ["line 2", "'' is not a file"]),

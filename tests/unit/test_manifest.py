@@ -43,12 +43,7 @@ def test_mvtec_ads_layout_becomes_rows(tmp_path):
     assert list(frame.columns) == manifest.SCHEMA.names
     assert frame["path"].is_monotonic_increasing
     row = frame.set_index("path").loc["nut/test/bent/000.png"]
-    assert (row["class_name"], row["split"], row["is_anomalous"], row["defect"]) == (
-        "nut",
-        "test",
-        True,
-        "bent",
-    )
+    assert (row["class_name"], row["split"], row["is_anomalous"], row["defect"]) == ("nut", "test", True, "bent")
     assert row["mask_path"] == "nut/ground_truth/bent/000_mask.png"
     assert (row["width"], row["height"], row["mode"], row["problem"]) == (16, 12, "RGB", None)
     data = (tmp_path / "nut/test/bent/000.png").read_bytes()

@@ -59,10 +59,7 @@ def test_each_class_has_what_scikit_learn_computes(levels):
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=12),
-    st.sampled_from([1e-30, 1e30]),
-)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=12), st.sampled_from([1e-30, 1e30]))
 def test_ties_and_extreme_scales_agree_with_scikit_learn(samples, scale):
     scores = np.array([score for score, _ in samples]) * scale
     truth = np.array([anomalous for _, anomalous in samples])
@@ -188,8 +185,7 @@ def test_metrics_json_survives_being_read_and_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{}", '{"per_class": [1]}', '{"per_class": {"nut": 3}}', '{"per_class": {"nut": {"au_pro": 1}}}'],
+    "text", ["", "[]", "{}", '{"per_class": [1]}', '{"per_class": {"nut": 3}}', '{"per_class": {"nut": {"au_pro": 1}}}']
 )
 def test_another_file_in_place_of_metrics_json_is_named(tmp_path, text):
     path = tmp_path / "metrics.json"

@@ -17,10 +17,7 @@ def pipeline():
     # A control of zero would hide whether the hint matters.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for block in (
-            *pipeline.sgn.control.controlnet_down_blocks,
-            pipeline.sgn.control.controlnet_mid_block,
-        ):
+        for block in (*pipeline.sgn.control.controlnet_down_blocks, pipeline.sgn.control.controlnet_mid_block):
             block.weight.normal_(0, 0.1, generator=generator)
         pipeline.sgn.control.controlnet_cond_embedding.conv_out.weight.normal_(0, 0.1, generator=generator)
     return pipeline

@@ -108,12 +108,7 @@ def make_captioner(params: p.Captioner, frame: pd.DataFrame, dataset_root: Path,
 
 
 def caption_images(
-    frame: pd.DataFrame,
-    image_root: Path,
-    dataset_root: Path,
-    params: p.Caption,
-    max_pixels: int,
-    store: Path,
+    frame: pd.DataFrame, image_root: Path, dataset_root: Path, params: p.Caption, max_pixels: int, store: Path
 ) -> pd.DataFrame:
     """Return the manifest with a column `caption`, null for test images without a caption.
 

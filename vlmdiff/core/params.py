@@ -455,10 +455,7 @@ class Detection(Section):
     samples: Positive = 4
     captions: Literal["none", "image", "class"] = "none"
     guidance: Annotated[float, Field(ge=0)] = 1.0
-    features: Annotated[tuple[Features, ...], Field(min_length=1)] = (
-        Pixels(kind="pixels"),
-        Latents(kind="latents"),
-    )
+    features: Annotated[tuple[Features, ...], Field(min_length=1)] = (Pixels(kind="pixels"), Latents(kind="latents"))
     deviation_floor: PositiveFloat | None = 0.5
     align_corners: bool = False
     smoothing: Annotated[float, Field(ge=0)] = 3.0

@@ -96,10 +96,7 @@ def check_tables(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]
         context.variables.progress_bars = {"globally": False}  # pyrefly: ignore[bad-argument-type]
         for site in list(context.variables.data_docs_sites or ()):
             context.delete_data_docs_site(site)
-        store = {
-            "class_name": "TupleFilesystemStoreBackend",
-            "base_directory": str((temporary / "docs").resolve()),
-        }
+        store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str((temporary / "docs").resolve())}
         site: Any = {
             "class_name": "SiteBuilder",
             "site_index_builder": {"class_name": "DefaultSiteIndexBuilder", "view": VIEW},
@@ -137,13 +134,7 @@ def _finding(rule: Rule, result: gx.core.ExpectationValidationResult) -> Finding
         raise RuntimeError(f"the rule {rule.name!r} could not be checked: {result.exception_info['exception_message']}")
     files = sorted(row["path"] for row in result.result.get("unexpected_index_list") or ())
     return Finding(
-        rule.name,
-        rule.severity,
-        bool(result.success),
-        rule.what,
-        rule.remedy,
-        len(files),
-        files[:NAMED_FILES],
+        rule.name, rule.severity, bool(result.success), rule.what, rule.remedy, len(files), files[:NAMED_FILES]
     )
 
 
@@ -270,14 +261,7 @@ def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataF
             found["mask_empty"] = mask_path
         if marked and not is_anomalous:
             found["mask_of_normal"] = mask_path
-    names = [
-        "mask_missing",
-        "mask_problem",
-        "mask_of_other_size",
-        "mask_not_binary",
-        "mask_empty",
-        "mask_of_normal",
-    ]
+    names = ["mask_missing", "mask_problem", "mask_of_other_size", "mask_not_binary", "mask_empty", "mask_of_normal"]
     return pd.DataFrame(rows, index=frame.index, columns=names, dtype=object)
 
 
@@ -316,11 +300,7 @@ def _classes(frame: pd.DataFrame, params: Validate) -> tuple[pd.DataFrame, list[
     required = params.min_images.model_dump()
     counts = frame.groupby(["class_name", "split"]).size()
     rows = [
-        {
-            "path": f"{name}/{split}",
-            "lacks": max(0, required[split] - counts.get((name, split), 0)),
-            "times": None,
-        }
+        {"path": f"{name}/{split}", "lacks": max(0, required[split] - counts.get((name, split), 0)), "times": None}
         for name in sorted(frame["class_name"].unique())
         for split in SPLITS
     ]

@@ -50,12 +50,7 @@ class Drawing:
         self.rgb[:] = colour
 
     def paint(
-        self,
-        shape: Shape,
-        colour: np.ndarray | Colour,
-        bevel: float = 0.015,
-        shadow: float = 0.3,
-        gloss: float = 0.0,
+        self, shape: Shape, colour: np.ndarray | Colour, bevel: float = 0.015, shadow: float = 0.3, gloss: float = 0.0
     ) -> None:
         """Paint a body with that outline, a shadow and lit edges."""
         # Nothing changes beyond REACH of the outline: find the window that changes on a coarse grid.
@@ -235,8 +230,7 @@ def flange(rng: np.random.Generator, fault: np.random.Generator, defect: str | N
     metal = np.array(STEEL) * rng.uniform(0.85, 1.0)
     brushed = 1 + 0.04 * np.sin(160 * np.hypot(drawing.u, drawing.v) + rng.uniform(0, 6))
     drawing.paint(
-        without(circle(0, 0, 0.43), circle(0, 0, 0.15)),
-        metal * brushed[..., None] * grain(rng, size, 12, 0.03),
+        without(circle(0, 0, 0.43), circle(0, 0, 0.15)), metal * brushed[..., None] * grain(rng, size, 12, 0.03)
     )
     drawing.paint(without(circle(0, 0, 0.20), circle(0, 0, 0.15)), metal * 0.82, bevel=0.02, shadow=0)
     chosen = fault.integers(6)

@@ -49,8 +49,7 @@ def build(params: Prepare, root: Path) -> pd.DataFrame:
         facts = pool.map(lambda record: _look(root / record.path, params.max_pixels), records)
         looked = list(track(facts, "read images", total=len(records)))
     frame = pd.DataFrame(
-        [{**record._asdict(), **facts} for record, facts in zip(records, looked, strict=True)],
-        columns=SCHEMA.names,
+        [{**record._asdict(), **facts} for record, facts in zip(records, looked, strict=True)], columns=SCHEMA.names
     )
     _split(frame, params)
     return _with_none(frame)

@@ -64,14 +64,7 @@ class Detection:
         """Return the regions in the photograph's own pixels, `width` x `height`."""
         x, y = width / self.anomaly_map.shape[1], height / self.anomaly_map.shape[0]
         return [
-            Region(
-                round(r.x0 * x),
-                round(r.y0 * y),
-                round(r.x1 * x),
-                round(r.y1 * y),
-                round(r.area * x * y),
-                r.peak,
-            )
+            Region(round(r.x0 * x), round(r.y0 * y), round(r.x1 * x), round(r.y1 * y), round(r.area * x * y), r.peak)
             for r in self.regions
         ]
 

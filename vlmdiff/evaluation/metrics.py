@@ -132,11 +132,7 @@ def _detection_metrics(ranking: Ranking) -> dict[str, float]:
         return {"auroc": math.nan, "ap": math.nan, "f1_max": math.nan}
     # The best threshold is the score of an anomalous sample: any other only adds false alarms.
     f1 = 2 * ranking.hits / (ranking.anomalous + ranking.hits + ranking.at_or_above)
-    return {
-        "auroc": area(ranking.uniform()),
-        "ap": float(precision(ranking).mean()),
-        "f1_max": float(f1.max()),
-    }
+    return {"auroc": area(ranking.uniform()), "ap": float(precision(ranking).mean()), "f1_max": float(f1.max())}
 
 
 def _mean(values: list[float]) -> float:

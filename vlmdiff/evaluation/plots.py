@@ -44,10 +44,7 @@ STYLE = {
 
 
 def curves(
-    class_names: Sequence[str],
-    maps: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray | None],
-    max_fpr: float = 0.3,
+    class_names: Sequence[str], maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], max_fpr: float = 0.3
 ) -> Curves:
     """Return the rows of the pixel curves `pro`, `roc` and `precision_recall`, at most 200 per class and curve.
 

@@ -70,11 +70,7 @@ class Example:
 
 
 def pick_examples(
-    ids: Sequence[str],
-    scores: Sequence[float],
-    is_anomalous: Sequence[bool],
-    verdicts: Sequence[bool],
-    count: int = 3,
+    ids: Sequence[str], scores: Sequence[float], is_anomalous: Sequence[bool], verdicts: Sequence[bool], count: int = 3
 ) -> list[tuple[str, int]]:
     """Choose the images of a class to show: pairs of kind and index, in the report's order.
 

@@ -113,11 +113,7 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         return outputs[-2 * n : -n], outputs[-n:]
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        image: torch.Tensor,
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, image: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return the control of the UNet's skips, finest first, and of its middle block.
 

@@ -77,10 +77,7 @@ def _untrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train)
     sgn = None
     if params.sgn:
         sgn = SemanticGuidedNetwork(
-            hint_channels=params.hint_channels,
-            only_mid_control=params.only_mid_control,
-            fuse=params.fuse,
-            **shape,
+            hint_channels=params.hint_channels, only_mid_control=params.only_mid_control, fuse=params.fuse, **shape
         )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -173,11 +170,7 @@ def problem(pipeline: VLMDiffPipeline, data: Encoded, params: Train) -> Problem:
     lowest, highest = params.noise_levels
 
     def prediction_loss(
-        rows: np.ndarray,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        levels: torch.Tensor,
-        text_rows: np.ndarray,
+        rows: np.ndarray, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor, text_rows: np.ndarray
     ) -> torch.Tensor:
         latents, noise, levels = latents.to(device), noise.to(device), levels.to(device)
         noisy = scheduler.add_noise(latents, noise, levels)

@@ -70,12 +70,7 @@ class Reconstruction:
     """How far reconstructions lie from the images: the losses of the first stage's training and validation."""
 
     def __init__(
-        self,
-        vae: FirstStageModel,
-        images: np.ndarray,
-        validation: np.ndarray,
-        params: FirstStage,
-        device: torch.device,
+        self, vae: FirstStageModel, images: np.ndarray, validation: np.ndarray, params: FirstStage, device: torch.device
     ):
         self.vae, self.images, self.validation, self.params, self.device = vae, images, validation, params, device
         self.normalization = Normalization(params.image_mean, params.image_std)
