@@ -223,7 +223,7 @@ def _heatmaps(results: Results) -> str:
         with Image.open(files[name]) as picture:
             picture.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH))
             data = io.BytesIO()
-            picture.convert("RGB").save(data, "JPEG", quality=85)
+            picture.save(data, "JPEG", quality=85)
         encoded = base64.b64encode(data.getvalue()).decode()
         title = f"{name}: AU-PRO {_metrics(results.classes[name])[METRICS['au_pro']]}"
         parts.append(f"**{title}**\n\n![{title}](data:image/jpeg;base64,{encoded})")

@@ -70,6 +70,28 @@ def test_only_the_rooms_stages_and_commands_stand_at_the_root_of_the_package() -
     assert {file.name for file in (ROOT / "vlmdiff").glob("*.py")} == {"__init__.py", "stages.py", "cli.py"}
 
 
+@pytest.mark.parametrize(
+    ("what", "pattern", "place"),
+    [
+        ("converts an image to RGB", r"""\.convert\(["']RGB["']\)""", "vlmdiff/data/images.py"),
+        ("decodes an image", r"\bImage\.open\([^)]*formats", "vlmdiff/data/images.py"),
+        (
+            "hashes a file by SHA-256",
+            r"""file_digest\([^)]*["']sha256["']|sha256\([^)]*read_bytes""",
+            "vlmdiff/core/files.py",
+        ),
+        ("renames what it wrote", r"\bos\.(replace|rename)\(", "vlmdiff/core/files.py"),
+        ("takes a lock", r"\bFileLock\(", "vlmdiff/core/locks.py"),
+        ("starts DVC", r"""["']dvc["'],""", "vlmdiff/core/dvc.py"),
+        ("starts git", r"""\[["']git["']""", "vlmdiff/core/git.py"),
+    ],
+    ids=lambda value: value if " " in value else "",
+)
+def test_one_file_alone(what, pattern, place) -> None:
+    found = {file.relative_to(ROOT).as_posix() for file in MODULES.values() if re.search(pattern, file.read_text())}
+    assert found == {place}, f"only {place} {what}, but so do {sorted(found - {place})}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_a_command_and_sections_of_the_parameters(stage) -> None:
     assert STAGES[stage]["cmd"] == f"vlmdiff {stage}"
