@@ -5,6 +5,7 @@ MLFLOW_PORT ?= 5000
 REPORTS_PORT ?= 5080
 
 BIN := $(CURDIR)/.venv/bin
+BENCHMARKS := $(filter-out benchmarks/photographs.py,$(wildcard benchmarks/*.py))
 INSTALLED := .venv/.installed
 
 export PATH := $(BIN):$(PATH)
@@ -43,9 +44,11 @@ up: $(INSTALLED) ## Start the servers and a worker on this machine, and deploy t
 down: $(INSTALLED) ## Stop what `make up` started
 	@python -m flows.servers down
 
-bench: $(INSTALLED) ## Run all benchmarks
+bench: $(INSTALLED) ## Run the benchmarks on the model of `make demo`
 	@$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[test,bench]'
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; python $$file; done
+	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; python $$file; done
+	@echo "Not run: benchmarks/photographs.py needs your own photos. These train for hours:"
+	@for plan in benchmarks/ablations/*.yaml; do echo "  python benchmarks/ablations $$plan"; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into .venv (takes a few minutes the first time) ..."
