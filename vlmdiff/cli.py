@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,79 +68,44 @@ def doctor(
         raise typer.Exit(1)
 
 
-def stage(name: str):
+HELP = {
+    "prepare": "List images, classes, splits and masks in the manifest.",
+    "validate": "Check the data contract; fail with the broken rule and its files.",
+    "caption": "Caption every image; captions in the store are reused.",
+    "first_stage": "Train the latent space.",
+    "encode": "Compute latents, text embeddings and hints once.",
+    "train": "Train the denoiser; an interrupted training continues.",
+    "evaluate": "Calibrate, judge the test images, write metrics and report.",
+}
+# What each stage takes from the parameters and the workspace.
+ARGUMENTS: dict[str, Callable[["Params"], tuple]] = {
+    "prepare": lambda p: (p.prepare, w.MADE, w.MANIFEST),
+    "validate": lambda p: (p.validate_, p.prepare, w.MANIFEST, w.DATA_REPORT),
+    "caption": lambda p: (p.caption, p.prepare, w.MANIFEST, w.CAPTION_STORE, w.CAPTIONS, w.CAPTION_REPORT),
+    "first_stage": lambda p: (
+        (p.first_stage, p.prepare, w.MANIFEST, w.TRAINING_STATE, w.FIRST_STAGE, w.FIRST_STAGE_REPORT)
+    ),
+    "encode": lambda p: (p.encode, p.prepare, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED),
+    "train": lambda p: (p.train, w.ENCODED, w.FIRST_STAGE, w.TRAINING_STATE, w.PIPELINE, w.TRAIN_REPORT),
+    "evaluate": lambda p: (p, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION),
+}
+
+
+def _add_stage(name: str) -> None:
     """Register the command of a stage. It runs in the workspace and ends with the process that started it."""
 
-    def register(function):
-        @app.command(name, help=function.__doc__, rich_help_panel=STAGES)
-        def command(params: ParamsFile = w.PARAMS) -> None:
-            from vlmdiff.core import lifeline
-            from vlmdiff.core.params import load
+    @app.command(name, help=HELP[name], rich_help_panel=STAGES)
+    def command(params: ParamsFile = w.PARAMS) -> None:
+        from vlmdiff import stages
+        from vlmdiff.core import lifeline
+        from vlmdiff.core.params import load
 
-            lifeline.watch()
-            function(load(params))
-
-        return function
-
-    return register
+        lifeline.watch()
+        getattr(stages, name)(*ARGUMENTS[name](load(params)))
 
 
-@stage("prepare")
-def _prepare(params: "Params") -> None:
-    """List images, classes, splits and masks in the manifest."""
-    from vlmdiff import stages
-
-    stages.prepare(params.prepare, w.MADE, w.MANIFEST)
-
-
-@stage("validate")
-def _validate(params: "Params") -> None:
-    """Check the data contract; fail with the broken rule and its files."""
-    from vlmdiff import stages
-
-    stages.validate(params.validate_, params.prepare, w.MANIFEST, w.DATA_REPORT)
-
-
-@stage("caption")
-def _caption(params: "Params") -> None:
-    """Caption every image; captions in the store are reused."""
-    from vlmdiff import stages
-
-    stages.caption(params.caption, params.prepare, w.MANIFEST, w.CAPTION_STORE, w.CAPTIONS, w.CAPTION_REPORT)
-
-
-@stage("first_stage")
-def _first_stage(params: "Params") -> None:
-    """Train the latent space."""
-    from vlmdiff import stages
-
-    stages.first_stage(
-        params.first_stage, params.prepare, w.MANIFEST, w.TRAINING_STATE, w.FIRST_STAGE, w.FIRST_STAGE_REPORT
-    )
-
-
-@stage("encode")
-def _encode(params: "Params") -> None:
-    """Compute latents, text embeddings and hints once."""
-    from vlmdiff import stages
-
-    stages.encode(params.encode, params.prepare, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED)
-
-
-@stage("train")
-def _train(params: "Params") -> None:
-    """Train the denoiser; an interrupted training continues."""
-    from vlmdiff import stages
-
-    stages.train(params.train, w.ENCODED, w.FIRST_STAGE, w.TRAINING_STATE, w.PIPELINE, w.TRAIN_REPORT)
-
-
-@stage("evaluate")
-def _evaluate(params: "Params") -> None:
-    """Calibrate, judge the test images, write metrics and report."""
-    from vlmdiff import stages
-
-    stages.evaluate(params, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)
+for name in HELP:
+    _add_stage(name)
 
 
 @app.command(rich_help_panel=HANDOVER)

@@ -280,7 +280,7 @@ def cost(limit: float = 600.0, stage: str = "train", **sections) -> Cost:
 
 def test_a_larger_batch_takes_more_seconds_and_more_memory(here):
     small, large = cost(), cost(train={"batch_size": 128})
-    assert small.failure is None and large.failure is None
+    assert not small.failure and not large.failure
     assert large.step > 4 * small.step
     assert large.memory > small.memory + GIB / 40
     assert small.trained == large.trained and small.weights == large.weights
@@ -298,7 +298,7 @@ def test_a_measurement_that_takes_too_long_is_ended_and_says_what_it_knows(here)
     began = time.monotonic()
     found = cost(limit=1.0)
     assert time.monotonic() - began < 10
-    assert found.unfinished > 0 and found.step is None and found.failure is None
+    assert found.unfinished > 0 and found.step is None and not found.failure
 
 
 def test_networks_that_the_memory_cannot_hold_are_refused_without_a_step(here, checkpoint, backbone, monkeypatch):

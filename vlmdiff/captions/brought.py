@@ -41,8 +41,8 @@ class FromFile:
     """
 
     def __init__(self, params: CaptionFile, frame: pd.DataFrame, dataset_root: Path):
-        file = _inside(dataset_root, params.file, "file")
-        images = None if params.images is None else _inside(dataset_root, params.images, "images")
+        file = inside(dataset_root, params.file, "file")
+        images = None if params.images is None else inside(dataset_root, params.images, "images")
         self.captions = _match(file, images, frame)
         digests = [sha256(f) for f in (file, images) if f is not None]
         self.identity = {"captioner": "file", "sha256": digests}
@@ -51,7 +51,8 @@ class FromFile:
         yield {image_id: self.captions.get(image_id) for image_id, _ in items}
 
 
-def _inside(root: Path, path: Path, name: str) -> Path:
+def inside(root: Path, path: Path, name: str) -> Path:
+    """Return the file that `captioner.NAME` names. Raise InputError if there is none, or it lies outside `root`."""
     try:
         file = resolve(root, path.as_posix())
     except InputError as error:

@@ -7,8 +7,9 @@ import os
 import shutil
 import uuid
 from collections.abc import Generator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text + "\n")
 
 
-def sha256(file: Path | BinaryIO) -> str:
+def sha256(file: Path | BufferedReader) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits. An open file is read from where it stands."""
     with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -144,10 +144,11 @@ def check_dataset(frame: pd.DataFrame, data: Prepare, params: Validate, out: Pat
     table = frame.join(_look_at_masks(frame, image_root, max_pixels))
     readable = frame["problem"].isna()
     learned = frame["split"].isin(["train", "validation"])
+    table["readable"] = frame["problem"]
     table["mode"] = frame["mode"].where(readable)
     table["shorter_side"] = frame[["width", "height"]].min(axis=1).where(readable)
-    table["anomalous_to_learn"] = frame["is_anomalous"].where(learned).astype(object)
-    table["also_in_test"] = _same(frame, learned)
+    table["normal_training"] = frame["is_anomalous"].where(learned).astype(object)
+    table["test_apart"] = _same(frame, learned)
     table["near_duplicate"] = _near_duplicates(frame, image_root, params.near_duplicate_bits, max_pixels)
     images = table.astype(object).where(table.notna(), None)
     rules = _image_rules(params, data.layout in LABEL_MAPS)
@@ -157,20 +158,20 @@ def check_dataset(frame: pd.DataFrame, data: Prepare, params: Validate, out: Pat
 def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
     no_mask = "Draw the mask, or set validate.masks: optional and a gate on image_auroc (gate.floors, gate.metric)"
 
-    def none(name: str, column: str, what: str, remedy: str, severity: Literal["error", "warning"] = "error") -> Rule:
-        return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeNull, {"column": column}, severity)
+    # The column of the same name says what is wrong, or has the value.
+    def none(name: str, what: str, remedy: str, severity: Literal["error", "warning"] = "error") -> Rule:
+        return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeNull, {"column": name}, severity)
 
-    def one_of(name: str, column: str, values: Iterable, what: str, remedy: str) -> Rule:
-        settings = {"column": column, "value_set": list(values)}
+    def one_of(name: str, values: Iterable, what: str, remedy: str) -> Rule:
+        settings = {"column": name, "value_set": list(values)}
         return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeInSet, settings)
 
     def unique(name: str, column: str, what: str, remedy: str) -> Rule:
         return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeUnique, {"column": column})
 
     rules = [
-        none("readable", "problem", "every image can be decoded", "Replace or remove the file"),
+        none("readable", "every image can be decoded", "Replace or remove the file"),
         one_of(
-            "mode",
             "mode",
             params.modes,
             f"every image has one of the modes {', '.join(params.modes)}",
@@ -186,41 +187,24 @@ def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
         unique("unique_path", "path", "each path is listed once", "Remove the other rows"),
         unique("unique_image", "image_id", "no two images have the same bytes", "Keep one of the copies"),
         one_of(
-            "split",
-            "split",
-            SPLITS,
-            f"each split is one of {', '.join(SPLITS)}",
-            "Correct the split in the dataset's table",
+            "split", SPLITS, f"each split is one of {', '.join(SPLITS)}", "Correct the split in the dataset's table"
         ),
         one_of(
             "normal_training",
-            "anomalous_to_learn",
             [False],
             "all training and validation images are normal",
             "Move the anomalous images to the test split",
         ),
         none(
             "test_apart",
-            "also_in_test",
             "no image is in both the training and the test data",
             "Keep it in one of them: a test on training images proves nothing",
         ),
-        none("mask_file", "mask_problem", "every mask can be decoded", "Replace or remove the file"),
-        none("mask_size", "mask_of_other_size", "each mask has the size of its image", "Export the mask at that size"),
+        none("mask_file", "every mask can be decoded", "Replace or remove the file"),
+        none("mask_size", "each mask has the size of its image", "Export the mask at that size"),
+        none("mask_empty", "the mask of an anomalous image is not empty", "Draw the mask, or list the image as good"),
+        none("mask_normal", "no normal image has a mask that marks a defect", "Remove the mask or the image"),
         none(
-            "mask_empty",
-            "mask_empty",
-            "the mask of an anomalous image is not empty",
-            "Draw the mask, or list the image as good",
-        ),
-        none(
-            "mask_normal",
-            "mask_of_normal",
-            "no normal image has a mask that marks a defect",
-            "Remove the mask or the image",
-        ),
-        none(
-            "near_duplicate",
             "near_duplicate",
             "no test image is a near-duplicate of a training or validation image",
             "Look at them: near-duplicates make the test too easy",
@@ -229,9 +213,9 @@ def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
     ]
     if not label_maps:
         what = "each mask has two values, 0 and one more"
-        rules.append(none("mask_binary", "mask_not_binary", what, "Threshold the mask"))
+        rules.append(none("mask_binary", what, "Threshold the mask"))
     if params.masks == "required":
-        rules.append(none("mask_exists", "mask_missing", "every anomalous image has a mask", no_mask))
+        rules.append(none("mask_exists", "every anomalous image has a mask", no_mask))
     return rules
 
 
@@ -244,24 +228,24 @@ def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataF
         rows.append(found)
         if mask_path is None:
             if is_anomalous:
-                found["mask_missing"] = "no mask"
+                found["mask_exists"] = "no mask"
             continue
         try:
             mask = decode(resolve(root, mask_path), max_pixels)
         except InputError as error:
-            found["mask_problem"] = str(error)
+            found["mask_file"] = str(error)
             continue
         if problem is None and mask.size != (width, height):
-            found["mask_of_other_size"] = f"{mask.width} x {mask.height}, its image {width} x {height}"
+            found["mask_size"] = f"{mask.width} x {mask.height}, its image {width} x {height}"
         values = np.unique(np.asarray(mask.convert("L")))
         if len(values[values > 0]) > 1:
-            found["mask_not_binary"] = f"{len(values)} values"
+            found["mask_binary"] = f"{len(values)} values"
         marked = bool(values.max() > 0)
         if is_anomalous and not marked:
             found["mask_empty"] = mask_path
         if marked and not is_anomalous:
-            found["mask_of_normal"] = mask_path
-    names = ["mask_missing", "mask_problem", "mask_of_other_size", "mask_not_binary", "mask_empty", "mask_of_normal"]
+            found["mask_normal"] = mask_path
+    names = ["mask_exists", "mask_file", "mask_size", "mask_binary", "mask_empty", "mask_normal"]
     return pd.DataFrame(rows, index=frame.index, columns=names, dtype=object)
 
 

@@ -130,7 +130,7 @@ def grain(rng: np.random.Generator, size: int, sigma: float | tuple[float, float
     return (1 + amount * field / field.std())[..., None].astype(np.float32)
 
 
-STEEL, BRASS, COPPER = (0.66, 0.68, 0.71), (0.80, 0.64, 0.28), (0.72, 0.42, 0.28)
+STEEL, BRASS = (0.66, 0.68, 0.71), (0.80, 0.64, 0.28)
 
 
 def blister(rng: np.random.Generator, fault: np.random.Generator, defect: str | None, size: int) -> Drawing:

@@ -203,18 +203,8 @@ class Detector:
 
         The second value is the deviations (B, h, w) that the network expects, None where it has not learned them.
         """
-        params = self.params
-        return self.pipeline.reconstruct(
-            latents,
-            images,
-            captions,
-            noise_level=params.noise_level,
-            steps=params.steps,
-            seed=seed,
-            guidance=params.guidance,
-            spacing=params.spacing,
-            solver=params.solver,
-        )
+        options = self.params.model_dump(include={"noise_level", "steps", "guidance", "spacing", "solver"})
+        return self.pipeline.reconstruct(latents, images, captions, seed=seed, **options)
 
     def calibrated(self) -> Calibration:
         """Return the calibration. Raises InputError if there is none."""

@@ -66,17 +66,6 @@ def aupro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], max_fpr: floa
     return area(rank(*collect(maps, masks), max_fpr), max_fpr)
 
 
-def pro_curve(
-    maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], max_fpr: float = 0.3
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return false positive rates from 0 to `max_fpr` and the mean overlap at each, at most 200 points, for plots.
-
-    Input, errors and definition are those of `aupro`. Both arrays are empty if the curve is not defined.
-    """
-    check_limit(max_fpr)
-    return curve(rank(*collect(maps, masks)), max_fpr)
-
-
 def check_limit(max_fpr: float) -> None:
     if not 0 < max_fpr <= 1:
         raise InputError(f"max_fpr is {max_fpr}. It must be above 0 and at most 1.")

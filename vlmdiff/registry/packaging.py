@@ -34,19 +34,8 @@ from vlmdiff.registry.store import FINGERPRINT, fingerprint_of, open_store
 
 # What the served model imports: neither Prefect nor DVC nor Great Expectations.
 REQUIREMENTS = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "scipy",
-    "pandas",
-    "matplotlib",
-    "pillow",
-    "pydantic",
-    "pyyaml",
-    "rich",
+    *("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas"),
+    *("matplotlib", "pillow", "pydantic", "pyyaml", "rich"),
 )
 REGION = Object(
     [Property(name, DataType.long) for name in ("x0", "y0", "x1", "y1", "area")] + [Property("peak", DataType.double)]

@@ -23,14 +23,15 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
+from vlmdiff.captions.brought import inside
 from vlmdiff.captions.endpoint import read_key
 from vlmdiff.core import params as p
 from vlmdiff.core.device import pick_device, resolve_precision
 from vlmdiff.core.errors import InputError
 from vlmdiff.data import manifest
-from vlmdiff.data.images import load_rgb, resolve
+from vlmdiff.data.images import load_rgb
 from vlmdiff.model.pretrained import check_pinned
-from vlmdiff.training.cost import GIB, Cost, measure
+from vlmdiff.training.cost import GIB, Cost, free_memory, measure
 
 # Seconds for the measurement of a training.
 LIMIT = 60.0
@@ -40,6 +41,7 @@ AROUND = GIB
 WEIGHTS = "model.safetensors", "diffusion_pytorch_model.safetensors"
 # The file that shows a network is there.
 NETWORK = ("config.json",)
+CAPTIONER = "caption.captioner"
 UNKNOWN = "not measured"
 TRAININGS = "first_stage", "train"
 
@@ -150,7 +152,8 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
 
 def _models(params: p.Params) -> tuple[list[Requirement], dict[str, Model]]:
     """Return a row for each model that the parameters name, and the networks that are here, by their key."""
-    rows, models = _captioner(params), {}
+    vlm = isinstance(params.caption.captioner, p.VisionLanguageModel)
+    rows, models = [] if vlm else [_captioner(params)], {}
     for key, source, subfolder, files in _sources(params):
         needed = f"{subfolder} of {source.model}" if subfolder else source.model
         if source.revision:
@@ -163,6 +166,8 @@ def _models(params: p.Params) -> tuple[list[Requirement], dict[str, Model]]:
                 models[key] = model = _weights(folder, pickled=isinstance(source, p.VisionBackbone))
                 place = "folder" if Path(source.model).is_dir() else "hub's cache"
                 found = f"{place}, {_bytes(model.size)}, {model.parameters / 1e6:.1f} million parameters"
+            if key == CAPTIONER and Path(source.model).is_dir() and source.revision:
+                raise InputError(f"{source.model} is a folder here. Remove caption.captioner.revision.")
             rows.append(Requirement(key, found, needed, True))
         except InputError as error:
             rows.append(Requirement(key, "missing", needed, False, str(error)))
@@ -173,7 +178,7 @@ def _sources(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, tuple[s
     """Yield the models and what they need as well: key, source, subfolder, and the files that may show it is there."""
     captioner, text, first_stage = params.caption.captioner, params.encode.text_encoder, params.first_stage
     if isinstance(captioner, p.VisionLanguageModel):
-        yield "caption.captioner", captioner, "", NETWORK
+        yield CAPTIONER, p.Pretrained(model=captioner.model, revision=captioner.revision), "", NETWORK
     if first_stage.kind == "backbone":
         yield "first_stage.backbone", first_stage.backbone, "", NETWORK
     if first_stage.pretrained:
@@ -193,36 +198,24 @@ def _sources(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, tuple[s
         yield "noise schedule", params.train.pretrained, "scheduler", ("scheduler_config.json",)
 
 
-def _captioner(params: p.Params) -> list[Requirement]:
-    """Return the row of a captioner that is not a model here, or of a mistake in one that is."""
-    captioner, key = params.caption.captioner, "caption.captioner"
-    match captioner:
-        case p.Describe():
-            return [Requirement(key, "describe", "no model", True)]
-        case p.CaptionFile():
-            names = [file for file in (captioner.file, captioner.images) if file is not None]
-            needed = f"{', '.join(map(str, names))} in {params.prepare.root}"
-            try:
-                for name in names:
-                    if not resolve(params.prepare.root, name.as_posix()).is_file():
-                        raise InputError(
-                            f"{params.prepare.root / name} does not exist. Write it, or name another file."
-                        )
-            except InputError as error:
-                return [Requirement(key, "no such file", needed, False, str(error))]
-            return [Requirement(key, "the file" if len(names) == 1 else "the files", needed, True)]
-        case p.Endpoint():
+def _captioner(params: p.Params) -> Requirement:
+    """Return the row of a captioner that is not a network."""
+    captioner, root = params.caption.captioner, params.prepare.root
+    found, needed = "describe", "no model"
+    try:
+        if isinstance(captioner, p.CaptionFile):
+            names = {"file": captioner.file, "images": captioner.images}
+            paths = {name: path for name, path in names.items() if path is not None}
+            found, needed = "here", f"{', '.join(map(str, paths.values()))} in {root}"
+            for name, path in paths.items():
+                inside(root, path, name)
+        elif isinstance(captioner, p.Endpoint):
             variable = captioner.api_key_variable
             needed = f"{captioner.base_url}, not asked" + (f"; a key in {variable}" if variable else ", without a key")
-            try:
-                key_is_set = bool(read_key(variable))
-            except InputError as error:
-                return [Requirement(key, "no key", needed, False, str(error))]
-            return [Requirement(key, "a key is set" if key_is_set else "needs no key", needed, True)]
-        case p.VisionLanguageModel() if Path(captioner.model).is_dir() and captioner.revision is not None:
-            advice = f"{captioner.model} is a folder here. Remove caption.captioner.revision."
-            return [Requirement("captioner's revision", captioner.revision, "none", False, advice)]
-    return []
+            found = "a key is set" if read_key(variable) else "needs no key"
+    except InputError as error:
+        return Requirement(CAPTIONER, "missing", needed, False, str(error))
+    return Requirement(CAPTIONER, found, needed, True)
 
 
 def _folder(source: p.Pretrained, subfolder: str, files: tuple[str, ...]) -> Path:
@@ -253,28 +246,23 @@ def _folder(source: p.Pretrained, subfolder: str, files: tuple[str, ...]) -> Pat
 
 def _weights(folder: Path, pickled: bool) -> Model:
     """Return the size of the weights in `folder`, by the files' headers. Raise InputError if one is cut off."""
-    files: list[Path] = []
-    for name in WEIGHTS:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            files = [folder / name]
-        elif index.is_file():
-            files = [folder / part for part in sorted(set(_json(index).get("weight_map", {}).values()))]
-        if files:
-            break
-    if not files and pickled and (file := folder / "pytorch_model.bin").is_file():
+    names = [file for name in WEIGHTS for file in (name, f"{name}.index.json")] + ["pytorch_model.bin"] * pickled
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise InputError(f"{folder} has no {' or '.join(WEIGHTS)}. Copy the whole model there.")
+    if file.suffix == ".bin":
         # Reading its header would run code: count by the size of float32.
         return Model(folder, file.stat().st_size, file.stat().st_size // 4)
-    if not files:
-        raise InputError(f"{folder} has no {' or '.join(WEIGHTS)}. Copy the whole model there.")
-    parameters = 0
-    for file in files:
-        try:
+    size = parameters = 0
+    try:
+        parts = set(json.loads(file.read_text())["weight_map"].values()) if file.suffix == ".json" else {file.name}
+        for file in (folder / part for part in sorted(parts)):
             with safe_open(file, framework="numpy") as tensors:
                 parameters += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is incomplete ({error}). Download it again.") from error
-    return Model(folder, sum(file.stat().st_size for file in files), parameters)
+            size += file.stat().st_size
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{file} is incomplete ({error}). Download it again.") from error
+    return Model(folder, size, parameters)
 
 
 # The machine
@@ -295,11 +283,14 @@ def _device(params: p.Params, device: torch.device) -> Requirement:
 
 def _costs(params: p.Params, device: torch.device, models: dict[str, Model], missing: set[str]) -> dict[str, Cost]:
     """Measure the trainings whose models are here, and which may fit the memory."""
-    used = {"first_stage": ("first_stage.backbone", "first_stage.pretrained", "first_stage.perceptual")}
-    used["train"] = (*used["first_stage"][:2], "encode.text_encoder", "tokenizer", "train.pretrained", "noise schedule")
-    free, costs = _free(device), {}
+    spaces = "first_stage.backbone", "first_stage.pretrained"
+    used = {
+        "first_stage": {*spaces, "first_stage.perceptual"},
+        "train": {*spaces, "encode.text_encoder", "tokenizer", "train.pretrained", "noise schedule"},
+    }
+    free, costs = free_memory(device), {}
     for name in TRAININGS:
-        if not getattr(params, name).steps or missing & set(used[name]):
+        if not getattr(params, name).steps or missing & used[name]:
             continue
         weights = 4 * sum(models[key].parameters for key in used[name] if key in models)
         if weights > free:
@@ -309,18 +300,14 @@ def _costs(params: p.Params, device: torch.device, models: dict[str, Model], mis
     return costs
 
 
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
 def _memory(
     params: p.Params, device: torch.device, models: dict[str, Model], costs: dict[str, Cost], frame: pd.DataFrame | None
 ) -> list[Requirement]:
     """Return a row for each stage: each is a process of its own."""
-    here, free = psutil.virtual_memory().available, _free(device)
+    here, free = psutil.virtual_memory().available, free_memory(device)
     rows = []
     if isinstance(params.caption.captioner, p.VisionLanguageModel):
-        model = models.get("caption.captioner")
+        model = models.get(CAPTIONER)
         # Layers that do not fit a GPU go into the machine's memory, by device_map.
         size, place = None if model is None else model.size + AROUND, here if device.type == "cpu" else here + free
         rows.append(_room("caption", size, place, "the weights", "use a smaller model, or kind: openai"))
@@ -344,7 +331,7 @@ def _memory(
 
 def _encoded_images(params: p.Params, frame: pd.DataFrame) -> int:
     counts = frame["split"].value_counts()
-    return counts.get("validation", 0) + 2 ** len(set(params.encode.mirror)) * counts.get("train", 0)
+    return int(counts.get("validation", 0) + 2 ** len(set(params.encode.mirror)) * counts.get("train", 0))
 
 
 def _room(stage: str, size: int | None, free: int, what: str, advice: str) -> Requirement:
@@ -360,13 +347,12 @@ def _disk(
     """Return the row of the space for what the stages leave; made images and reports are small beside it."""
     free = shutil.disk_usage(Path.cwd()).free
     found, cost = f"{_bytes(free)} free", costs.get("train", Cost())
-    if frame is None or cost.latents is None:
+    if frame is None or not cost.latents:
         return Requirement("disk", found, UNKNOWN, None)
     count, pixels = _encoded_images(params, frame), 3 * params.first_stage.image_size**2
-    # Mean and, of an autoencoder, deviation of the latents, every window of the caption, the image.
-    latents = (4 if params.first_stage.kind == "backbone" else 8) * math.prod(cost.latents)
-    encoded = count * (latents + 4 * params.encode.max_windows * math.prod(cost.tokens) + pixels)
-    backbones = {models[key].folder: models[key].size for key in models if key.startswith("detection.features")}
+    # Mean and deviation of the latents, every window of the caption, the image.
+    encoded = count * (8 * cost.latents + 4 * params.encode.max_windows * cost.tokens + pixels)
+    backbones = {model.folder: model.size for key, model in models.items() if key.startswith("detection.features")}
     pipeline = 4 * sum(cost.weights.values())
     detector = pipeline + sum(backbones.values())
     # DVC keeps a copy of each stage's outputs in its cache; the registry has the detector.
@@ -400,7 +386,7 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
         else:
             found = UNKNOWN
         rows.append(Requirement(f"time, {name}", found, needed, True if name in seconds else None))
-    if "encode" in seconds:
+    if frame is not None and "encode" in seconds:
         count = _encoded_images(params, frame)
         rows.append(Requirement("time, encode", _duration(seconds["encode"]), f"{count} images", True))
     if len(seconds) > 1:
@@ -440,13 +426,6 @@ def _reading_seconds(params: p.Params, frame: pd.DataFrame | None) -> float:
                 continue
             count += 1
     return (time.monotonic() - began) / max(1, count)
-
-
-def _json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot decode as JSON ({error}). Copy or download it again.") from error
 
 
 def _bytes(size: float) -> str:

@@ -22,10 +22,11 @@ def perceptual_distance(features: Features, a: torch.Tensor, b: torch.Tensor) ->
     """
     with torch.no_grad():
         targets = features(b)
-    return sum(
+    distances = (
         (F.normalize(x.float(), dim=1) - F.normalize(y.float(), dim=1)).square().sum(1).mean()
         for x, y in zip(features(a), targets, strict=True)
     )
+    return sum(distances, start=torch.zeros((), device=a.device))
 
 
 class PatchDiscriminator(nn.Module):

@@ -9,7 +9,8 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.core import lifeline
 from vlmdiff.core.device import pick_device
@@ -43,28 +45,27 @@ HELD_OUT = 16
 
 @dataclass
 class Cost:
-    """What a training's first steps show. None: the measurement did not get so far.
+    """What a training's first steps show. 0, None or empty: the measurement did not get so far.
 
     Seconds: start, from the start of the process to the first step; steps, of each step (the first ones warm up);
     validation and encode, per image; checkpoint; text, of the text encoder's training; unfinished, of what ran when the
-    limit was reached. memory: peak, in bytes. Shapes: latents (C, h, w); tokens (L, D), of a window of text. weights:
-    number by network; trained: number that is trained. failure: why the measurement ended early; too_large: because of
-    the memory.
+    limit was reached. memory: peak, in bytes. Numbers: latents, of an image; tokens, of a window of text; weights, by
+    network; trained. failure: why the measurement ended early; too_large: because of the memory.
     """
 
-    start: float | None = None
+    start: float = 0.0
     steps: list[float] = field(default_factory=list)
     validation: float | None = None
     checkpoint: float | None = None
-    encode: float | None = None
+    encode: float = 0.0
     text: float = 0.0
     memory: int = 0
-    latents: tuple[int, int, int] | None = None
-    tokens: tuple[int, int] | None = None
+    latents: int = 0
+    tokens: int = 0
     weights: dict[str, int] = field(default_factory=dict)
     trained: int = 0
-    unfinished: float | None = None
-    failure: str | None = None
+    unfinished: float = 0.0
+    failure: str = ""
     too_large: bool = False
 
     @property
@@ -74,17 +75,13 @@ class Cost:
 
     def seconds(self, params: Training, held_out: int) -> float | None:
         """Return the seconds of the whole training, which validates on `held_out` images; None if a part is missing."""
-        if self.step is None or self.validation is None or self.checkpoint is None:
+        step = self.step
+        if step is None or self.validation is None or self.checkpoint is None:
             return None
-        warming_up = sum(max(0.0, seconds - self.step) for seconds in self.steps[: len(self.steps) // 2])
-        validations = math.ceil(params.steps / params.validate_every)
-        return (
-            self.start
-            + warming_up
-            + params.steps * self.step
-            + validations * held_out * self.validation
-            + (params.steps - 1) // params.checkpoint_every * self.checkpoint
-        )
+        warming_up = sum(max(0.0, seconds - step) for seconds in self.steps[: len(self.steps) // 2])
+        validations = math.ceil(params.steps / params.validate_every) * held_out * self.validation
+        checkpoints = (params.steps - 1) // params.checkpoint_every * self.checkpoint
+        return self.start + warming_up + params.steps * step + validations + checkpoints
 
 
 def measure(stage: str, params: Params, limit: float) -> Cost:
@@ -94,89 +91,78 @@ def measure(stage: str, params: Params, limit: float) -> Cost:
     """
     context = get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
+    cost, began = Cost(), time.monotonic()
+    last = began
     with tempfile.TemporaryDirectory() as folder:
-        child = context.Process(target=_child, args=(theirs, os.getpid(), stage, params, Path(folder)), daemon=True)
-        began = time.monotonic()
+        arguments = theirs, os.getpid(), began, stage, params, Path(folder)
+        child = context.Process(target=_child, args=arguments, daemon=True)
         child.start()
         theirs.close()
         try:
-            return _listen(ours, child, began, limit)
+            while (now := time.monotonic()) < began + limit:
+                # A machine out of memory stands still for minutes before the kernel ends something.
+                if psutil.virtual_memory().available < GIB / 4:
+                    return replace(cost, failure="the machine's memory was used up", too_large=True)
+                if ours.poll(min(0.2, began + limit - now)):
+                    cost, last = ours.recv(), time.monotonic()
+            return replace(cost, unfinished=time.monotonic() - last)
+        except EOFError:
+            child.join()
+            if child.exitcode == 0:
+                return cost
+            failure = f"the process that measures it ended with status {child.exitcode}"
+            # -9 is the kernel's answer to too little memory.
+            return replace(cost, failure=failure, too_large=child.exitcode == -9)
         finally:
             child.kill()
             child.join()
             ours.close()
 
 
-def _listen(connection: Connection, child, began: float, limit: float) -> Cost:
-    cost, last = Cost(), began
-    while (now := time.monotonic()) < began + limit:
-        # A machine out of memory stands still for minutes before the kernel ends something.
-        if psutil.virtual_memory().available < GIB / 4:
-            cost.failure, cost.too_large = "the machine's memory was used up", True
-            return cost
-        if not connection.poll(min(0.2, began + limit - now)):
-            continue
-        try:
-            name, value = connection.recv()
-        except EOFError:
-            child.join()
-            cost.failure = f"the process that measures it ended with status {child.exitcode}"
-            cost.too_large = child.exitcode == -9  # the kernel's answer to too little memory
-            return cost
-        last = time.monotonic()
-        match name:
-            case "end":
-                return cost
-            case "start":
-                cost.start = last - began
-            case "step":
-                cost.steps.append(value)
-            case _:
-                setattr(cost, name, value)
-        if cost.failure:
-            return cost
-    cost.unfinished = time.monotonic() - last
-    return cost
-
-
-def _child(connection: Connection, owner: int, stage: str, params: Params, folder: Path) -> None:
+def _child(connection: Connection, owner: int, began: float, stage: str, params: Params, folder: Path) -> None:
     lifeline.end_with(owner)
+    cost = Cost()
     # The output of a training would look as if it were the real one.
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            _run(lambda name, value: connection.send((name, value)), stage, params, folder)
+            for _ in _run(cost, began, stage, params, folder):
+                connection.send(cost)
         except (InputError, ValueError, OSError, RuntimeError, MemoryError) as error:
-            too_large = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(error)
-            connection.send(("too_large", too_large))
-            connection.send(("failure", str(error)))
+            cost.failure = str(error) or type(error).__name__
+            cost.too_large = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(error)
+            connection.send(cost)
 
 
-def _run(send, stage: str, params: Params, folder: Path) -> None:
-    """Set the training up, run steps, a validation and a checkpoint, and send what each has shown."""
+def _run(cost: Cost, began: float, stage: str, params: Params, folder: Path) -> Iterator[None]:
+    """Set the training up, run steps, a validation and a checkpoint. Yield whenever `cost` has news."""
     torch.manual_seed(0)
     device = pick_device()
     section: Training = getattr(params, stage)
-    problem = (_first_stage if stage == "first_stage" else _denoiser)(send, params, device)
-    _refuse_too_large(send, problem, device)
+    problem = (_first_stage if stage == "first_stage" else _denoiser)(cost, params, device)
+    networks = filter(None, (problem.model, problem.adversary))
+    cost.trained = sum(weight.numel() for part in networks for weight in part.parameters() if weight.requires_grad)
+    if (needed := BESIDE * cost.trained) > free_memory(device):
+        raise MemoryError(f"gradients, moments and averages alone need {needed / GIB:.1f} GiB")
     loop = Loop(problem, section)
-    send("start", None)
+    cost.start = time.monotonic() - began
+    yield
 
-    def step() -> float:
+    def step() -> None:
         # Always the last one: by then every part of the loss has joined.
         loop.done = section.steps - 1
-        return _seconds(loop.step, device)
+        loop.step()
 
-    count, began = 0, time.monotonic()
-    while time.monotonic() < began + (SECONDS if count >= STEPS else AT_MOST) or count < 2:
-        send("step", step())
-        send("memory", _peak(device))
-        count += 1
+    began = time.monotonic()
+    while time.monotonic() < began + (SECONDS if len(cost.steps) >= STEPS else AT_MOST) or len(cost.steps) < 2:
+        cost.steps.append(_seconds(step, device))
+        cost.memory = _peak(device)
+        yield
     loop.validate()
     step()
-    send("validation", _seconds(loop.validate, device) / min(section.batch_size, HELD_OUT))
-    send("checkpoint", _seconds(lambda: loop.save(folder / "checkpoint"), device))
-    send("memory", _peak(device))
-    send("end", None)
+    cost.validation = _seconds(loop.validate, device) / min(section.batch_size, HELD_OUT)
+    cost.checkpoint = _seconds(lambda: loop.save(folder / "checkpoint"), device)
+    cost.memory = _peak(device)
+    yield
 
 
 def _seconds(work, device: torch.device) -> float:
@@ -195,43 +181,38 @@ def _peak(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _refuse_too_large(send, problem: Problem, device: torch.device) -> None:
-    networks = filter(None, (problem.model, problem.adversary))
-    trained = sum(weight.numel() for network in networks for weight in network.parameters() if weight.requires_grad)
-    send("trained", trained)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if (needed := BESIDE * trained) > free:
-        raise MemoryError(f"gradients, moments and averages alone need {needed / GIB:.1f} GiB")
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes where `device` computes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _images(count: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def _first_stage(send, params: Params, device: torch.device) -> Problem:
+def _first_stage(cost: Cost, params: Params, device: torch.device) -> Problem:
     ours = params.first_stage
     images = _images(ours.batch_size, ours.image_size)
     vae = first_stage.prepare(images, ours, device)
     reconstruction = first_stage.Reconstruction(vae, images, images[:HELD_OUT], ours, device)
     reconstruction.latents(images)
-    send("encode", _seconds(lambda: reconstruction.latents(images), device) / len(images))
+    cost.encode = _seconds(lambda: reconstruction.latents(images), device) / len(images)
     return reconstruction.problem()
 
 
-def _denoiser(send, params: Params, device: torch.device) -> Problem:
+def _denoiser(cost: Cost, params: Params, device: torch.device) -> Problem:
     ours = params.train
     vae = first_stage.start(params.first_stage)
-    text_encoder = _text_encoder(send, params, device)
-    pipeline = diffusion.build(vae, text_encoder, None, ours)
+    text_encoder = _text_encoder(cost, params, device)
+    pipeline = diffusion.build(vae, text_encoder, CLIPTokenizer(), ours)
     for network in filter(None, (pipeline.unet, pipeline.sgn)):
         network.to(device)
     side = params.first_stage.image_size // first_stage.downsampling(vae)
     latents = (vae.config.latent_channels, side, side)
     tokens = (text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size)
     networks = {"vae": vae, "text_encoder": text_encoder, "unet": pipeline.unet, "sgn": pipeline.sgn}
-    send("weights", {name: network.num_parameters() for name, network in networks.items() if network is not None})
-    send("latents", latents)
-    send("tokens", tokens)
+    cost.weights = {name: network.num_parameters() for name, network in networks.items() if network is not None}
+    cost.latents, cost.tokens = math.prod(latents), math.prod(tokens)
     # A batch to train on, then the images that are held out.
     count, random = ours.batch_size + min(ours.batch_size, HELD_OUT), np.random.default_rng(0)
     splits = np.where(np.arange(count) < ours.batch_size, "train", "validation")
@@ -248,10 +229,10 @@ def _denoiser(send, params: Params, device: torch.device) -> Problem:
     return diffusion.problem(pipeline, data, ours)
 
 
-def _text_encoder(send, params: Params, device: torch.device):
+def _text_encoder(cost: Cost, params: Params, device: torch.device):
     chosen = params.encode.text_encoder
     if isinstance(chosen, PretrainedTextEncoder):
-        return pretrained.load_network(diffusion.CLIPTextModel, chosen, chosen.subfolder)
+        return pretrained.load_network(CLIPTextModel, chosen, chosen.subfolder)
     tokenizer = train_tokenizer(["a caption"], chosen)
     tokens = torch.randint(len(tokenizer), (chosen.batch_size, 1, chosen.max_tokens))
     thumbnails = torch.rand(chosen.batch_size, 3, THUMBNAIL, THUMBNAIL)
@@ -261,5 +242,5 @@ def _text_encoder(send, params: Params, device: torch.device):
         return train_text_encoder(tokenizer, tokens, thumbnails, few, 0, device)
 
     train()
-    send("text", _seconds(train, device) * chosen.steps / few.steps)
+    cost.text = _seconds(train, device) * chosen.steps / few.steps
     return train().to("cpu")

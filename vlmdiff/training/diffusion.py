@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.params import Train
+from vlmdiff.core.params import Pretrained, Train
 from vlmdiff.model import pretrained
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
@@ -36,7 +36,7 @@ def build(
     if params.pretrained is None:
         unet, sgn, scheduler = _untrained(vae, text_encoder, params)
     else:
-        unet, sgn, scheduler = _pretrained(vae, text_encoder, params)
+        unet, sgn, scheduler = _pretrained(vae, text_encoder, params, params.pretrained)
     return VLMDiffPipeline(
         vae,
         text_encoder,
@@ -92,10 +92,10 @@ def _untrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train)
     return unet, sgn, scheduler
 
 
-def _pretrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train) -> Denoiser:
-    scheduler = pretrained.load(DDIMScheduler, params.pretrained, "scheduler")
-    unet = pretrained.load_network(UNet2DConditionModel, params.pretrained, "unet")
-    name, predicts = params.pretrained.model, scheduler.config.prediction_type
+def _pretrained(vae: FirstStageModel, text_encoder: CLIPTextModel, params: Train, source: Pretrained) -> Denoiser:
+    scheduler = pretrained.load(DDIMScheduler, source, "scheduler")
+    unet = pretrained.load_network(UNet2DConditionModel, source, "unet")
+    name, predicts = source.model, scheduler.config.prediction_type
     if predicts != params.prediction:
         raise InputError(f"{name} was trained to predict {predicts}. Set train.prediction to {predicts}.")
     if params.noise_levels[1] >= (count := scheduler.config.num_train_timesteps):
@@ -123,8 +123,8 @@ def _add_output(unet: UNet2DConditionModel) -> None:
     old = unet.conv_out
     new = nn.Conv2d(old.in_channels, old.out_channels + 1, old.kernel_size, padding=old.padding)
     with torch.no_grad():
-        for ours, theirs in ((new.weight, old.weight), (new.bias, old.bias)):
-            ours.zero_()[: len(theirs)] = theirs
+        for name, theirs in old.named_parameters():
+            new.get_parameter(name).zero_()[: len(theirs)] = theirs
     unet.conv_out = new
     unet.register_to_config(out_channels=new.out_channels)
 
@@ -160,7 +160,7 @@ def problem(pipeline: VLMDiffPipeline, data: Encoded, params: Train) -> Problem:
     """Return the training of the pipeline's denoiser on encoded images."""
     device = pipeline.unet.device
     scheduler = pipeline.scheduler
-    denoiser = choose_trainable(pipeline, params).to(memory_format=torch.channels_last)
+    denoiser = choose_trainable(pipeline, params).to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
     if params.gradient_checkpointing:
         for network in denoiser.values():
             network.enable_gradient_checkpointing()

@@ -75,10 +75,10 @@ def encode(
         text_encoder = pretrained.load_network(CLIPTextModel, chosen, chosen.subfolder).to(device)
         tokenizer = pretrained.load(CLIPTokenizer, chosen, chosen.tokenizer_subfolder)
         length = text_encoder.config.max_position_embeddings
+        tokens, windows = token_windows(tokenizer, known, length, params.max_windows)
     else:
         tokenizer, length = train_tokenizer([texts[i] for i in training], chosen), chosen.max_tokens
-    tokens, windows = token_windows(tokenizer, known, length, params.max_windows)
-    if not isinstance(chosen, PretrainedTextEncoder):
+        tokens, windows = token_windows(tokenizer, known, length, params.max_windows)
         seen = from_uint8(images[training], torch.device("cpu"))
         thumbnails = torch.nn.functional.adaptive_avg_pool2d(seen, THUMBNAIL)
         read = tokens[windows[[rows[texts[i]] for i in training]]]
@@ -107,7 +107,7 @@ def encode(
         for start in range(0, len(tokens), size):
             states = text_encoder(tokens[start : start + size].to(device)).last_hidden_state
             text[start : start + size] = states.cpu()
-    for array in filter(lambda array: array is not None, (mean, std, text)):
+    for array in (mean, text) if std is None else (mean, std, text):
         array.flush()
     index = pd.DataFrame(
         {
@@ -125,10 +125,11 @@ def _array(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
 
 def mirrored(frame: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:
     """Add the training images' mirror images, in each direction and in both; column `axes` has the axes to reverse."""
-    frame = frame.assign(axes=[()] * len(frame))
+    frame = frame.assign(axes=[()] * len(frame))  # pyrefly: ignore[bad-argument-type]
     for axis, direction in enumerate(("vertical", "horizontal")):
         if direction in directions:
             training = frame[frame["split"] == "train"]
+            # pyrefly: ignore[bad-argument-type]
             frame = pd.concat([frame, training.assign(axes=[(*axes, axis) for axes in training["axes"]])])
     return frame.reset_index(drop=True)
 

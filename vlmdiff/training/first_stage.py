@@ -102,7 +102,7 @@ class Reconstruction:
         y = self.vae.decode(z).sample.float()
         reconstruction = F.l1_loss(y, x) + F.mse_loss(y, x) + self._perceptual(y, x)
         total = reconstruction + params.kl_weight * posterior.kl().mean() / z[0].numel()
-        if self.discriminator is not None and step >= params.discriminator.start:
+        if self.discriminator and params.discriminator and step >= params.discriminator.start:
             total = total + adversarial_loss(
                 self.discriminator,
                 params.discriminator,
@@ -143,7 +143,7 @@ class Reconstruction:
         return DiagonalGaussianDistribution(posterior.parameters.float())
 
     def _perceptual(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor | float:
-        if self.features is None:
+        if self.features is None or self.params.perceptual is None:
             return 0.0
         a, b = self.normalization.inverse(y), self.normalization.inverse(x)
         return self.params.perceptual.weight * perceptual_distance(self.features, a, b)

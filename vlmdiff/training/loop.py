@@ -6,7 +6,7 @@ The batch of a step and its noise are a function of (seed, step). Processes and 
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,7 +203,7 @@ class Loop:
         """Write a checkpoint into `folder`, which is replaced as a whole."""
         tensors = {f"{kind}.{key}": tensor for kind, group in self.named.items() for key, tensor in group.items()}
         tensors |= {f"optimizer.{key}": tensor for key, tensor in checkpoint.optimizer_tensors(self.adamw).items()}
-        facts = {"step": self.done, "losses": self.losses, "best_loss": self.best_loss, "history": self.history}
+        facts: dict = {"step": self.done, "losses": self.losses, "best_loss": self.best_loss, "history": self.history}
         if self.accelerator.scaler:
             facts["scaler"] = self.accelerator.scaler.state_dict()
         checkpoint.save(folder, tensors, facts)
@@ -280,7 +280,7 @@ def _run(loop: Loop, saved: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lend(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]):
+def _lend(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]):
     """Swap the model's weights with `others` for a while, without a third copy."""
     _swap(weights, others)
     try:
@@ -289,7 +289,7 @@ def _lend(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]):
         _swap(weights, others)
 
 
-def _swap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+def _swap(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> None:
     for key in a:
         kept = a[key].detach().clone()
         a[key].copy_(b[key])

@@ -48,7 +48,7 @@ def train_tokenizer(captions: Sequence[str], params: TextEncoder) -> CLIPTokeniz
             symbols.append("".join(best))
         words = Counter({_merged(word, best): count for word, count in words.items()})
     vocabulary = {symbol: index for index, symbol in enumerate([*special, *symbols])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=params.max_tokens)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=params.max_tokens)  # pyrefly: ignore[bad-argument-type]
 
 
 def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
