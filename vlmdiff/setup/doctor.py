@@ -344,7 +344,7 @@ def _memory(
 
 def _encoded_images(params: p.Params, frame: pd.DataFrame) -> int:
     counts = frame["split"].value_counts()
-    return counts.get("validation", 0) + 2 ** len(set(params.encode.mirror)) * counts.get("train", 0)
+    return int(counts.get("validation", 0) + 2 ** len(set(params.encode.mirror)) * counts.get("train", 0))
 
 
 def _room(stage: str, size: int | None, free: int, what: str, advice: str) -> Requirement:
