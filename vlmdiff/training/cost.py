@@ -84,8 +84,10 @@ class Cost:
         return self.start + warming_up + params.steps * step + validations + checkpoints
 
 
-def measure(stage: str, params: Params, limit: float) -> Cost:
+def measure(stage: str, params: Params, limit: float, seconds: float = SECONDS) -> Cost:
     """Run the first steps of `stage`, "first_stage" or "train", in a child process, for at most `limit` seconds.
+
+    seconds: how long to run steps. A step that takes long runs longer, up to AT_MOST seconds.
 
     The child ends with this process. A failure of the child is the `failure` of the result.
     """
@@ -94,7 +96,7 @@ def measure(stage: str, params: Params, limit: float) -> Cost:
     cost, began = Cost(), time.monotonic()
     last = began
     with tempfile.TemporaryDirectory() as folder:
-        arguments = theirs, os.getpid(), began, stage, params, Path(folder)
+        arguments = theirs, os.getpid(), began, stage, params, seconds, Path(folder)
         child = context.Process(target=_child, args=arguments, daemon=True)
         child.start()
         theirs.close()
@@ -119,13 +121,15 @@ def measure(stage: str, params: Params, limit: float) -> Cost:
             ours.close()
 
 
-def _child(connection: Connection, owner: int, began: float, stage: str, params: Params, folder: Path) -> None:
+def _child(
+    connection: Connection, owner: int, began: float, stage: str, params: Params, seconds: float, folder: Path
+) -> None:
     lifeline.end_with(owner)
     cost = Cost()
     # The output of a training would look as if it were the real one.
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            for _ in _run(cost, began, stage, params, folder):
+            for _ in _run(cost, began, stage, params, seconds, folder):
                 connection.send(cost)
         except (InputError, ValueError, OSError, RuntimeError, MemoryError) as error:
             cost.failure = str(error) or type(error).__name__
@@ -133,7 +137,7 @@ def _child(connection: Connection, owner: int, began: float, stage: str, params:
             connection.send(cost)
 
 
-def _run(cost: Cost, began: float, stage: str, params: Params, folder: Path) -> Iterator[None]:
+def _run(cost: Cost, began: float, stage: str, params: Params, seconds: float, folder: Path) -> Iterator[None]:
     """Set the training up, run steps, a validation and a checkpoint. Yield whenever `cost` has news."""
     torch.manual_seed(0)
     device = pick_device()
@@ -153,7 +157,7 @@ def _run(cost: Cost, began: float, stage: str, params: Params, folder: Path) -> 
         loop.step()
 
     began = time.monotonic()
-    while time.monotonic() < began + (SECONDS if len(cost.steps) >= STEPS else AT_MOST) or len(cost.steps) < 2:
+    while time.monotonic() < began + (seconds if len(cost.steps) >= STEPS else AT_MOST) or len(cost.steps) < 2:
         cost.steps.append(_seconds(step, device))
         cost.memory = _peak(device)
         yield
