@@ -39,7 +39,7 @@ def concatenate(maps: Sequence[torch.Tensor], size: int | tuple[int, int]) -> to
 class Backbone:
     """Map images (B, 3, H, W) in [0, 1] to one float32 map (B, C, h, w) per layer, in the order of `params.layers`.
 
-    `channels` lists C and `grids` lists (h, w) of each layer. The weights are frozen. The number of layers and the
+    `channels` lists C of each layer. The weights are frozen. The number of layers and the
     positions of the patch tokens are measured on test images, not inferred from the model's name.
     """
 
@@ -63,7 +63,6 @@ class Backbone:
         self._grid, self._first = patches
         maps = self._maps(output)
         self.channels = [x.shape[1] for x in maps]
-        self.grids = [tuple(x.shape[2:]) for x in maps]
         if _states(output)[0].ndim == 4:
             model.to(memory_format=torch.channels_last)
         elif "last" not in self.layers:
