@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import math
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -107,11 +108,8 @@ class Backbone:
     def _maps(self, output: States) -> list[torch.Tensor]:
         states = _states(output)
         chosen = [states[layer] if isinstance(layer, int) else output.last_hidden_state for layer in self.layers]
-        return [x if x.ndim == 4 else self._fold(x) for x in chosen]
-
-    def _fold(self, tokens: torch.Tensor) -> torch.Tensor:
-        h, w = self._grid
-        return tokens[:, self._first : self._first + h * w].transpose(1, 2).unflatten(2, (h, w))
+        patches = slice(self._first, self._first + math.prod(self._grid))
+        return [x if x.ndim == 4 else x[:, patches].transpose(1, 2).unflatten(2, self._grid) for x in chosen]
 
     @torch.no_grad()
     def _probe(self) -> tuple[States, tuple[tuple[int, int], int]]:
