@@ -131,11 +131,8 @@ def _data_files() -> list[Path]:
     """Return the .dvc files of the datasets and models that params.yaml names, of parts and of folders around them."""
     files = [Path(name) for name in git.list_files("*.dvc", untracked=True)]
     named = [Path(text) for text in _texts(yaml.safe_load(w.PARAMS.read_text())) if text]
-
-    def is_named(path: Path) -> bool:
-        return any(path.is_relative_to(each) or each.is_relative_to(path) for each in named)
-
-    return [file for file in files if file.is_file() and is_named(file.with_suffix(""))]
+    pairs = [(file, file.with_suffix("")) for file in files if file.is_file()]
+    return [file for file, path in pairs if any(path.is_relative_to(n) or n.is_relative_to(path) for n in named)]
 
 
 def _texts(value: object) -> Iterator[str]:

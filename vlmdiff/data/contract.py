@@ -148,7 +148,9 @@ def check_dataset(frame: pd.DataFrame, data: Prepare, params: Validate, out: Pat
     table["mode"] = frame["mode"].where(readable)
     table["shorter_side"] = frame[["width", "height"]].min(axis=1).where(readable)
     table["normal_training"] = frame["is_anomalous"].where(learned).astype(object)
-    table["test_apart"] = _same(frame, learned)
+    # For each training and validation image, a test image of the same bytes.
+    tests = frame[frame["split"] == "test"].drop_duplicates("image_id").set_index("image_id")["path"]
+    table["test_apart"] = frame["image_id"].map(tests).where(learned)
     table["near_duplicate"] = _near_duplicates(frame, image_root, params.near_duplicate_bits, max_pixels)
     images = table.astype(object).where(table.notna(), None)
     rules = _image_rules(params, data.layout in LABEL_MAPS)
@@ -247,12 +249,6 @@ def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataF
             found["mask_normal"] = mask_path
     names = ["mask_exists", "mask_file", "mask_size", "mask_binary", "mask_empty", "mask_normal"]
     return pd.DataFrame(rows, index=frame.index, columns=names, dtype=object)
-
-
-def _same(frame: pd.DataFrame, learned: pd.Series) -> pd.Series:
-    """Return, for each training and validation image, a test image of the same bytes."""
-    tests = frame[frame["split"] == "test"].drop_duplicates("image_id").set_index("image_id")["path"]
-    return frame["image_id"].map(tests).where(learned)
 
 
 def _near_duplicates(frame: pd.DataFrame, root: Path, bits: int, max_pixels: int) -> pd.Series:

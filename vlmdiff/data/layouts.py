@@ -264,16 +264,9 @@ def _table(root: Path, relative: Path, columns: dict[str, str]) -> Iterator[Reco
         defect = values.get("defect", "")
         if defect and is_anomalous != (defect != GOOD):
             raise InputError(f"{where}: {truths[0]} is {row[truths[0]]!r}, but defect is {defect!r}. Fix one of them.")
-        yield _listed(
-            root,
-            where,
-            values["path"],
-            values["class_name"],
-            split,
-            is_anomalous,
-            (defect or "anomaly") if is_anomalous else None,
-            values["mask_path"],
-        )
+        kind = (defect or "anomaly") if is_anomalous else None
+        path, class_name, mask_path = (values[name] for name in ("path", "class_name", "mask_path"))
+        yield _listed(root, where, path, class_name, split, is_anomalous, kind, mask_path)
 
 
 def read_table(file: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:

@@ -15,14 +15,11 @@ def image_statistics(rgb: np.ndarray) -> dict[str, float]:
     grey = image.convert("L")
     # Pillow computes both from histograms, so that a large photograph takes no more memory than a small one.
     brightness = ImageStat.Stat(grey)
-    red, green, blue = ImageStat.Stat(image).mean
     return {
         "brightness": brightness.mean[0],
         "contrast": brightness.stddev[0],
         "sharpness": _laplacian_variance(np.asarray(grey)),
-        "red": red,
-        "green": green,
-        "blue": blue,
+        **dict(zip(("red", "green", "blue"), ImageStat.Stat(image).mean, strict=True)),
         "width": float(image.width),
         "height": float(image.height),
     }

@@ -26,20 +26,11 @@ NAMES = {SOFT: "soft", RULE: "rule", GOOD: "good", BAD: "bad", INK: "ink"} | {
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 8,
-    "text.color": SOFT,
-    "text.parse_math": False,
-    "axes.labelcolor": SOFT,
-    "axes.edgecolor": RULE,
-    "axes.titlesize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": SOFT,
-    "ytick.labelcolor": SOFT,
-    "grid.color": RULE,
     "lines.linewidth": 1.3,
+    **dict.fromkeys(("font.size", "axes.titlesize"), 8),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), SOFT),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), RULE),
+    **dict.fromkeys(("text.parse_math", "axes.spines.top", "axes.spines.right"), False),
 }
 
 

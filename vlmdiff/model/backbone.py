@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import math
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -39,7 +40,7 @@ def concatenate(maps: Sequence[torch.Tensor], size: int | tuple[int, int]) -> to
 class Backbone:
     """Map images (B, 3, H, W) in [0, 1] to one float32 map (B, C, h, w) per layer, in the order of `params.layers`.
 
-    `channels` lists C and `grids` lists (h, w) of each layer. The weights are frozen. The number of layers and the
+    `channels` lists C of each layer. The weights are frozen. The number of layers and the
     positions of the patch tokens are measured on test images, not inferred from the model's name.
     """
 
@@ -63,7 +64,6 @@ class Backbone:
         self._grid, self._first = patches
         maps = self._maps(output)
         self.channels = [x.shape[1] for x in maps]
-        self.grids = [tuple(x.shape[2:]) for x in maps]
         if _states(output)[0].ndim == 4:
             model.to(memory_format=torch.channels_last)
         elif "last" not in self.layers:
@@ -108,11 +108,8 @@ class Backbone:
     def _maps(self, output: States) -> list[torch.Tensor]:
         states = _states(output)
         chosen = [states[layer] if isinstance(layer, int) else output.last_hidden_state for layer in self.layers]
-        return [x if x.ndim == 4 else self._fold(x) for x in chosen]
-
-    def _fold(self, tokens: torch.Tensor) -> torch.Tensor:
-        h, w = self._grid
-        return tokens[:, self._first : self._first + h * w].transpose(1, 2).unflatten(2, (h, w))
+        patches = slice(self._first, self._first + math.prod(self._grid))
+        return [x if x.ndim == 4 else x[:, patches].transpose(1, 2).unflatten(2, self._grid) for x in chosen]
 
     @torch.no_grad()
     def _probe(self) -> tuple[States, tuple[tuple[int, int], int]]:

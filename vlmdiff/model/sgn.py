@@ -23,7 +23,10 @@ class SpatialFeatureFusion(nn.Module):
         super().__init__()
         self.downsamplers = nn.ModuleList(
             nn.ModuleList(
-                nn.Sequential(nn.Conv2d(s, t, 3, stride=2, padding=1, bias=False), _instance_norm(t), nn.SiLU())
+                # Not InstanceNorm2d: PyTorch's has a wrong gradient for a batch of one in channels-last.
+                nn.Sequential(
+                    nn.Conv2d(s, t, 3, stride=2, padding=1, bias=False), nn.GroupNorm(t, t, affine=False), nn.SiLU()
+                )
                 for s in source_channels
             )
             for t in target_channels
@@ -128,11 +131,6 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         if self.config.only_mid_control:
             fine = [sample.new_zeros(())] * len(fine)
         return [*fine, *coarse], middle
-
-
-def _instance_norm(channels: int) -> nn.Module:
-    # PyTorch's InstanceNorm2d has a wrong gradient for a batch of one in channels-last.
-    return nn.GroupNorm(channels, channels, affine=False)
 
 
 def _plain(value):

@@ -47,7 +47,7 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         results=content["results"],
         intervals=content["intervals"],
         classes=content["results"][PER_CLASS],
-        counts=_counts(frame),
+        counts={str(name): _count(rows) for name, rows in frame.groupby("class_name")},
         total=_count(frame),
         defects=test.loc[test["is_anomalous"], ["class_name", "defect"]].drop_duplicates().shape[0],
         alarms=content["alarms"],
@@ -70,10 +70,6 @@ def _count(frame: pd.DataFrame) -> dict[str, int]:
     test = frame[frame["split"] == "test"]
     splits = {split: int((frame["split"] == split).sum()) for split in ("train", "validation")}
     return splits | {"good": int((~test["is_anomalous"]).sum()), "defective": int(test["is_anomalous"].sum())}
-
-
-def _counts(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
-    return {str(name): _count(rows) for name, rows in frame.groupby("class_name")}
 
 
 def _parts(params: p.Params) -> Iterator[tuple[str, str, str, bool]]:

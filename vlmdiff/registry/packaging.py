@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -187,13 +188,9 @@ def _defined(results: Results) -> dict[str, float]:
     """Return the defined metrics by MLflow's names, `au_pro` and `au_pro/CLASS`."""
     values = dict(results.mean)
     for name, metrics in results.classes.items():
-        values |= {f"{metric}/{_allowed(name)}": value for metric, value in metrics.items()}
+        allowed = re.sub(r"[^\w. /-]", "_", name)  # in a metric's name, by MLflow
+        values |= {f"{metric}/{allowed}": value for metric, value in metrics.items()}
     return {name: value for name, value in values.items() if value == value}
-
-
-def _allowed(name: str) -> str:
-    """Replace the characters that MLflow does not allow in a metric's name."""
-    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -125,25 +125,13 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
 
     asked = pd.Series(least.model_dump())
     few = counts.index[(counts < asked[counts.columns]).any(axis=1)].tolist()
-    rows.append(
-        Requirement(
-            "images a class",
-            ", ".join(f"{split} {count}" for split, count in counts.min().items()) + " at least",
-            ", ".join(f"{split} {count}" for split, count in asked.items()),
-            not few,
-            f"add images of {', '.join(few)}, or lower validate.min_images",
-        )
-    )
+    found, needed = (", ".join(f"{split} {n}" for split, n in images.items()) for images in (counts.min(), asked))
+    advice = f"add images of {', '.join(few)}, or lower validate.min_images"
+    rows.append(Requirement("images a class", f"{found} at least", needed, not few, advice))
     with_mask, required = int(anomalous["mask_path"].notna().sum()), params.validate_.masks == "required"
-    rows.append(
-        Requirement(
-            "masks",
-            f"{with_mask} of {len(anomalous)} anomalous images",
-            "all" if required else "none",
-            with_mask == len(anomalous) or not required,
-            "draw the others, or set validate.masks: optional and a gate.metric of whole images",
-        )
-    )
+    found, needed = f"{with_mask} of {len(anomalous)} anomalous images", "all" if required else "none"
+    advice = "draw the others, or set validate.masks: optional and a gate.metric of whole images"
+    rows.append(Requirement("masks", found, needed, with_mask == len(anomalous) or not required, advice))
     return rows, frame
 
 
@@ -367,8 +355,7 @@ def _disk(
 
 def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) -> list[Requirement]:
     """Return the rows of how long the trainings and `encode` take, and their sum."""
-    rows, total = [], 0.0
-    seconds = predicted_seconds(params, costs, frame)
+    rows, seconds = [], predicted_seconds(params, costs, frame)
     for name in TRAININGS:
         training: p.Training = getattr(params, name)
         if not training.steps:
@@ -379,7 +366,6 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
             needed += f", {training.steps * training.batch_size / max(1, count):.3g} epochs"
         cost = costs.get(name, Cost())
         if name in seconds:
-            total += seconds[name]
             found = f"{_duration(seconds[name])}: {cost.step:.2g} s a step"
         elif least := cost.step or (cost.start and cost.unfinished):
             found = f"at least {_duration(least * training.steps)}: {least:.2g} s a step"
@@ -390,7 +376,7 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
         count = _encoded_images(params, frame)
         rows.append(Requirement("time, encode", _duration(seconds["encode"]), f"{count} images", True))
     if len(seconds) > 1:
-        rows.append(Requirement("time, total", _duration(total + seconds.get("encode", 0.0)), "these stages", True))
+        rows.append(Requirement("time, total", _duration(sum(seconds.values())), "these stages", True))
     return rows
 
 

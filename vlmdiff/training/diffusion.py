@@ -129,11 +129,6 @@ def _add_output(unet: UNet2DConditionModel) -> None:
     unet.register_to_config(out_channels=new.out_channels)
 
 
-def gaussian_loss(squared: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Return twice the negative log-likelihood of errors with these squares, up to a constant."""
-    return log_variance + squared * torch.exp(-log_variance)
-
-
 def choose_trainable(pipeline: VLMDiffPipeline, params: Train) -> nn.ModuleDict:
     """Return UNet and SGN, if there is one; exactly what `params.trainable` names requires a gradient.
 
@@ -182,7 +177,10 @@ def problem(pipeline: VLMDiffPipeline, data: Encoded, params: Train) -> Problem:
         squared = (output.float() - target).square().mean(dim=1)
         if log_variance is None:
             return squared.mean()
-        return squared.mean() + VARIANCE_WEIGHT * gaussian_loss(squared.detach(), log_variance.float()).mean()
+        log_variance = log_variance.float()
+        # Twice the negative log-likelihood of normal errors, up to a constant.
+        surprise = log_variance + squared.detach() * torch.exp(-log_variance)
+        return squared.mean() + VARIANCE_WEIGHT * surprise.mean()
 
     def loss(step: int, part: slice) -> torch.Tensor:
         # Drawn for the whole batch: its parts add up to the same, however many there are.

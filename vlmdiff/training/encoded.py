@@ -109,13 +109,7 @@ def encode(
             text[start : start + size] = states.cpu()
     for array in (mean, text) if std is None else (mean, std, text):
         array.flush()
-    index = pd.DataFrame(
-        {
-            "image_id": frame["image_id"].to_numpy(),
-            "split": frame["split"].to_numpy(),
-            "caption": [rows[t] for t in texts],
-        }
-    )
+    index = frame[["image_id", "split"]].assign(caption=[rows[text] for text in texts])
     index.to_parquet(out / "index.parquet", index=False)
 
 

@@ -189,14 +189,8 @@ class Loop:
             self.best_loss = judged
             for key, tensor in self.best.items():
                 tensor.copy_(self.average[key])
-        self.history.append(
-            {
-                "step": self.done,
-                "loss": float(np.mean(self.losses)),
-                "validation_loss": judged,
-                "learning_rate": self._rate(self.done - 1),
-            }
-        )
+        row = {"step": self.done, "loss": float(np.mean(self.losses)), "validation_loss": judged}
+        self.history.append(row | {"learning_rate": self._rate(self.done - 1)})
         self.losses = []
 
     def save(self, folder: Path) -> None:
