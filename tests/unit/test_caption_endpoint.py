@@ -178,25 +178,27 @@ def test_a_refused_request_stops_at_once_and_names_the_image(tmp_path, status):
 
 
 def test_what_is_under_way_when_one_fails_is_kept(tmp_path):
-    failed = threading.Event()
+    under_way, failed = threading.Barrier(3), threading.Event()
 
     def behave(number: int, _: int) -> Reply:
+        if number < 3:
+            under_way.wait(60)
         if number == 0:
             failed.set()
             return Reply("no", 400)
-        failed.wait(10)
-        time.sleep(0.3)
+        failed.wait(60)
         return completion(caption(number))
 
     frame = photographs(tmp_path, 9)
     with Endpoint(behave) as endpoint:
         with pytest.raises(InputError, match=r"0\.png"):
             captioned(frame, tmp_path, endpoint.url, concurrency=3)
+        # Whether the answers arrive before the failure is a matter of time: then more are asked for, and kept too.
         before = list(endpoint.asked)
-        assert sorted(before) == [0, 1, 2]
+        assert {0, 1, 2} <= set(before)
         endpoint.behave = lambda number, _: completion(caption(number))
         assert captioned(frame, tmp_path, endpoint.url) == expected(9)
-        assert sorted(endpoint.asked[3:]) == [0, 3, 4, 5, 6, 7, 8]
+        assert sorted(endpoint.asked[len(before) :]) == [0, *(n for n in range(9) if n not in before)]
 
 
 @pytest.mark.parametrize(
