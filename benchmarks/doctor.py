@@ -52,6 +52,7 @@ def add_rows(table: Table, name: str, workspace: Path, real: dict[str, tuple[flo
     from vlmdiff.training.cost import measure
 
     os.chdir(workspace)
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the vlmdiff command sets it
     params = load(Path("params.yaml"))
     frame = manifest.read(Path("data/manifest.parquet"))
     costs = {stage: measure(stage, params, LIMIT) for stage in TRAININGS}

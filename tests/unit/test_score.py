@@ -140,7 +140,7 @@ def test_sources_are_photographs_folders_patterns_and_tables_each_photograph_onc
         ("nameless.csv", r"nameless\.csv has no column `path`, only file"),
         ("twice.csv", r"good0\.png is listed twice"),
         ("odd", r"\\udcff\.png' is not a name in UTF-8"),
-        ("short.csv", r"short\.csv, line 2: 1 cells under 2 columns"),
+        ("short.csv", r"short\.csv, line 2: 1 cells for 2 columns"),
     ],
 )
 def test_a_source_that_cannot_be_meant_is_refused_and_nothing_is_written(place, model, source, words):

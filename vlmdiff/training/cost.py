@@ -240,11 +240,12 @@ def _text_encoder(cost: Cost, params: Params, device: torch.device):
     tokenizer = train_tokenizer(["a caption"], chosen)
     tokens = torch.randint(len(tokenizer), (chosen.batch_size, 1, chosen.max_tokens))
     thumbnails = torch.rand(chosen.batch_size, 3, THUMBNAIL, THUMBNAIL)
-    few = chosen.model_copy(update={"steps": min(3, chosen.steps)})
 
-    def train():
-        return train_text_encoder(tokenizer, tokens, thumbnails, few, 0, device)
+    def train(steps: int):
+        return train_text_encoder(tokenizer, tokens, thumbnails, chosen.model_copy(update={"steps": steps}), 0, device)
 
-    train()
-    cost.text = _seconds(train, device) * chosen.steps / few.steps
-    return train().to("cpu")
+    # The first call warms up. The second one tells how much of the third one is not steps.
+    train(2)
+    fixed = _seconds(lambda: train(1), device)
+    cost.text = max(0.0, _seconds(lambda: train(11), device) - fixed) / 10 * chosen.steps + fixed
+    return train(1).to("cpu")
