@@ -36,7 +36,8 @@ def find_photographs(sources: Sequence[str], leave_out: Path) -> list[Photograph
         if not listed:
             raise InputError(f"{source} has no photographs: name photographs, a folder, a pattern or a table of them")
         for photograph in listed:
-            if not _is_text(photograph.path):
+            # Python reads bytes that are not UTF-8 as these.
+            if any("\ud800" <= letter <= "\udfff" for letter in photograph.path):
                 raise InputError(f"{photograph.path!r} is not a name in UTF-8, which tables need: rename the file")
             if found.setdefault(photograph.path, photograph) != photograph:
                 raise InputError(f"{photograph.path} is listed twice, with another class or caption: keep one")
@@ -82,14 +83,6 @@ def _rows(table: Path) -> Iterator[Photograph]:
             raise InputError(f"{where}: {error}") from None
         path = os.path.abspath(table.parent / row["path"])
         yield Photograph(path, row.get("class_name") or None, row.get("caption") or None)
-
-
-def _is_text(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _suffix(path: str) -> str:

@@ -84,7 +84,9 @@ class Verdict:
 
     def write(self, path: Path) -> None:
         """Write the verdict as JSON; a value that is not defined becomes null."""
-        rows = [{**asdict(c), "measured": _null(c.measured), "passed": c.passed} for c in self.criteria]
+        rows = [{**asdict(criterion), "passed": criterion.passed} for criterion in self.criteria]
+        for row in rows:
+            row["measured"] = None if math.isnan(row["measured"]) else row["measured"]
         write_json(path, {**asdict(self), "passed": self.passed, "outcome": self.outcome, "criteria": rows})
 
     @classmethod
@@ -93,8 +95,9 @@ class Verdict:
         try:
             facts = json.loads(Path(path).read_text())
             criteria = [
-                Criterion(row["name"], _number(row["measured"]), row["relation"], row["required"], row["why"])
+                Criterion(row["name"], measured, row["relation"], row["required"], row["why"])
                 for row in facts["criteria"]
+                for measured in [math.nan if row["measured"] is None else float(row["measured"])]
             ]
             override = facts["override"] and Override(**facts["override"])
             known = {key: facts[key] for key in ("version", "champion", "rejudged", "is_champion")}
@@ -118,11 +121,3 @@ def verdict_table(verdict: Verdict) -> Group:
         state = Text("passed", "green") if c.passed else Text("failed", "red")
         table.add_row(c.name, measured, f"{c.relation} {c.required:g}", state)
     return Group(headline, table)
-
-
-def _null(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -115,7 +115,8 @@ class Backbone:
     def _probe(self) -> tuple[States, tuple[tuple[int, int], int]]:
         """Return the model's output for test images, the grid (h, w) of the tokens, and the index of the first."""
         images = torch.zeros(3, 3, *self.size, device=self.network.device)
-        patch = _patch_size(self.network)
+        size = getattr(self.network.config, "patch_size", None) or 1
+        patch = (size, size) if isinstance(size, int) else tuple(size)
         images[1, :, : patch[0], : patch[1]] = 1
         images[2, :, -patch[0] :, -patch[1] :] = 1
         try:
@@ -161,11 +162,6 @@ def _resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def _states(output: States) -> Sequence[torch.Tensor]:
     """Return the hidden states, as maps if the model itself reshapes them, as Swin does."""
     return getattr(output, "reshaped_hidden_states", None) or output.hidden_states
-
-
-def _patch_size(model: PreTrainedModel) -> tuple[int, int]:
-    size = getattr(model.config, "patch_size", None) or 1
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _drop_blocks(model: PreTrainedModel, count: int, needed: int) -> None:

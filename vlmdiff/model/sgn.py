@@ -99,7 +99,11 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
             only_mid_control=only_mid_control,
             fuse=fuse,
         )
-        ours, theirs = ({k: _plain(v) for k, v in net.config.items() if k[0] != "_"} for net in (sgn.control, unet))
+        # As JSON returns them: a tuple is a list.
+        ours, theirs = (
+            {k: list(v) if isinstance(v, tuple) else v for k, v in net.config.items() if k[0] != "_"}
+            for net in (sgn.control, unet)
+        )
         if differs := sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]):
             raise InputError(f"an SGN cannot start from this UNet: it differs in {', '.join(differs)}.")
         for part in ("conv_in", "time_embedding", "down_blocks", "mid_block"):
@@ -131,8 +135,3 @@ class SemanticGuidedNetwork(ModelMixin, ConfigMixin):
         if self.config.only_mid_control:
             fine = [sample.new_zeros(())] * len(fine)
         return [*fine, *coarse], middle
-
-
-def _plain(value):
-    """Return a configured value as JSON returns it."""
-    return list(value) if isinstance(value, tuple) else value

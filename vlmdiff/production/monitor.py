@@ -19,13 +19,14 @@ from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_folder, sha256, write_json
+from vlmdiff.core.files import atomic_folder, write_json
 from vlmdiff.core.params import Monitor, Params
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.detector import SETTINGS
 from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.judging import REFERENCE
 from vlmdiff.evaluation.plots import draw_distributions
+from vlmdiff.production.score import find_model, folder_name
 
 STATISTICS = ("brightness", "contrast", "sharpness", "red", "green", "blue", "width", "height")
 MEASURED = ("score", *STATISTICS)
@@ -99,7 +100,8 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
     champion; last: the number of images, instead of `monitor.last`. Raises InputError if an input is missing or
     invalid.
     """
-    folder, names = _model(model, params)
+    folder, name = find_model(model, params)
+    names = {name, folder_name(folder)}
     reference, calibration = read_reference(folder)
     known = Known.of(reference)
     rows = read_scores(scores)
@@ -112,19 +114,6 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
         write_json(temporary / "monitor.json", {**asdict(found), "drift": found.drift})
         (temporary / "monitor.html").write_text(page(found, readable, known), encoding="utf-8")
     return found
-
-
-def _model(folder: Path | None, params: Params) -> tuple[Path, set[str]]:
-    """Return a detector's folder, and the names that `vlmdiff score` gives it."""
-    names = set()
-    if folder is None:
-        from vlmdiff.registry.promotion import champion
-
-        version, folder = champion(params)
-        names.add(f"{params.registry.model_name}/{version}")
-    elif not (folder / SETTINGS).is_file():
-        raise InputError(f"{folder} is not a detector's folder: it has no {SETTINGS}, which `vlmdiff evaluate` writes")
-    return folder, names | {f"sha256:{sha256(folder / SETTINGS)[:16]}"}
 
 
 def read_scores(path: Path) -> pd.DataFrame:

@@ -114,9 +114,9 @@ def score(
     `out` holds other files or another model's scores, or another process writes to it.
     """
     here = process_group()
-    folder, name, photographs = _from_main(here, lambda: (*_model(model, params), find_photographs(sources, out)))
+    folder, name, photographs = _from_main(here, lambda: (*find_model(model, params), find_photographs(sources, out)))
     detector = Detector.from_pretrained(folder, str(here.device))
-    name = name or f"sha256:{sha256(folder / SETTINGS)[:16]}"
+    name = name or folder_name(folder)
     captions = _captions(detector, photographs, class_name)
     with _alone(out) if here.is_main_process else contextlib.nullcontext():
         new = _from_main(here, lambda: _pending(out, photographs, name))
@@ -168,14 +168,21 @@ def _from_main(here: PartialState, find: Callable[[], Found]) -> Found:
     return value
 
 
-def _model(folder: Path | None, params: Params) -> tuple[Path, str | None]:
-    """Return the detector's folder and the name of a registered model, None for a folder."""
+def find_model(folder: Path | None, params: Params) -> tuple[Path, str | None]:
+    """Return a detector's folder and None, or those of the champion: its folder and its registered name."""
     if folder is not None:
         return folder, None
     from vlmdiff.registry.promotion import champion
 
     version, folder = champion(params)
     return folder, f"{params.registry.model_name}/{version}"
+
+
+def folder_name(folder: Path) -> str:
+    """Return the name of a detector without a registered one: a hash of its settings."""
+    if not (file := folder / SETTINGS).is_file():
+        raise InputError(f"{folder} is not a detector's folder: it has no {SETTINGS}, which `vlmdiff evaluate` writes")
+    return f"sha256:{sha256(file)[:16]}"
 
 
 def _captions(detector: Detector, photographs: list[Photograph], class_name: str | None) -> dict[str, str]:
