@@ -84,9 +84,10 @@ class Verdict:
 
     def write(self, path: Path) -> None:
         """Write the verdict as JSON; a value that is not defined becomes null."""
-        rows = [{**asdict(criterion), "passed": criterion.passed} for criterion in self.criteria]
-        for row in rows:
-            row["measured"] = None if math.isnan(row["measured"]) else row["measured"]
+        rows = [
+            {**asdict(c), "measured": None if math.isnan(c.measured) else c.measured, "passed": c.passed}
+            for c in self.criteria
+        ]
         write_json(path, {**asdict(self), "passed": self.passed, "outcome": self.outcome, "criteria": rows})
 
     @classmethod
