@@ -214,7 +214,7 @@ def test_a_champion_is_judged_again_where_the_test_has_changed(workspace):
     workspace.set_params(evaluate={"max_fpr": 0.1})
     workspace.run("dvc", "repro")
     again = register(workspace)
-    assert "judging version 1" in workspace.run("vlmdiff", "promote", again).stdout
+    assert "evaluating version 1" in workspace.run("vlmdiff", "promote", again).stdout
     found = verdict(workspace)
     assert found["rejudged"] and found["champion"] == 1 and not found["is_champion"]
     # It is the same model: judged by the same images it is the same.
@@ -229,7 +229,7 @@ def test_a_champion_is_judged_again_where_the_test_has_changed(workspace):
         shutil.rmtree(workspace.path / ".cache" / cache)
     workspace.run("vlmdiff", "promote", again)
     assert registry(workspace)["champion"] == "1"
-    assert "could not be judged on these test images: version 1 cannot be loaded" in "".join(
+    assert "could not be evaluated on these test images: version 1 cannot be loaded" in "".join(
         row["why"] for row in verdict(workspace)["criteria"]
     )
     workspace.run("vlmdiff", "promote", again, "--override", "Ada", "--reason", "version 1 is lost")
@@ -279,12 +279,12 @@ def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
         start = time.monotonic()
         done = workspace.run("vlmdiff", "register", check=False, MLFLOW_TRACKING_URI=uri)
-        assert done.returncode == 1 and uri in done.stdout and "nothing needs to be trained anew" in done.stdout
+        assert done.returncode == 1 and uri in done.stdout and "Nothing is trained again" in done.stdout
         assert time.monotonic() - start < 120  # MLflow alone would wait four minutes
         assert register(workspace) == "1"
         start = time.monotonic()
         done = workspace.run("vlmdiff", "promote", "1", check=False, MLFLOW_TRACKING_URI=uri)
-        assert done.returncode == 1 and uri in done.stdout and "nothing needs to be trained anew" in done.stdout
+        assert done.returncode == 1 and uri in done.stdout and "Nothing is trained again" in done.stdout
         assert time.monotonic() - start < 120  # MLflow alone would wait four minutes
     assert "is champion" in workspace.run("vlmdiff", "promote", "1").stdout
 
