@@ -188,6 +188,16 @@ def workspace(tiny_line: Workspace, tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "workspace")
 
 
+@pytest.fixture(autouse=True)
+def any_precision() -> Iterator[None]:
+    """Accelerate allows one precision a process: each test may choose its own, as each of our processes does."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def prefect_api() -> Iterator[str]:
     """The address of a Prefect API: for flows in the tests' process and, as PREFECT_API_URL, in others."""

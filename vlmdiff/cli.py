@@ -148,15 +148,15 @@ def promote(
     params: ParamsFile = w.PARAMS,
 ) -> None:
     """Judge a registered version by the gate and make it champion if it passes."""
+    by, why = ((text or "").strip() for text in (override, reason))
+    if (override is not None or reason is not None) and not (by and why):
+        raise InputError("an override takes both a person's name and a reason: --override NAME --reason WHY")
     from rich.console import Console
 
     from vlmdiff.core.params import load
     from vlmdiff.evaluation.verdict import Override, verdict_table
     from vlmdiff.registry.promotion import promote
 
-    by, why = ((text or "").strip() for text in (override, reason))
-    if (override is not None or reason is not None) and not (by and why):
-        raise InputError("an override takes both a person's name and a reason: --override NAME --reason WHY")
     person = Override(by, why) if by and why else None
     Console().print(verdict_table(promote(load(params), version, person)))
 

@@ -15,26 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from vlmdiff.core.dvc import dvc_hash
 from vlmdiff.evaluation.bootstrap import Resampled
-
-CLIENT = """
-import json, sys, mlflow
-from mlflow.tracking import MlflowClient
-mlflow.set_tracking_uri("sqlite:///mlflow.db")
-model = MlflowClient().get_registered_model("vlmdiff")
-versions = MlflowClient().search_model_versions("name = 'vlmdiff'")
-runs = mlflow.search_runs(experiment_names=["vlmdiff"], output_format="list")
-print(json.dumps({
-    "champion": str(model.aliases["champion"]) if model.aliases else None,
-    "tags": {v.version: v.tags for v in versions},
-    "metrics": {v.version: mlflow.get_run(v.run_id).data.metrics for v in versions},
-    "runs": len(runs),
-    "artifacts": {v.version: sorted(f.path for f in MlflowClient().list_artifacts(v.run_id, "gate")) for v in versions},
-}))
-"""
 
 
 @pytest.fixture(scope="session")
@@ -55,10 +40,20 @@ def empty_store(workspace, made_store) -> None:
 
 
 def registry(workspace) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT], cwd=workspace.path, capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    """What the store of the workspace has of the model's versions."""
+    client = MlflowClient(f"sqlite:///{workspace.path / 'mlflow.db'}")
+    aliases = client.get_registered_model("vlmdiff").aliases
+    versions = client.search_model_versions("name = 'vlmdiff'")
+    experiment = client.get_experiment_by_name("vlmdiff")
+    return {
+        "champion": str(aliases["champion"]) if aliases else None,
+        "tags": {str(v.version): v.tags for v in versions},
+        "metrics": {str(v.version): client.get_run(v.run_id).data.metrics for v in versions},
+        "runs": len(client.search_runs([experiment.experiment_id])),
+        "artifacts": {
+            str(v.version): sorted(f.path for f in client.list_artifacts(v.run_id, "gate")) for v in versions
+        },
+    }
 
 
 def ran(output: str) -> list[str]:

@@ -19,13 +19,6 @@ from vlmdiff.training.diffusion import build, choose_trainable, train_denoiser
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-@pytest.fixture(autouse=True)
-def another_precision():
-    """Accelerate allows one precision a process; a process of ours trains once, but that of the tests does not."""
-    yield
-    AcceleratorState._reset_state()
-
-
 def settings(checkpoint, **changes) -> Train:
     return Train(
         **{

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
@@ -22,12 +21,6 @@ from vlmdiff.training.encoded import Encoded, encode
 from vlmdiff.training.first_stage import train_first_stage
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def another_precision():
-    yield
-    AcceleratorState._reset_state()
 
 
 def images(count):

@@ -148,8 +148,7 @@ def cpu_has(monkeypatch):
     def has(*names: str) -> None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True), raising=False)
 
-    yield has
-    AcceleratorState._reset_state()
+    return has
 
 
 @pytest.mark.parametrize(

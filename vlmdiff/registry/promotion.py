@@ -5,7 +5,6 @@ from pathlib import Path
 
 import mlflow
 from mlflow.tracking import MlflowClient
-from safetensors import SafetensorError
 
 from vlmdiff.captions.files import read_captions
 from vlmdiff.core import workspace as w
@@ -15,10 +14,8 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_folder, atomic_path, folder_mb
 from vlmdiff.core.params import Params
 from vlmdiff.data import manifest
-from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.evidence import EVIDENCE, Evidence
 from vlmdiff.evaluation.gate import judge
-from vlmdiff.evaluation.judging import hash_test_set, judge_images
 from vlmdiff.evaluation.report import read_content, render
 from vlmdiff.evaluation.verdict import Criterion, Override, Verdict
 from vlmdiff.registry.store import CHAMPION, FINGERPRINT, champion_version, fingerprint_of, open_store
@@ -260,6 +257,12 @@ def _evaluation_on(params: Params, version: int, test_set: str) -> Path:
     again = w.JUDGED_AGAIN / f"{folder.parent.name}-{test_set[:16]}"
     if again.exists():
         return again
+    # Imported here: most verdicts need no networks.
+    from safetensors import SafetensorError
+
+    from vlmdiff.detection.detector import Detector
+    from vlmdiff.evaluation.judging import hash_test_set, judge_images
+
     frame = manifest.read(w.MANIFEST)
     if hash_test_set(frame, params.prepare, params.evaluate.max_fpr) != test_set:
         raise InputError(
