@@ -313,11 +313,11 @@ def results() -> None:
 
 def main() -> None:
     """Run the command line. A user error prints one sentence to stderr and exits with status 1."""
-    # The libraries' bars for what takes a second, and their news of the day, would bury what we say.
+    # Progress bars and news of the libraries would hide the messages of this package.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # GNU's OpenMP threads spin long while they wait, which slows a training many times where the cores do something
-    # else as well; so few turns cost nothing where they do not. It has to be said before torch is imported.
+    # GNU's OpenMP threads spin while they wait, which slows a training many times if another process uses the cores too.
+    # A lower count costs nothing otherwise. It must be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()

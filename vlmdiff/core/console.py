@@ -1,4 +1,4 @@
-"""What long work says: lines that a log keeps, and progress bars where somebody watches."""
+"""The output of long work: lines for a log, and progress bars in a terminal."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -8,12 +8,12 @@ T = TypeVar("T")
 
 
 def say(message: str) -> None:
-    """Print a line at once, so that whoever streams the output sees it when it happens."""
+    """Print a line without delay, so that a reader of the stream sees it when it happens."""
     print(message, flush=True)
 
 
 def track(items: Iterable[T], description: str, total: int, completed: int = 0) -> Iterator[T]:
-    """Iterate behind a progress bar on standard error; no bar where that is not a terminal."""
+    """Iterate with a progress bar on standard error, without a bar if that is not a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return

@@ -1,8 +1,8 @@
-"""The one exception for what a user can mend."""
+"""The exception for errors that the user can fix."""
 
 
 class InputError(Exception):
-    """Bad input: the message says what is wrong, in which file or key, and what to do.
+    """An error in the input. The message says what is wrong, where, and what to do.
 
     The command line prints it without a traceback and exits with status 1.
     """

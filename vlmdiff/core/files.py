@@ -1,4 +1,4 @@
-"""Writing so that what exists is whole: a temporary sibling first, a rename at the end."""
+"""Write files and folders whole: into a temporary sibling first, which is renamed at the end. Hash files."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Generator[Path]:
-    """Yield a temporary sibling of `path`; it replaces `path` when the block ends without an error."""
+    """Yield a temporary path beside `path`. It replaces `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -27,7 +27,7 @@ def atomic_path(path: Path) -> Generator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Generator[Path]:
-    """Yield a new temporary folder beside `path`; it replaces `path`, with all that was in it, at the end."""
+    """Yield a new temporary folder beside `path`. It replaces `path` and all its files at the end of the block."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -35,7 +35,7 @@ def atomic_folder(path: Path) -> Generator[Path]:
     try:
         yield temporary
         if path.exists():
-            # A folder cannot be renamed over one that is not empty.
+            # A folder cannot be renamed over another that is not empty.
             old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             os.replace(path, old)
             os.replace(temporary, path)
@@ -47,7 +47,7 @@ def atomic_folder(path: Path) -> Generator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN is refused (ValueError): JSON has none."""
+    """Write `value` as indented JSON, atomically. Raises ValueError for NaN, which JSON does not have."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n")
@@ -60,5 +60,5 @@ def sha256(file: Path | BufferedReader) -> str:
 
 
 def folder_mb(path: Path) -> float:
-    """The size of a folder's files in 10^6 bytes."""
+    """Return the size of a folder's files in 10^6 bytes."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6

@@ -1,4 +1,4 @@
-"""Where the stages read and write, relative to the workspace (the folder of dvc.yaml)."""
+"""The files and folders of a workspace, relative to the folder of dvc.yaml."""
 
 from pathlib import Path
 
@@ -25,12 +25,12 @@ GATE_PAGE = Path("reports/gate.html")
 SCORES = Path("reports/scores")
 MONITOR = Path("reports/monitor")
 
-# What people said of photographs; a log, which no stage reads.
+# A log of the feedback that people gave. No stage reads it.
 FEEDBACK = Path("data/feedback.jsonl")
 
-# What must outlive a crash: DVC deletes a stage's outputs before it runs the stage.
+# These must survive a crash: DVC deletes the outputs of a stage before it runs the stage.
 CAPTION_STORE = Path(".cache/captions/captions.sqlite")
 TRAINING_STATE = Path(".cache/train")
-# What was fetched from the registry, by run; and what its models are on other test images than theirs.
+# Downloads from the registry, by run; and evaluations of its models on other test images.
 REGISTRY_CACHE = Path(".cache/registry")
 JUDGED_AGAIN = Path(".cache/judged")
