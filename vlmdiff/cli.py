@@ -316,8 +316,8 @@ def main() -> None:
     # Progress bars and news of the libraries would hide the messages of this package.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # GNU's OpenMP threads spin while they wait, which slows a training many times if another process uses the cores too.
-    # A lower count costs nothing otherwise. It must be set before torch is imported.
+    # GNU's OpenMP threads spin while they wait. Beside another process that slows a training many times. Set before
+    # torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from vlmdiff.core.params import Training
 
 # Channels. On a CPU with avx512_bf16, a UNet's step in bf16 takes 0.8 to 1.4 times as long as in fp32 if its widest
-# layer has fewer, and 0.6 to 1.0 times if it has as many or more.
+# layer has fewer, else 0.6 to 1.0 times.
 WIDE = 128
 
 

@@ -18,16 +18,9 @@ def serve(params: Params, model: Path | None, address: str, port: int) -> None:
 
         version, model = champion(params)
         name = f"version {version} of {params.registry.model_name}, the champion"
-    settings = {
-        "server.address": address,
-        "server.port": port,
-        "server.headless": "true",
-        "server.fileWatcherType": "none",
-        "browser.gatherUsageStats": "false",
-        "client.toolbarMode": "minimal",
-    }
+    options = [f"--server.address={address}", f"--server.port={port}", "--server.headless=true"]
+    options += ["--server.fileWatcherType=none", "--browser.gatherUsageStats=false", "--client.toolbarMode=minimal"]
     page = str(Path(__file__).with_name("inspector_page.py"))
-    options = [f"--{key}={value}" for key, value in settings.items()]
     print(f"the inspector's page: http://{address}:{port}", flush=True)
     # Whoever ends this process ends the page.
     os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", page, *options, "--", str(model), name])

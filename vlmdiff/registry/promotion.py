@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlflow
 from mlflow.tracking import MlflowClient
+from safetensors import SafetensorError
 
 from vlmdiff.captions.files import read_captions
 from vlmdiff.core import workspace as w
@@ -257,10 +258,7 @@ def _evaluation_on(params: Params, version: int, test_set: str) -> Path:
     again = w.JUDGED_AGAIN / f"{folder.parent.name}-{test_set[:16]}"
     if again.exists():
         return again
-    # Imported here: most verdicts need no networks.
-    from safetensors import SafetensorError
-
-    from vlmdiff.detection.detector import Detector
+    from vlmdiff.detection.detector import Detector  # most verdicts need no networks
     from vlmdiff.evaluation.judging import hash_test_set, judge_images
 
     frame = manifest.read(w.MANIFEST)
