@@ -1,11 +1,13 @@
 """What the tests share: no telemetry, a Prefect API of their own, scratch workspaces with git and DVC."""
 
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,6 +108,24 @@ class Workspace:
             assert result.returncode == 0, f"{command} exited with {result.returncode}:\n{result.stdout}"
         return result
 
+    def vlmdiff(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command of `vlmdiff` as `run` does, in this process: imports take most of the time of another."""
+        from vlmdiff.cli import main
+
+        status, output = 0, io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+            patch.chdir(self.path)
+            patch.setattr(sys, "argv", ["vlmdiff", *arguments])
+            # MLflow keeps a store that it has opened by its address: each workspace has one of its own.
+            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{self.path / 'mlflow.db'}")
+            try:
+                main()
+            except SystemExit as end:
+                status = int(end.code or 0)
+        if check:
+            assert status == 0, f"{arguments} exited with {status}:\n{output.getvalue()}"
+        return subprocess.CompletedProcess(arguments, status, output.getvalue())
+
     def set_params(self, **sections: dict[str, Any]) -> None:
         """Set keys of params.yaml, nested as there: `set_params(train={"steps": 8})`."""
         file = self.path / "params.yaml"
@@ -186,6 +206,23 @@ def workspace(tiny_line: Workspace, tmp_path: Path) -> Workspace:
     """A copy of the tiny line for a test to change."""
     shutil.copytree(tiny_line.path, tmp_path / "workspace", symlinks=True)
     return Workspace(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="session")
+def made_store(once) -> Path:
+    """An MLflow store with its schema and nothing in it: MLflow takes many seconds to make one."""
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        make = "from mlflow.tracking import MlflowClient as C; C('sqlite:///mlflow.db').search_registered_models()"
+        subprocess.run([sys.executable, "-c", make], cwd=folder, check=True, capture_output=True)
+
+    return once("store", fill) / "mlflow.db"
+
+
+@pytest.fixture
+def empty_store(workspace, made_store) -> None:
+    shutil.copy(made_store, workspace.path)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.pipeline.test_line import empty_store, made_store, registry, set_metrics  # noqa: F401
+from tests.pipeline.test_line import registry, set_metrics
 from vlmdiff.core.processes import end_group
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
@@ -321,22 +321,12 @@ def test_the_card_travels_with_the_model_and_stands_in_the_registry(champion):
 
 
 # What takes MLflow and torch seconds to import is asked in one process.
-COMMANDS = """
-import json, sys
-from vlmdiff.cli import app
-from vlmdiff.core.errors import InputError
-for command in json.loads(sys.argv[1]):
-    try:
-        app(command, standalone_mode=False)
-    except InputError as error:
-        print("error:", error)
-"""
 ROLLBACK = ["rollback", "--reason", "misses cracks", "--by", "Ada"]
 
 
 def commands(workspace, *lines: list[str]) -> str:
     """Run commands of ours one after another, and return what they print."""
-    return workspace.run(sys.executable, "-c", COMMANDS, json.dumps(lines)).stdout
+    return "".join(workspace.vlmdiff(*line, check=False).stdout for line in lines)
 
 
 @pytest.mark.slow
@@ -374,7 +364,7 @@ def test_a_rollback_puts_the_previous_champion_back_for_good(workspace):
     assert found["champion"] == "1" and found["tags"]["3"]["gate.verdict"] == "failed"
     assert "version 3 was rolled back by Ada: misses cracks" in found["tags"]["3"]["gate.reasons"]
 
-    assert workspace.run("vlmdiff", "gate", check=False).returncode == 1
+    assert workspace.vlmdiff("gate", check=False).returncode == 1
     assert "the model was rolled back by Ada: misses cracks" in (workspace.path / "reports/gate.json").read_text()
 
     # A person may think better of it.

@@ -22,23 +22,6 @@ from vlmdiff.core.dvc import dvc_hash
 from vlmdiff.evaluation.bootstrap import Resampled
 
 
-@pytest.fixture(scope="session")
-def made_store(once) -> Path:
-    """An MLflow store with its schema and nothing in it: MLflow takes many seconds to make one."""
-
-    def fill(folder: Path) -> None:
-        folder.mkdir()
-        make = "from mlflow.tracking import MlflowClient as C; C('sqlite:///mlflow.db').search_registered_models()"
-        subprocess.run([sys.executable, "-c", make], cwd=folder, check=True, capture_output=True)
-
-    return once("store", fill) / "mlflow.db"
-
-
-@pytest.fixture
-def empty_store(workspace, made_store) -> None:
-    shutil.copy(made_store, workspace.path)
-
-
 def registry(workspace) -> dict:
     """What the store of the workspace has of the model's versions."""
     client = MlflowClient(f"sqlite:///{workspace.path / 'mlflow.db'}")
@@ -82,7 +65,7 @@ def verdict(workspace) -> dict:
 
 
 def register(workspace) -> str:
-    return version_of(workspace.run("vlmdiff", "register").stdout)
+    return version_of(workspace.vlmdiff("register").stdout)
 
 
 def test_a_second_repro_runs_nothing(workspace):
@@ -152,10 +135,10 @@ def test_a_model_that_dvc_did_not_make_is_not_registered(workspace):
 def test_the_gate_promotes_the_better_and_no_other(workspace):
     set_metrics(workspace, au_pro=0.8)
     workspace.set_params(gate={"floors": {"au_pro": {"mean": 0.85, "every_class": 0.5}}, "margin": 0.01})
-    dry = workspace.run("vlmdiff", "gate", check=False)
+    dry = workspace.vlmdiff("gate", check=False)
     assert dry.returncode == 1 and "the model does not pass the gate; there is no champion" in dry.stdout
     low = register(workspace)
-    assert "no champion" in workspace.run("vlmdiff", "promote", low).stdout
+    assert "no champion" in workspace.vlmdiff("promote", low).stdout
     found = registry(workspace)
     assert found["champion"] is None and found["tags"][low]["gate.verdict"] == "failed"
     assert "0.8000, at least 0.85 required" in found["tags"][low]["gate.reasons"]
@@ -163,37 +146,37 @@ def test_the_gate_promotes_the_better_and_no_other(workspace):
     set_metrics(workspace, au_pro=0.9)
     good = register(workspace)
     before = registry(workspace)
-    assert "passes the gate; there is no champion" in workspace.run("vlmdiff", "gate", good).stdout
+    assert "passes the gate; there is no champion" in workspace.vlmdiff("gate", good).stdout
     assert registry(workspace) == before
-    workspace.run("vlmdiff", "promote", good)
+    workspace.vlmdiff("promote", good)
     assert registry(workspace)["champion"] == good
 
     set_metrics(workspace, au_pro=0.905)
     hardly = register(workspace)
-    workspace.run("vlmdiff", "promote", hardly)
+    workspace.vlmdiff("promote", hardly)
     found = registry(workspace)
     assert found["champion"] == good
     assert "differs from the champion's by +0.0050" in found["tags"][hardly]["gate.reasons"]
 
     set_metrics(workspace, au_pro=None)
     undefined = register(workspace)
-    workspace.run("vlmdiff", "promote", undefined)
+    workspace.vlmdiff("promote", undefined)
     found = registry(workspace)
     assert found["champion"] == good and "not defined" in found["tags"][undefined]["gate.reasons"]
 
     # To ask about the champion again changes nothing.
     before = found
-    workspace.run("vlmdiff", "promote", good)
+    workspace.vlmdiff("promote", good)
     assert registry(workspace) == before
     assert verdict(workspace)["is_champion"]
 
     # A person can; who and why stays with the version.
     for half in (("--override", "Ada Lovelace"), ("--override", " ", "--reason", "why"), ("--reason", "why")):
-        refused = workspace.run("vlmdiff", "promote", hardly, *half, check=False)
+        refused = workspace.vlmdiff("promote", hardly, *half, check=False)
         assert refused.returncode == 1 and "both a person's name and a reason" in refused.stdout
     reason = "the other one misses cracks"
-    workspace.run("vlmdiff", "promote", hardly, "--override", "Ada Lovelace", "--reason", reason)
-    workspace.run("vlmdiff", "promote", hardly)
+    workspace.vlmdiff("promote", hardly, "--override", "Ada Lovelace", "--reason", reason)
+    workspace.vlmdiff("promote", hardly)
     found = registry(workspace)
     tags = found["tags"][hardly]
     assert found["champion"] == hardly and tags["gate.verdict"] == "overridden"
@@ -205,11 +188,11 @@ def test_the_gate_promotes_the_better_and_no_other(workspace):
 
 @pytest.mark.usefixtures("empty_store")
 def test_a_champion_is_judged_again_where_the_test_has_changed(workspace):
-    workspace.run("vlmdiff", "promote", register(workspace))
+    workspace.vlmdiff("promote", register(workspace))
     workspace.set_params(evaluate={"max_fpr": 0.1})
     workspace.run("dvc", "repro")
     again = register(workspace)
-    assert "evaluating version 1" in workspace.run("vlmdiff", "promote", again).stdout
+    assert "evaluating version 1" in workspace.vlmdiff("promote", again).stdout
     found = verdict(workspace)
     assert found["rejudged"] and found["champion"] == 1 and not found["is_champion"]
     # It is the same model: judged by the same images it is the same.
@@ -222,12 +205,12 @@ def test_a_champion_is_judged_again_where_the_test_has_changed(workspace):
         weights.write_bytes(b"no weights")
     for cache in ("judged", "registry"):
         shutil.rmtree(workspace.path / ".cache" / cache)
-    workspace.run("vlmdiff", "promote", again)
+    workspace.vlmdiff("promote", again)
     assert registry(workspace)["champion"] == "1"
     assert "could not be evaluated on these test images: version 1 cannot be loaded" in "".join(
         row["why"] for row in verdict(workspace)["criteria"]
     )
-    workspace.run("vlmdiff", "promote", again, "--override", "Ada", "--reason", "version 1 is lost")
+    workspace.vlmdiff("promote", again, "--override", "Ada", "--reason", "version 1 is lost")
     assert registry(workspace)["champion"] == again
 
 
@@ -281,7 +264,7 @@ def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
         done = workspace.run("vlmdiff", "promote", "1", check=False, MLFLOW_TRACKING_URI=uri)
         assert done.returncode == 1 and uri in done.stdout and "Nothing is trained again" in done.stdout
         assert time.monotonic() - start < 120  # MLflow alone would wait four minutes
-    assert "is champion" in workspace.run("vlmdiff", "promote", "1").stdout
+    assert "is champion" in workspace.vlmdiff("promote", "1").stdout
 
 
 @pytest.mark.usefixtures("empty_store")
@@ -291,7 +274,7 @@ def test_score_judges_by_the_champion_and_names_it(workspace, tmp_path):
     done = workspace.run("vlmdiff", "score", str(photograph), "--out", str(out), check=False)
     assert done.returncode == 1 and "has no champion" in done.stdout and not out.exists()
     version = register(workspace)
-    workspace.run("vlmdiff", "promote", version)
+    workspace.vlmdiff("promote", version)
     assert photograph.name in workspace.run("vlmdiff", "score", str(photograph), "--out", str(out)).stdout
     (row,) = pd.read_parquet(out).to_dict("records")
     assert 0 <= row["score"] < 1 and row["is_anomalous"] == (row["score"] > 0.5)
@@ -303,7 +286,7 @@ def test_score_judges_by_the_champion_and_names_it(workspace, tmp_path):
 
 @pytest.mark.usefixtures("empty_store")
 def test_the_champion_loads_and_serves_without_this_repository(workspace, tmp_path):
-    workspace.run("vlmdiff", "promote", version_of(workspace.run("vlmdiff", "register").stdout))
+    workspace.vlmdiff("promote", register(workspace))
     photograph = next((workspace.path / "data/made/cable/test/missing").glob("*.png"))
     row = {"image": base64.b64encode(photograph.read_bytes()).decode()}
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{workspace.path}/mlflow.db"}

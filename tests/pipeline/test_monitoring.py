@@ -46,9 +46,9 @@ def test_the_detector_travels_with_what_it_was_calibrated_on(workspace) -> None:
     np.testing.assert_allclose(reference["score"], scores, atol=1e-6)
 
 
-def test_the_monitor_asks_the_registry_for_the_champion_and_what_it_was_calibrated_on(workspace) -> None:
-    workspace.run("vlmdiff", "register")
-    workspace.run("vlmdiff", "promote", "1")
+def test_the_monitor_asks_the_registry_for_the_champion_and_what_it_was_calibrated_on(workspace, empty_store) -> None:
+    workspace.vlmdiff("register")
+    workspace.vlmdiff("promote", "1")
     shutil.rmtree(workspace.path / "models/detector")
     rows = pd.concat([photographs(seed, dict.fromkeys(CLASSES, 20)) for seed in (1, 2)])
     write_scores(workspace.path / "reports/scores/a.parquet", rows[:60], "vlmdiff/1")

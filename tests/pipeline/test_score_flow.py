@@ -17,10 +17,10 @@ FLOW = "import sys; from flows.score import score; score(['photographs'], heatma
 
 
 @pytest.fixture
-def scored(workspace, prefect_api):
+def scored(workspace, empty_store, prefect_api):
     """A workspace with a champion and photographs, one of them damaged; and how to run the flow there."""
-    version = workspace.run("vlmdiff", "register").stdout.strip().splitlines()[-1].removeprefix("version ")
-    workspace.run("vlmdiff", "promote", version)
+    version = workspace.vlmdiff("register").stdout.strip().splitlines()[-1].removeprefix("version ")
+    workspace.vlmdiff("promote", version)
     folder = workspace.path / "photographs"
     folder.mkdir()
     for i, file in enumerate(sorted((workspace.path / "data/made").glob("*/test/*/*.png"))[:6]):
