@@ -395,7 +395,7 @@ def predicted_seconds(params: p.Params, costs: dict[str, Cost], frame: pd.DataFr
             found["first_stage"] += costs["first_stage"].encode * counts.get("train", 0)
     if "first_stage" in found and "train" in found and frame is not None:
         each = reading + costs["first_stage"].encode
-        found["encode"] = costs["train"].text + _encoded_images(params, frame) * each
+        found["encode"] = costs["first_stage"].start + costs["train"].text + _encoded_images(params, frame) * each
     return found
 
 
