@@ -1,4 +1,4 @@
-"""`vlmdiff doctor`: what is there, what is missing, what the trainings cost; the workspace stays as it is."""
+"""`vlmdiff doctor`: what it finds, misses and predicts; it leaves the workspace unchanged."""
 
 import re
 import shutil

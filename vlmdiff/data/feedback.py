@@ -38,7 +38,7 @@ def give_feedback(
     """Copy photographs into `prepare.root`, append a line for each to `log`, and return the new files.
 
     Their names are hashes of their contents, so that the same feedback twice adds nothing. mask: of one defective
-    photograph. Everything is checked before anything is copied. Raises InputError where the layout is not in PLACES,
+    photograph. Everything is checked before anything is copied. Raises InputError if the layout is not in PLACES,
     the dataset does not have the class, a photograph cannot be read or is in the dataset elsewhere, or a mask is
     required and missing or does not fit.
     """
@@ -97,7 +97,7 @@ def _class_folder(root: Path, name: str, normal: str) -> Path:
 
 
 def _check_files(file: Path, mask: Path | None, max_pixels: int) -> None:
-    """Raise InputError where a photograph cannot be read or its mask does not fit."""
+    """Raise InputError if a photograph cannot be read or its mask does not fit."""
     for image in (file, mask):
         if image is not None and image.suffix.lower() not in SUFFIXES:
             raise InputError(f"{image}: the name of an image must end in {', '.join(sorted(SUFFIXES))}")
@@ -117,7 +117,7 @@ def _check_files(file: Path, mask: Path | None, max_pixels: int) -> None:
 def _find_copies(root: Path, hashes: dict[Path, str], folder: Path) -> dict[str, Path]:
     """Return, by hash, the images in `folder` that are the same as these files.
 
-    Raises InputError where the dataset has one of them elsewhere.
+    Raises InputError if the dataset has one of them elsewhere.
     """
     wanted = {image_id: file for file, image_id in hashes.items()}
     sizes = {file.stat().st_size for file in hashes}

@@ -17,7 +17,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 
 
 def resolve(root: Path, relative: str) -> Path:
-    """Return the file `relative` under `root`. Raises InputError where it lies outside, also by way of a link."""
+    """Return the file `relative` under `root`. Raises InputError if it lies outside, also by way of a link."""
     path = PurePosixPath(relative)
     try:
         file = (root / path).resolve()
@@ -31,7 +31,7 @@ def resolve(root: Path, relative: str) -> Path:
 def decode(source: Path | BinaryIO, max_pixels: int, name: str | None = None) -> Image.Image:
     """Return an image in the mode that its file has, fully decoded and upright.
 
-    name: what an error calls the image, by default its path. Raises InputError with the name and the reason, where the
+    name: what an error calls the image, by default its path. Raises InputError with the name and the reason, if the
     file is missing, damaged, not of one of FORMATS, or has more than `max_pixels` pixels.
     """
     return _read(source, max_pixels, name, ImageOps.exif_transpose)

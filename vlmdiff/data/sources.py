@@ -26,7 +26,7 @@ def find_photographs(sources: Sequence[str], leave_out: Path) -> list[Photograph
 
     A source is a photograph, a folder (images by their suffix, also in its subfolders), a pattern such as
     `new/**/*.png`, or a table with a column `path`, relative to the table's folder, and optional columns `class_name`
-    and `caption`. Hidden files and files in the folder `leave_out` are left out. Raises InputError where a source does
+    and `caption`. Hidden files and files in the folder `leave_out` are left out. Raises InputError if a source does
     not exist or has no photographs, a name is not in UTF-8, or two rows of tables contradict each other.
     """
     out = os.path.abspath(leave_out)

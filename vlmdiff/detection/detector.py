@@ -96,7 +96,7 @@ class Detector:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str = "auto") -> "Detector":
-        """Load what `save_pretrained` wrote. Raises InputError where the folder is not a detector's."""
+        """Load what `save_pretrained` wrote. Raises InputError if the folder is not a detector's."""
         folder = Path(folder)
         settings = folder / SETTINGS
         if not settings.is_file():
@@ -158,7 +158,7 @@ class Detector:
     def captions_of(self, classes: Iterable[str]) -> list[str]:
         """Return the captions by which a detector of `captions: class` judges images of these classes.
 
-        Raises InputError where the detector judges otherwise or does not know a class.
+        Raises InputError if the detector judges otherwise or does not know a class.
         """
         if self.params.captions != "class":
             raise InputError(f"this detector judges by captions: {self.params.captions}, not by class: name no class")

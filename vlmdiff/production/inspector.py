@@ -10,7 +10,7 @@ from vlmdiff.core.params import Params
 def serve(params: Params, model: Path | None, address: str, port: int) -> None:
     """Replace this process by Streamlit's server of the page. Does not return.
 
-    model: a detector's folder, by default the champion. Raises InputError where there is no champion.
+    model: a detector's folder, by default the champion. Raises InputError if there is no champion.
     """
     name = str(model)
     if model is None:

@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),  # absolute
         pa.field("image_id", pa.string()),  # sha256 of the file's bytes
-        pa.field("score", pa.float64()),  # in [0, 1), 0.5 is the threshold; null where there is an error
+        pa.field("score", pa.float64()),  # in [0, 1), 0.5 is the threshold; null if there is an error
         pa.field("is_anomalous", pa.bool_()),
         pa.field("regions", pa.list_(REGION)),  # in the photograph's own pixels, x1 and y1 exclusive
         pa.field("heatmap", pa.string()),  # of an alarm, relative to the dataset's folder
@@ -110,7 +110,7 @@ def score(
     captions of classes.
 
     Under `accelerate launch`, each process judges its share; the main process returns the result, the others None.
-    Raises InputError, and writes nothing, where a source or the model is missing, the detector needs other captions, or
+    Raises InputError, and writes nothing, if a source or the model is missing, the detector needs other captions, or
     `out` holds other files or another model's scores, or another process writes to it.
     """
     here = process_group()
@@ -207,7 +207,7 @@ def _captions(detector: Detector, photographs: list[Photograph], class_name: str
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Generator[None]:
-    """Lock `out`, and make it where it is missing. Raises InputError where it is locked or holds other files."""
+    """Lock `out`, and create it if it is missing. Raises InputError if it is locked or holds other files."""
     foreign = [
         path.name
         for path in (out.iterdir() if out.is_dir() else [])

@@ -38,7 +38,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
     """Photographs in, scores and verdicts out. The signature in packaging.py gives names and types."""
 
     def load_context(self, context) -> None:
-        """Read the weights and the environment. Raises InputError where a variable has a value that is not valid."""
+        """Read the weights and the environment. Raises InputError if a variable has a value that is not valid."""
         self.detector = Detector.from_pretrained(context.artifacts["detector"])
         self.max_pixels = context.model_config["max_pixels"]
         self.max_rows, self.root = _max_rows(), _image_root()
