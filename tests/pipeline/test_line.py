@@ -18,6 +18,7 @@ import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from tests.processes import wait_for
 from vlmdiff.core.dvc import dvc_hash
 from vlmdiff.evaluation.bootstrap import Resampled
 
@@ -324,13 +325,17 @@ def test_the_champion_loads_and_serves_without_this_repository(workspace, tmp_pa
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+
+        def answers() -> bool:
             assert server.poll() is None, (tmp_path / "log").read_text()
             try:
-                urllib.request.urlopen(f"{url}/ping", timeout=1).close()
-                break
+                urllib.request.urlopen(f"{url}/ping", timeout=5).close()
             except OSError:
-                time.sleep(0.2)
+                return False
+            return True
+
+        # A server that ends says so at once; one that starts beside other work takes minutes.
+        wait_for(answers, 600)
         body = json.dumps({"dataframe_records": [row]}).encode()
         request = urllib.request.Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as response:
