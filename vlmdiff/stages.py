@@ -5,14 +5,19 @@ an output that exists is complete.
 """
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlmdiff.core import params as p
-from vlmdiff.core.console import say
+from vlmdiff.core.console import say, track
 from vlmdiff.core.files import atomic_folder, folder_mb
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def prepare(params: p.Prepare, made: Path, out: Path) -> None:
@@ -152,6 +157,7 @@ def evaluate(
     from vlmdiff.detection.detector import Detector
     from vlmdiff.evaluation.judging import captions_of, detector_captions, judge_images, write_reference
     from vlmdiff.evaluation.report import provenance
+    from vlmdiff.evaluation.weighing import Weighing
     from vlmdiff.model.pipeline import load_pipeline
 
     ours, data = params.evaluate, params.prepare
@@ -164,9 +170,16 @@ def evaluate(
         of_classes = class_captions(captions_of(training, texts), training["class_name"].tolist())
     detector = Detector(pipeline, ours.detection, class_captions=of_classes)
     size = pipeline.config.image_size
-    normal = [load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in held_out["path"]]
-    scores = detector.calibrate(normal, ours.batch_size, detector_captions(detector, held_out, texts))
+
+    def read(rows: "pd.DataFrame") -> Iterator[np.ndarray]:
+        return (load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in rows["path"])
+
+    detector.fill_bank(track(read(training), "fill the bank", len(training)), len(training), ours.batch_size)
+    normal, prompts = list(read(held_out)), detector_captions(detector, held_out, texts)
+    weighing = Weighing(detector, normal, held_out["class_name"].tolist(), prompts, ours.batch_size, ours.max_fpr)
+    scores = detector.calibrate(normal, ours.batch_size, prompts, weighing)
     judged = judge_images(detector, frame, data, texts, ours)
+    judged.tried = weighing.rows()
     detector.calibration = replace(detector.calibrated(), f1_optimal=judged.f1_optimal())
     with atomic_folder(detector_out) as temporary:
         detector.save_pretrained(temporary)

@@ -16,6 +16,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 NoiseLevel = Annotated[int, Field(ge=0, le=999)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -445,6 +446,18 @@ Spacing = Literal["trailing", "leading"]
 Solver = Literal["ddim", "dpmsolver++"]
 
 
+class Retrieval(Section):
+    """How far an image's patches are from the nearest normal patches of the training images, in a backbone's features.
+
+    `patches` is the size of the bank. `expected` is the share of the usual distance that is subtracted from a distance.
+    `weight` is the share of this evidence beside that of the reconstruction; "auto" chooses it on synthesised defects.
+    """
+
+    patches: Positive = 30_000
+    expected: Share = 0.5
+    weight: Share | Literal["auto"] = "auto"
+
+
 class Detection(Section):
     """How to compute an anomaly map from an image. The model stores these settings."""
 
@@ -456,10 +469,12 @@ class Detection(Section):
     captions: Literal["none", "image", "class"] = "none"
     guidance: Annotated[float, Field(ge=0)] = 1.0
     features: Annotated[tuple[Features, ...], Field(min_length=1)] = (Pixels(kind="pixels"), Latents(kind="latents"))
+    retrieval: Retrieval | None = None
     deviation_floor: PositiveFloat | None = 0.5
     align_corners: bool = False
     smoothing: Annotated[float, Field(ge=0)] = 3.0
     image_score: Literal["max", "top_percent", "pooled_max"] = "max"
+    top_share: Fraction = 0.01
     false_alarm_rate: Fraction = 0.05
     seed: int = 0
 
@@ -478,7 +493,6 @@ class Evaluate(Section):
 
 
 Metric = Literal["au_pro", "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Floor(Section):
@@ -543,6 +557,12 @@ class Params(Section):
     def _what_a_test_reads_is_trained(self):
         if self.evaluate.detection.deviation_floor is not None and not self.train.learn_variance:
             raise ValueError("evaluate.detection.deviation_floor needs train.learn_variance: set it to null")
+        return self
+
+    @model_validator(mode="after")
+    def _retrieval_has_features(self):
+        if self.evaluate.detection.retrieval and self.first_stage.kind != "backbone":
+            raise ValueError("evaluate.detection.retrieval needs first_stage.kind: backbone: set it to null")
         return self
 
     @model_validator(mode="after")

@@ -47,15 +47,17 @@ def smooth(maps: np.ndarray, sigma: float) -> np.ndarray:
     return ndimage.gaussian_filter(maps, sigma, axes=(-2, -1)) if sigma > 0 else maps
 
 
-def image_scores(maps: np.ndarray, kind: Literal["max", "top_percent", "pooled_max"] = "max") -> np.ndarray:
+def image_scores(
+    maps: np.ndarray, kind: Literal["max", "top_percent", "pooled_max"] = "max", top_share: float = 0.01
+) -> np.ndarray:
     """Return image scores (B,) of maps (B, S, S): the maximum, or a score that depends less on single pixels.
 
-    "top_percent" is the mean of the highest 1 % of the pixels. "pooled_max", the reference's score, is the maximum
-    after eight means over 8 x 8 pixels at stride 1; it needs S of at least SMALLEST_POOLED = 57.
+    "top_percent" is the mean of the highest pixels, `top_share` of all. "pooled_max", the reference's score, is the
+    maximum after eight means over 8 x 8 pixels at stride 1; it needs S of at least SMALLEST_POOLED = 57.
     """
     if kind == "top_percent":
         pixels = maps.reshape(len(maps), -1)
-        count = math.ceil(pixels.shape[1] / 100)
+        count = math.ceil(round(pixels.shape[1] * top_share, 6))
         return np.partition(pixels, -count, axis=1)[:, -count:].mean(axis=1)
     if kind == "pooled_max":
         pooled = torch.from_numpy(maps)[:, None]

@@ -1,10 +1,30 @@
 """Calibrate the threshold for alarms on normal images only."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import stats
+
+
+@dataclass(frozen=True)
+class Usual:
+    """The median of values on normal images, and the distance from it to their 99 % quantile, which is positive."""
+
+    median: float
+    tail: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Usual":
+        """Measure values of any shape."""
+        median, high = np.quantile(values, (0.5, 0.99))
+        return cls(float(median), max(float(high - median), 1e-12))
+
+    def positive(self, values: np.ndarray) -> np.ndarray:
+        """Return values on this scale, made positive and kept in order: about 0.2 at the median, 1 at the tail."""
+        return np.logaddexp(0, 4 * (values - self.median) / self.tail) / 4
 
 
 @dataclass(frozen=True)
@@ -13,7 +33,9 @@ class Calibration:
 
     `deviation` is the root mean square of the deviations that the network expects. `scales` holds the mean difference
     of each kind of features. `images` is the number of normal images used, `false_alarm_rate` the largest share of
-    normal images that may be called anomalous. `f1_optimal` is the score in [0, 1), with the threshold at 0.5, that had
+    normal images that may be called anomalous. `weight` is the share of retrieval in the evidence, `retrieval` how its
+    distances are distributed and `tails` the scales of reconstruction and retrieval; a detector without a bank of
+    patches has neither. `f1_optimal` is the score in [0, 1), with the threshold at 0.5, that had
     the best F1 on the test images, or None if none of them had a defect.
     """
 
@@ -23,6 +45,15 @@ class Calibration:
     images: int
     false_alarm_rate: float
     f1_optimal: float | None = None
+    weight: float = 0.0
+    retrieval: Usual | None = None
+    tails: list[float] | None = None
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> "Calibration":
+        """Return the calibration of which `dataclasses.asdict` gave these facts."""
+        usual = facts.get("retrieval")
+        return replace(cls(**facts), retrieval=Usual(**usual) if usual else None)
 
     @property
     def guarantee(self) -> float:

@@ -1,7 +1,7 @@
 """`Detector`: photographs in, scores, verdicts and anomaly maps out."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
@@ -18,12 +18,17 @@ from vlmdiff.core.params import BackboneFeatures, Latents
 from vlmdiff.core.params import Detection as DetectionParams
 from vlmdiff.data.images import fit
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, image_scores, smooth
-from vlmdiff.detection.calibration import Calibration, conformal_threshold
+from vlmdiff.detection.calibration import Calibration, Usual, conformal_threshold
 from vlmdiff.detection.features import spaces
+from vlmdiff.detection.retrieval import PatchBank, unit_length
 from vlmdiff.model.backbone import Backbone
+from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
 
 SETTINGS = "detector.json"
+BANK = "bank.safetensors"
+# The kinds of evidence, in order.
+KINDS = "reconstruction", "retrieval"
 Photograph = np.ndarray | Image.Image
 
 
@@ -44,7 +49,8 @@ class Detection:
     """What a detector says of one photograph. Score, map and peaks are in [0, 1); the threshold is 0.5.
 
     anomaly_map: float32 (S, S); reconstruction: uint8 (S, S, 3), the photograph as if it were normal. S is the model's
-    resolution, to which the photograph is resized.
+    resolution, to which the photograph is resized. evidence: (E, S, S), what the map is made of, see
+    `Detector.evidence`; None for a detector that has one kind only.
     """
 
     score: float
@@ -52,6 +58,7 @@ class Detection:
     anomaly_map: np.ndarray
     regions: list[Region]
     reconstruction: np.ndarray
+    evidence: np.ndarray | None = None
 
     def at(self, threshold: float) -> "Detection":
         """Return the same photograph judged at another threshold: is_anomalous and the regions follow it."""
@@ -72,7 +79,8 @@ class Detection:
 class Detector:
     """A pipeline, how its reconstructions are compared with the photographs, and what is normal for it.
 
-    class_captions: a caption for each class, for a detector whose parameters say `captions: class`.
+    class_captions: a caption for each class, for a detector whose parameters say `captions: class`. bank: patches of
+    normal images, for one whose parameters say `retrieval`; `fill_bank` makes it.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class Detector:
         params: DetectionParams,
         calibration: Calibration | None = None,
         class_captions: Mapping[str, str] | None = None,
+        bank: PatchBank | None = None,
     ):
         size = pipeline.config.image_size
         if params.image_score == "pooled_max" and size < SMALLEST_POOLED:
@@ -91,6 +100,7 @@ class Detector:
         self.params = params
         self.calibration = calibration
         self.class_captions = class_captions
+        self.bank = bank
         self.spaces = spaces(params.features, pipeline)
         self._decodes = any(not isinstance(features, Latents) for features in params.features)
 
@@ -108,15 +118,14 @@ class Detector:
             if entry["kind"] == "transformers":
                 entry["model"] = str(folder / entry["model"])
         pipeline = load_pipeline(folder, pick_device(device))
-        return cls(
-            pipeline,
-            DetectionParams.model_validate(facts["detection"]),
-            Calibration(**facts["calibration"]),
-            facts.get("class_captions"),
-        )
+        params = DetectionParams.model_validate(facts["detection"])
+        bank = None
+        if params.retrieval:
+            bank = PatchBank.load(folder / BANK, params.retrieval.expected).to(pipeline.device)
+        return cls(pipeline, params, Calibration.read(facts["calibration"]), facts.get("class_captions"), bank)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write a `DiffusionPipeline` folder in safetensors, with the detector's settings and its backbones."""
+        """Write a `DiffusionPipeline` folder in safetensors, with the detector's settings, backbones and bank."""
         folder = Path(folder)
         self.pipeline.save_pretrained(folder)
         detection = self.params.model_dump(mode="json")
@@ -130,30 +139,77 @@ class Detector:
             "calibration": asdict(self.calibrated()),
             "class_captions": self.class_captions,
         }
+        if self.bank is not None:
+            self.bank.save(folder / BANK)
         write_json(folder / SETTINGS, facts)
 
+    def fill_bank(self, normal: Iterable[Photograph], count: int, batch_size: int = 32) -> None:
+        """Keep patches of `count` normal training images, where the parameters ask for retrieval.
+
+        Raises InputError for fewer than two images, or if the first stage is not a vision backbone.
+        """
+        wanted = self.params.retrieval
+        if wanted is None:
+            return
+        if not isinstance(self.pipeline.vae, FeatureSpace):
+            raise InputError("evaluate.detection.retrieval needs first_stage.kind: backbone: set it to null")
+        features = (unit_length(self._features(batch), self._layers) for batch in batches(normal, batch_size))
+        with torch.no_grad():
+            self.bank = PatchBank.fit(features, count, wanted.patches, wanted.expected, self.params.seed)
+
     def calibrate(
-        self, normal: Sequence[Photograph], batch_size: int = 32, captions: Sequence[str] | None = None
+        self,
+        normal: Sequence[Photograph],
+        batch_size: int = 32,
+        captions: Sequence[str] | None = None,
+        weigh: Callable[[np.ndarray], float] | None = None,
     ) -> np.ndarray:
         """Learn what difference is normal from normal photographs that training does not see.
 
-        normal and captions: as for `detect`. Returns the photographs' scores (N,), as `detect` gives them from now on.
+        normal and captions: as for `detect`. weigh: returns the share of retrieval, given the evidence (N, 2, S, S) of
+        these photographs; without it, the share is that of the parameters, or one half. Returns the photographs' scores
+        (N,), as `detect` gives them from now on.
         """
-        found = [(maps, expected) for maps, expected, _ in self._differences(normal, batch_size, captions)]
-        differences, deviations = (np.concatenate(maps) for maps in zip(*found, strict=True))
-        typical = float(np.sqrt(np.square(deviations).mean()))
-        differences = self._relative(differences, deviations, typical)
-        scales = differences.mean(axis=(0, 2, 3))
-        scores = image_scores(self._combine(differences, scales), self.params.image_score)
-        threshold = conformal_threshold(scores, self.params.false_alarm_rate)
-        self.calibration = Calibration(
-            deviation=typical,
-            scales=scales.tolist(),
-            threshold=threshold,
-            images=len(scores),
+        found = list(self._compare(normal, batch_size, captions))
+        deviation = float(np.sqrt(np.square(np.concatenate([batch.deviations for batch in found])).mean()))
+        relative = np.concatenate([self._relative(batch, deviation) for batch in found])
+        learned = Calibration(
+            deviation=deviation,
+            scales=relative.mean(axis=(0, 2, 3)).tolist(),
+            threshold=1.0,
+            images=len(relative),
             false_alarm_rate=self.params.false_alarm_rate,
         )
+        if self.bank is not None:
+            distances = np.concatenate([batch.distances for batch in found if batch.distances is not None])
+            learned = replace(learned, retrieval=Usual.of(distances))
+        evidence = np.concatenate([self._evidence(batch, learned) for batch in found])
+        if self.bank is not None and self.params.retrieval:
+            tails = [Usual.of(maps).tail for maps in evidence.swapaxes(0, 1)]
+            evidence /= np.array(tails, np.float32)[:, None, None]
+            self.calibration = learned = replace(learned, tails=tails)
+            asked = self.params.retrieval.weight
+            weight = asked if asked != "auto" else weigh(evidence) if weigh else 0.5
+            learned = replace(learned, weight=weight)
+        scores = self.image_scores(fuse(evidence, learned.weight))
+        threshold = conformal_threshold(scores, self.params.false_alarm_rate)
+        self.calibration = replace(learned, threshold=threshold)
         return normalised(scores, threshold)
+
+    def evidence(
+        self, images: Iterable[Photograph], batch_size: int = 32, captions: Iterable[str] | None = None
+    ) -> np.ndarray:
+        """Return how unusual each place of photographs is, by each kind of evidence (N, E, S, S), on its own scale.
+
+        The kinds are those of `KINDS`; only a detector with a bank of patches has the second. `fuse` combines them.
+        """
+        calibration = self.calibrated()
+        found = self._compare(images, batch_size, captions)
+        return np.concatenate([self._evidence(batch, calibration) for batch in found])
+
+    def image_scores(self, maps: np.ndarray) -> np.ndarray:
+        """Return the scores (B,) of anomaly maps (B, S, S), by the parameters' `image_score`."""
+        return image_scores(maps, self.params.image_score, self.params.top_share)
 
     def captions_of(self, classes: Iterable[str]) -> list[str]:
         """Return the captions by which a detector of `captions: class` judges images of these classes.
@@ -187,14 +243,15 @@ class Detector:
     ) -> Iterator[Detection]:
         """Judge photographs as `detect` does, with no more than one batch of them in memory."""
         calibration = self.calibrated()
-        for differences, deviations, rebuilt in self._differences(images, batch_size, captions):
-            raw = self._combine(self._relative(differences, deviations, calibration.deviation), calibration.scales)
-            maps, scores = (
-                normalised(values, calibration.threshold)
-                for values in (raw, image_scores(raw, self.params.image_score))
-            )
-            for anomaly_map, score, reconstruction in zip(maps, scores.tolist(), rebuilt, strict=True):
-                yield Detection(score, False, anomaly_map, [], reconstruction).at(0.5)
+        for batch in self._compare(images, batch_size, captions):
+            evidence = self._evidence(batch, calibration)
+            raw = fuse(evidence, calibration.weight)
+            scores = normalised(self.image_scores(raw), calibration.threshold)
+            maps = normalised(raw, calibration.threshold)
+            kinds = evidence if self.bank is not None else [None] * len(maps)
+            for parts in zip(scores.tolist(), maps, batch.shown, kinds, strict=True):
+                score, anomaly_map, reconstruction, kind = parts
+                yield Detection(score, False, anomaly_map, [], reconstruction, kind).at(0.5)
 
     def reconstruct(
         self, latents: torch.Tensor, images: torch.Tensor, seed: int, captions: Sequence[str] | None = None
@@ -213,12 +270,10 @@ class Detector:
         return self.calibration
 
     @torch.no_grad()
-    def _differences(
+    def _compare(
         self, images: Iterable[Photograph], batch_size: int, captions: Iterable[str] | None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield, for each batch, how far photographs lie from the mean of their samples, by kind of features
-        (B, F, S, S); the deviation that is expected there, (B, S, S); and one sample, uint8 (B, S, S, 3).
-        """
+    ) -> Iterator["_Compared"]:
+        """Compare photographs with the mean of their samples, and with the bank, batch by batch."""
         params, size = self.params, self.pipeline.config.image_size
         if (captions is None) != (params.captions == "none"):
             raise InputError(
@@ -229,7 +284,14 @@ class Detector:
         for batch in batches(pairs, batch_size):
             x = torch.stack([to_tensor(image, size) for image, _ in batch]).to(self.pipeline.device)
             texts = None if captions is None else [caption for _, caption in batch]
-            clean = self.pipeline.encode_images(x)
+            distances = None
+            if self.bank is None:
+                clean = self.pipeline.encode_images(x)
+            else:
+                # The backbone runs once for both kinds of evidence.
+                features = self.pipeline.vae.features(self.pipeline.normalize(x))
+                clean = self.pipeline.vae.project(features) * self.pipeline.vae.config.scaling_factor
+                distances = self.bank(unit_length(features, self._layers)).cpu().numpy()
             before = [extract(x, clean) for extract, _ in self.spaces]
             samples, expected, rebuilt, shown = [], [], x, np.empty(0)
             for sample in range(params.samples):
@@ -249,17 +311,56 @@ class Detector:
                 ]
                 maps.append(compare(before[i], mean, distance, size, params.align_corners))
             deviations = enlarge(torch.stack(expected).mean(dim=0), size, params.align_corners)
-            yield torch.stack(maps, dim=1).cpu().numpy(), deviations.cpu().numpy(), shown
+            yield _Compared(torch.stack(maps, dim=1).cpu().numpy(), deviations.cpu().numpy(), distances, shown)
 
-    def _relative(self, differences: np.ndarray, deviations: np.ndarray, typical: float) -> np.ndarray:
-        """Divide differences (B, F, S, S) by the expected deviations (B, S, S), where the parameters ask for it."""
+    def _features(self, images: Sequence[Photograph]) -> torch.Tensor:
+        """Return the backbone's unprojected features (B, D, h, w) of photographs."""
+        size = self.pipeline.config.image_size
+        x = torch.stack([to_tensor(image, size) for image in images]).to(self.pipeline.device)
+        return self.pipeline.vae.features(self.pipeline.normalize(x))
+
+    @property
+    def _layers(self) -> Sequence[int]:
+        return self.pipeline.vae.config.feature_channels
+
+    def _relative(self, batch: "_Compared", typical: float) -> np.ndarray:
+        """Divide differences (B, F, S, S) by the expected deviations, where the parameters ask for it."""
         floor = self.params.deviation_floor
-        return differences if floor is None else differences / (deviations / typical + floor)[:, None]
+        return batch.differences if floor is None else batch.differences / (batch.deviations / typical + floor)[:, None]
 
-    def _combine(self, differences: np.ndarray, scales: Sequence[float]) -> np.ndarray:
-        """Reduce (B, F, S, S) to (B, S, S): each kind of features on its normal scale, weighted, summed, smoothed."""
-        weights = np.array([features.weight for features in self.params.features]) / np.maximum(scales, 1e-12)
-        return smooth(np.einsum("bfhw,f->bhw", differences, weights), self.params.smoothing)
+    def _evidence(self, batch: "_Compared", calibration: Calibration) -> np.ndarray:
+        """Return maps (B, E, S, S): the reconstruction's, each kind of features on its normal scale, then the bank's.
+
+        Both are smoothed, and divided by their tails if the calibration has these.
+        """
+        relative = self._relative(batch, calibration.deviation)
+        weights = np.array([features.weight for features in self.params.features])
+        weights = weights / np.maximum(calibration.scales, 1e-12)
+        maps = [np.einsum("bfhw,f->bhw", relative, weights)]
+        if batch.distances is not None and calibration.retrieval is not None:
+            small = torch.from_numpy(calibration.retrieval.positive(batch.distances))
+            maps.append(enlarge(small, relative.shape[-1], self.params.align_corners).numpy())
+        maps = smooth(np.stack(maps, axis=1), self.params.smoothing)
+        return maps if calibration.tails is None else maps / np.array(calibration.tails, maps.dtype)[:, None, None]
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """How far a batch of photographs lies from the means of their samples, and from the bank.
+
+    differences: (B, F, S, S), by kind of features; deviations: (B, S, S), expected there; distances: (B, h, w), None
+    without a bank; shown: uint8 (B, S, S, 3), one sample.
+    """
+
+    differences: np.ndarray
+    deviations: np.ndarray
+    distances: np.ndarray | None
+    shown: np.ndarray
+
+
+def fuse(evidence: np.ndarray, weight: float) -> np.ndarray:
+    """Return anomaly maps (B, S, S) of evidence (B, E, S, S); `weight` is the share of the second kind."""
+    return evidence[:, 0] if evidence.shape[1] == 1 else (1 - weight) * evidence[:, 0] + weight * evidence[:, 1]
 
 
 def normalised(values: np.ndarray, threshold: float) -> np.ndarray:

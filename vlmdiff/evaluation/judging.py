@@ -23,7 +23,7 @@ from vlmdiff.core.params import Evaluate, Prepare
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
-from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.detector import KINDS, Detector
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.evidence import CONTENT, JUDGED, RESULTS, SAMPLES
 from vlmdiff.evaluation.metrics import Results, evaluate_classes
@@ -48,6 +48,9 @@ class Judged:
     examples: list[Example] = field(default_factory=list)
     # One row per image: image_id, path, class_name, defect, is_anomalous, score, verdict.
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)
+    # The results of each kind of evidence alone, if there are two, and the shares of retrieval that were tried.
+    alone: dict[str, Results] = field(default_factory=dict)
+    tried: list[dict[str, float]] = field(default_factory=list)
 
     def f1_optimal(self) -> float | None:
         """Return the threshold with the best F1 over all images, None if it is not defined."""
@@ -75,6 +78,12 @@ class Judged:
             self.detector.calibrated(),
             provenance,
         )
+        if self.alone:
+            content["evidence"] = {
+                "weight": self.detector.calibrated().weight,
+                "alone": {kind: results.as_dict() for kind, results in self.alone.items()},
+                "tried": self.tried,
+            }
         write_json(folder / CONTENT, content)
         (folder / "report.html").write_text(render(content))
 
@@ -111,6 +120,12 @@ def judge_images(
         paths = part["path"].tolist()
         results = evaluate_classes(classes, maps, masks, scores, params.max_fpr, paths, truths)
         judged.results.classes.update(results.classes)
+        if detector.bank is not None:
+            for i, kind in enumerate(KINDS):
+                of_kind = [detection.evidence[i] for detection in found if detection.evidence is not None]
+                of_scores = detector.image_scores(np.stack(of_kind)).tolist()
+                results = evaluate_classes(classes, of_kind, masks, of_scores, params.max_fpr, paths, truths)
+                judged.alone.setdefault(kind, Results({})).classes.update(results.classes)
         judged.resampled.classes[name] = Statistics.of(maps, masks, scores, truths).draw(name, params.max_fpr)
         for curve, points in curves(classes, maps, masks, params.max_fpr).items():
             judged.curves[curve] += points

@@ -107,11 +107,14 @@ class FeatureSpace(ModelMixin, ConfigMixin):
             self._extractor = Backbone(self.network, wanted, self.config.image_mean, self.config.image_std)
         return concatenate(self._extractor(x), self.config.grid)
 
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the codes (B, C, grid, grid) of `features` (B, sum of channels, grid, grid)."""
+        return torch.einsum("bfhw,fc->bchw", features - self.mean[:, None, None], self.projection)
+
     def encode(self, x: torch.Tensor) -> AutoencoderKLOutput:
         """Return the codes as an autoencoder's posterior, with a deviation of almost zero."""
-        codes = torch.einsum("bfhw,fc->bchw", self.features(x) - self.mean[:, None, None], self.projection)
-        spread = torch.full_like(codes, CERTAIN)
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([codes, spread], dim=1)))
+        codes = certain(self.project(self.features(x)))
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(codes))
 
     def decode(self, codes: torch.Tensor) -> DecoderOutput:
         """Return normalised images (B, 3, S, S) for codes (B, C, h, w)."""
@@ -119,7 +122,7 @@ class FeatureSpace(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor], whitening: float) -> float:
-        """Fit centre and projection to batches (B, 3, S, S) of normalised images. Return the kept share of variance.
+        """Fit centre and projection to `features` (B, sum of channels, h, w). Return the kept share of variance.
 
         Each layer is divided by the root of its mean squared distance from its mean, so that all layers count the same.
         The first `latent_channels` principal components are kept. Component k, of variance v_k, is scaled by
@@ -131,7 +134,7 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         squares = torch.zeros(len(total), len(total), dtype=torch.float64, device=self.mean.device)
         count, shift = 0, self.mean
         for batch in batches:
-            rows = self.features(batch).permute(0, 2, 3, 1).flatten(0, 2)
+            rows = batch.permute(0, 2, 3, 1).flatten(0, 2)
             # Centring by the first batch keeps the float32 products accurate.
             if count == 0:
                 shift = rows.mean(dim=0)
@@ -155,6 +158,11 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         unit = (variances ** (1 - whitening)).mean().rsqrt()
         self.projection.copy_(scale[:, None] * components * variances ** (-whitening / 2) * unit)
         return float(variances.sum() / len(channels))
+
+
+def certain(codes: torch.Tensor) -> torch.Tensor:
+    """Return the parameters (B, 2 C, h, w) of a posterior that is almost certain of its codes (B, C, h, w)."""
+    return torch.cat([codes, torch.full_like(codes, CERTAIN)], dim=1)
 
 
 # The origin, the class labels, and names of blocks that may be dropped.

@@ -141,7 +141,7 @@ def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
     file = model / REFERENCE
     if not file.is_file():
         raise InputError(f"{model} has no {REFERENCE}, the list of its calibration images. Run `vlmdiff evaluate`")
-    calibration = Calibration(**json.loads((model / SETTINGS).read_text())["calibration"])
+    calibration = Calibration.read(json.loads((model / SETTINGS).read_text())["calibration"])
     return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
 
 

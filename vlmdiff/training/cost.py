@@ -197,8 +197,8 @@ def _images(count: int, size: int) -> np.ndarray:
 def _first_stage(cost: Cost, params: Params, device: torch.device) -> Problem:
     ours = params.first_stage
     images = _images(ours.batch_size, ours.image_size)
-    vae = first_stage.prepare(images, ours, device)
-    reconstruction = first_stage.Reconstruction(vae, images, images[:HELD_OUT], ours, device)
+    vae, seen, codes = first_stage.prepare(images, ours, device)
+    reconstruction = first_stage.Reconstruction(vae, seen, images[:HELD_OUT], ours, device, codes)
     reconstruction.latents(images)
     cost.encode = _seconds(lambda: reconstruction.latents(images), device) / len(images)
     return reconstruction.problem()

@@ -1,6 +1,7 @@
 """Make the latent space: train an image autoencoder, fine-tune a pretrained one, or project a backbone's features."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import accelerate.utils
@@ -16,11 +17,14 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import FirstStage
 from vlmdiff.model import pretrained
 from vlmdiff.model.backbone import Backbone
-from vlmdiff.model.feature_space import FeatureSpace
+from vlmdiff.model.feature_space import FeatureSpace, certain
 from vlmdiff.model.first_stage import FirstStageModel, downsampling
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, perceptual_distance
 from vlmdiff.training.loop import History, Problem, batch_indices, fit, step_generator
+
+# Enough images for the decoder of a backbone's features, which only visualises them; their features fit into memory.
+DECODED = 1000
 
 
 def train_first_stage(
@@ -37,8 +41,8 @@ def train_first_stage(
     the training images' latents have unit variance; a pretrained autoencoder keeps its own, which pretrained UNets
     know. With `steps: 0` the one row of the history measures the autoencoder as it is.
     """
-    vae = prepare(images, params, device)
-    reconstruction = Reconstruction(vae, images, validation, params, device)
+    vae, seen, codes = prepare(images, params, device)
+    reconstruction = Reconstruction(vae, seen, validation, params, device, codes)
     sample = images[:: max(1, len(images) // 256)]
     if params.steps == 0:
         return vae, _measure(reconstruction, sample, validation)
@@ -50,28 +54,50 @@ def train_first_stage(
     return vae, history
 
 
-def prepare(images: np.ndarray, params: FirstStage, device: torch.device) -> FirstStageModel:
-    """Return the model that training starts from, on the device; a backbone's features are projected by `images`."""
+def prepare(
+    images: np.ndarray, params: FirstStage, device: torch.device
+) -> tuple[FirstStageModel, np.ndarray, torch.Tensor | None]:
+    """Return the model that training starts from, on the device; a backbone's features are projected by all images.
+
+    The other values are the images to train on and, for a backbone, their codes (N, C, h, w) in bfloat16, so that
+    training the decoder does not run the backbone again. The decoder trains on at most DECODED images.
+    """
     torch.manual_seed(params.seed)
     vae = start(params).to(device, memory_format=torch.channels_last)
-    if isinstance(vae, FeatureSpace):
-        normalization = Normalization(params.image_mean, params.image_std)
-        parts = range(0, len(images), params.batch_size)
-        batches = (normalization(from_uint8(images[i : i + params.batch_size], device)) for i in parts)
-        kept = vae.fit(track(batches, "project features", total=len(parts)), params.backbone.whitening)
-        if process_group().is_main_process:
-            say(f"first_stage: {vae.config.latent_channels} components keep {kept:.1%} of the features' variance")
-    elif params.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    return vae
+    if not isinstance(vae, FeatureSpace):
+        if params.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        return vae, images, None
+    normalization, size = Normalization(params.image_mean, params.image_std), params.batch_size
+    every, kept = -(-len(images) // DECODED), []
+
+    def extract() -> Iterator[torch.Tensor]:
+        for i in track(range(0, len(images), size), "extract features", total=-(-len(images) // size)):
+            features = vae.features(normalization(from_uint8(images[i : i + size], device)))
+            kept.append(features[-i % every :: every].bfloat16().cpu())
+            yield features
+
+    share = vae.fit(extract(), params.backbone.whitening)
+    if process_group().is_main_process:
+        say(f"first_stage: {vae.config.latent_channels} components keep {share:.1%} of the features' variance")
+    with torch.no_grad():
+        codes = [vae.project(features.to(device, torch.float32)).bfloat16().cpu() for features in kept if len(features)]
+    return vae, images[::every], torch.cat(codes)
 
 
 class Reconstruction:
     """How far reconstructions lie from the images: the losses of the first stage's training and validation."""
 
     def __init__(
-        self, vae: FirstStageModel, images: np.ndarray, validation: np.ndarray, params: FirstStage, device: torch.device
+        self,
+        vae: FirstStageModel,
+        images: np.ndarray,
+        validation: np.ndarray,
+        params: FirstStage,
+        device: torch.device,
+        codes: torch.Tensor | None = None,
     ):
+        self.codes = codes
         self.vae, self.images, self.validation, self.params, self.device = vae, images, validation, params, device
         self.normalization = Normalization(params.image_mean, params.image_std)
         self.features = Backbone.load(params.perceptual, device) if params.perceptual else None
@@ -95,7 +121,10 @@ class Reconstruction:
         params = self.params
         rows = batch_indices(len(self.images), params.batch_size, step, params.seed)[part]
         x = self._read(self.images[rows])
-        posterior = self._encode(x)
+        if self.codes is not None:
+            posterior = DiagonalGaussianDistribution(certain(self.codes[torch.from_numpy(rows)].to(x)))
+        else:
+            posterior = self._encode(x)
         shape = (params.batch_size, *posterior.mean.shape[1:])
         noise = torch.randn(shape, generator=step_generator(params.seed, step))[part].to(self.device)
         z = posterior.mean + posterior.std * noise

@@ -1,0 +1,135 @@
+"""A bank of normal patches: distances beside an independent oracle, saving, and a detector that has both evidences."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+
+from tests.backbones import GIVEN
+from tests.tiny import tiny_pipeline
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Detection, FirstStage, Latents, Retrieval, Train
+from vlmdiff.detection.detector import Detector, fuse
+from vlmdiff.detection.retrieval import NEIGHBOURS, PatchBank, unit_length
+from vlmdiff.training.diffusion import build
+from vlmdiff.training.first_stage import train_first_stage
+
+CHANNELS = (5, 3)
+
+
+def features(images, seed=0, size=6):
+    raw = torch.randn(images, sum(CHANNELS), size, size, generator=torch.Generator().manual_seed(seed))
+    return unit_length(raw, CHANNELS)
+
+
+def rows(x):
+    return x.permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
+
+
+def test_each_layer_has_the_same_share_of_a_unit_vector():
+    x = features(3)
+    for layer in x.split(CHANNELS, dim=1):
+        torch.testing.assert_close(layer.square().sum(dim=1), torch.full((3, 6, 6), 0.5))
+
+
+def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there():
+    normal, test = features(4), features(2, seed=1)
+    bank = PatchBank.fit([normal[:3], normal[3:]], 4, size=4 * 36, expected=0.5, seed=0)
+    patches, image = bank.patches.double().numpy(), np.repeat(np.arange(4), 36)
+    usual = np.array([1 - (patches[image != own] @ patch).max() for patch, own in zip(patches, image, strict=True)])
+    near = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute", metric=lambda a, b: 1 - a @ b).fit(patches)
+    distance, index = near.kneighbors(rows(test))
+    expected = distance[:, 0] - 0.5 * usual[index].mean(axis=1)
+    off = np.abs(bank(test).flatten().numpy() - expected)
+    # Which ten are nearest may differ by a rounding of bfloat16; how near they are does not.
+    assert np.quantile(off, 0.9) < 1e-6 and off.max() < 2e-2
+
+
+def test_a_bank_has_as_many_patches_of_each_image_as_asked_for():
+    bank = PatchBank.fit([features(5)], 5, size=52, expected=0.5, seed=0)
+    assert len(bank.patches) == 5 * 11
+    again = PatchBank.fit([features(5)[:2], features(5)[2:]], 5, size=52, expected=0.5, seed=0)
+    assert torch.equal(bank.patches, again.patches) and torch.equal(bank.usual, again.usual)
+
+
+def test_copies_of_one_patch_are_as_usual_as_can_be_and_an_opposite_one_is_not():
+    x = features(1, size=1).expand(2, -1, 6, 6)
+    bank = PatchBank.fit([x], 2, size=72, expected=1.0, seed=0)
+    assert bank(x).abs().max() < 1e-2
+    torch.testing.assert_close(bank(-x), torch.full((2, 6, 6), 2.0), atol=2e-2, rtol=0)
+
+
+def test_one_image_makes_no_bank():
+    with pytest.raises(InputError, match="at least two"):
+        PatchBank.fit([features(1)], 1, size=10, expected=0.5, seed=0)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
+def test_a_bank_that_cannot_be_read_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "bank.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"bank\.safetensors is not a bank of patches"):
+        PatchBank.load(tmp_path / "bank.safetensors", 0.5)
+
+
+def photographs(count, seed):
+    """The same stripes in every image, with noise."""
+    noise = np.random.default_rng(seed).integers(0, 40, (count, GIVEN, GIVEN, 3))
+    return list((noise + 100 * (np.arange(GIVEN) // 8 % 2)[None, :, None, None]).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def detector(saved, tmp_path_factory):
+    backbone = {"model": str(saved("vit")), "image_size": GIVEN, "layers": (1, 2), "grid": 8, "decoder_channels": 16}
+    shape = {"kind": "backbone", "image_size": GIVEN, "latent_channels": 6, "steps": 1, "batch_size": 4}
+    images = np.stack(photographs(8, seed=0))
+    params = FirstStage(**shape, backbone=backbone)
+    space, _ = train_first_stage(images, images[:4], params, tmp_path_factory.mktemp("state"), torch.device("cpu"))
+    text = tiny_pipeline()
+    pipeline = build(space, text.text_encoder, text.tokenizer, Train(block_channels=(32, 32), head_size=16, steps=1))
+    pipeline.set_progress_bar_config(disable=True)
+    detection = Detection(
+        steps=1, samples=1, features=(Latents(kind="latents"),), retrieval=Retrieval(patches=200), smoothing=1.0
+    )
+    detector = Detector(pipeline, detection)
+    detector.fill_bank(photographs(8, seed=0), 8)
+    detector.calibrate(photographs(20, seed=1), weigh=lambda evidence: 0.7)
+    return detector
+
+
+def test_both_kinds_of_evidence_make_the_map(detector):
+    found = detector.detect(photographs(3, seed=2))
+    for one in found:
+        assert one.evidence.shape == (2, GIVEN, GIVEN) and (one.evidence >= 0).all()
+        raw = fuse(one.evidence[None], 0.7)[0]
+        threshold = detector.calibration.threshold
+        np.testing.assert_allclose(one.anomaly_map, raw / (raw + threshold), rtol=1e-5)
+
+
+def test_each_kind_is_scaled_by_the_tail_of_the_normal_images_that_calibrate(detector):
+    evidence = detector.evidence(photographs(20, seed=1))
+    for maps in evidence.swapaxes(0, 1):
+        median, high = np.quantile(maps, (0.5, 0.99))
+        assert high - median == pytest.approx(1, rel=1e-4)
+
+
+def test_a_patch_of_another_kind_is_what_retrieval_finds(detector):
+    normal, spoiled = photographs(1, seed=3)[0], photographs(1, seed=3)[0].copy()
+    spoiled[16:32, 16:32] = [250, 20, 20]
+    clean, found = (one.evidence[1] for one in detector.detect([normal, spoiled]))
+    inside, outside = found[18:30, 18:30].mean(), found[44:, 44:].mean()
+    assert inside > 2 * outside and inside > 2 * clean[18:30, 18:30].mean()
+
+
+def test_a_saved_detector_has_its_bank_and_judges_alike(detector, tmp_path):
+    detector.save_pretrained(tmp_path)
+    again = Detector.from_pretrained(tmp_path, "cpu")
+    for one, other in zip(detector.detect(photographs(2, 4)), again.detect(photographs(2, 4)), strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+        np.testing.assert_allclose(one.evidence, other.evidence, atol=1e-4)
+
+
+def test_an_autoencoder_has_no_features_to_retrieve():
+    detector = Detector(tiny_pipeline(), Detection(retrieval=Retrieval(), features=(Latents(kind="latents"),)))
+    with pytest.raises(InputError, match=r"first_stage\.kind: backbone"):
+        detector.fill_bank([], 0)

@@ -1,0 +1,72 @@
+"""Defects drawn on normal images, and the share of retrieval that is chosen on them."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vlmdiff.data.synthesised import KINDS, SIZES, synthesise
+from vlmdiff.evaluation.weighing import DEFECTS, Weighing
+
+
+def normal(count=6, size=64):
+    return list(np.random.default_rng(0).integers(90, 110, (count, size, size, 3)).astype(np.uint8))
+
+
+def test_every_image_gets_every_kind_in_both_sizes_and_nothing_changes_outside_the_mask():
+    images = normal()
+    drawn = list(synthesise(images, ["a"] * 6))
+    assert Counter((one.row, one.kind, one.size) for one in drawn) == {
+        (row, kind, size): 1 for row in range(6) for kind in KINDS for size in SIZES
+    }
+    for one in drawn:
+        assert one.image.shape == (64, 64, 3) and one.image.dtype == np.uint8 and one.mask.any()
+        changed = (one.image != images[one.row]).any(axis=2)
+        grown = np.pad(one.mask, 4)
+        near = np.lib.stride_tricks.sliding_window_view(grown, (9, 9)).any(axis=(2, 3))
+        assert not (changed & ~near).any()
+
+
+def test_the_same_images_get_the_same_defects_and_another_seed_others():
+    once, again, other = (list(synthesise(normal(), ["a"] * 6, seed=seed)) for seed in (0, 0, 1))
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(once, again, strict=True))
+    assert any(not np.array_equal(a.image, b.image) for a, b in zip(once, other, strict=True))
+
+
+@pytest.mark.parametrize("limit", [7, 20, 35, 60])
+def test_a_limit_spreads_what_is_drawn_over_images_and_kinds(limit):
+    drawn = list(synthesise(normal(30), ["a"] * 30, limit))
+    assert limit / 2 < len(drawn) <= limit
+    assert {one.kind for one in drawn} == set(KINDS) or limit < 10
+    assert len({one.row for one in drawn}) >= min(limit / 3, 30) - 1
+
+
+class Detector:
+    """One kind of evidence sees the defects, the other is noise of the same size."""
+
+    def __init__(self, seeing: int):
+        self.seeing, self.rng = seeing, np.random.default_rng(0)
+
+    def see(self, images, normal):
+        noise = self.rng.random((len(images), 2, 64, 64)).astype(np.float32)
+        for i, image in enumerate(images):
+            others = [np.abs(image.astype(float) - one).max(axis=2) for one in normal]
+            noise[i, self.seeing] += 1.0 * (min(others, key=np.sum) > 0)
+        return noise
+
+    def evidence(self, images, batch_size, captions):
+        return self.see(images, normal())
+
+    def image_scores(self, maps):
+        return maps.max(axis=(1, 2))
+
+
+@pytest.mark.parametrize(("seeing", "expected"), [(0, 0.0), (1, 1.0)])
+def test_the_evidence_that_sees_the_defects_carries_the_map(seeing, expected):
+    detector = Detector(seeing)
+    weighing = Weighing(detector, normal(), ["a", "a", "a", "b", "b", "b"], None, 8, 0.3)
+    chosen = weighing(detector.see(normal(), normal()))
+    assert abs(chosen - expected) <= 0.3
+    worst = min(weighing.rows(), key=lambda row: row["au_pro"])
+    assert worst["weight"] == 1 - expected and len(weighing.rows()) == 11
+    assert DEFECTS >= 100

@@ -1,0 +1,91 @@
+"""Defects drawn on normal images: what settings are chosen by where test images must not be looked at."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+KINDS = ("line", "hole", "stain", "pasted", "blurred")
+SIZES = {"small": (0.04, 0.08), "large": (0.12, 0.3)}  # of the image's side
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """A defect of a kind and size on the normal image of index `row`: image, uint8 (S, S, 3), and mask, bool (S, S)."""
+
+    row: int
+    kind: str
+    size: str
+    image: np.ndarray
+    mask: np.ndarray
+
+
+def synthesise(
+    images: Sequence[np.ndarray], classes: Sequence[str], limit: int | None = None, seed: int = 0
+) -> Iterator[Spoiled]:
+    """Draw defects of every kind and size on normal images, uint8 (S, S, 3), of these classes.
+
+    Each image gets each kind in a small and a large size: a line, a hole, a stain, a part of another image of its
+    class, and a blurred part. With a `limit`, only about as many are drawn, spread over images, kinds and sizes. The
+    same arguments give the same defects.
+    """
+    wanted = [(kind, size) for kind in KINDS for size in SIZES]
+    total = len(images) * len(wanted)
+    step = 1 if limit is None else max(1, -(-total // limit))
+    # Steps that share no factor with the kinds visit all of them.
+    while step > 1 and np.gcd(step, len(wanted)) > 1:
+        step += 1
+    for place in range(0, total, step):
+        row, (kind, size) = place // len(wanted), wanted[place % len(wanted)]
+        rng = np.random.default_rng([seed, place])
+        others = [i for i, name in enumerate(classes) if name == classes[row] and i != row] or [row]
+        across = rng.uniform(*SIZES[size]) * len(images[row])
+        yield Spoiled(row, kind, size, *_spoil(rng, images[row], images[rng.choice(others)], kind, across))
+
+
+def _spoil(
+    rng: np.random.Generator, image: np.ndarray, other: np.ndarray, kind: str, across: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image with a defect of this kind, uint8 (S, S, 3), and the defect's mask, bool (S, S)."""
+    size = len(image)
+    while not (mask := (_line if kind == "line" else _blob)(rng, size, across)).any():
+        pass
+    clean = image.astype(np.float32)
+    match kind:
+        case "line" | "hole":
+            there = np.median(clean[mask], axis=0)
+            # Darker on bright places, brighter on dark ones, so that the defect is visible.
+            put = np.clip(there + rng.uniform(40, 110) * np.where(there.mean() > 110, -1, 1), 0, 255)
+        case "stain":
+            put = 0.5 * clean + 0.5 * rng.uniform(0, 255, 3)
+        case "pasted":
+            put = np.roll(np.rot90(other, int(rng.integers(4))), rng.integers(0, size, 2), axis=(0, 1))
+        case _:
+            put = ndimage.gaussian_filter(clean, (across / 4, across / 4, 0))
+    cover = ndimage.gaussian_filter(mask.astype(np.float32), 0.7)[..., None]
+    return (clean + cover * (put - clean)).round().astype(np.uint8), mask
+
+
+def _blob(rng: np.random.Generator, size: int, across: float) -> np.ndarray:
+    """Return the mask of an irregular region, about `across` pixels wide, at a random place."""
+    y, x = np.mgrid[:size, :size]
+    centre = rng.uniform(across / 2, size - across / 2, 2)
+    stretch, turn = rng.uniform(0.6, 1.6), rng.uniform(0, np.pi)
+    u = (np.cos(turn) * (x - centre[0]) + np.sin(turn) * (y - centre[1])) * stretch
+    v = (np.cos(turn) * (y - centre[1]) - np.sin(turn) * (x - centre[0])) / stretch
+    angle = np.arctan2(v, u)
+    edge = 1 + sum(rng.normal(0, 0.12) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4, 5))
+    return np.hypot(u, v) < across / 2 * edge
+
+
+def _line(rng: np.random.Generator, size: int, across: float) -> np.ndarray:
+    """Return the mask of a curved line of length 3 `across`, at a random place."""
+    steps = 12
+    turns = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.35, steps))
+    points = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], axis=1) * 3 * across / steps, axis=0)
+    points += rng.uniform(0.2, 0.8, 2) * size - points.mean(axis=0)
+    picture = Image.new("L", (size, size))
+    ImageDraw.Draw(picture).line([tuple(point) for point in points], fill=255, width=int(rng.integers(1, 4)))
+    return np.asarray(picture) > 0

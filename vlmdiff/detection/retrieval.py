@@ -1,0 +1,98 @@
+"""`PatchBank`: how far the patches of an image are from the nearest normal patches (cf. arXiv 2106.08265)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vlmdiff.core.errors import InputError
+
+# How many of the nearest patches say how far apart normal patches usually are at such a place.
+NEIGHBOURS = 10
+# Patches compared with the bank at once, so that memory stays the same for any number of images.
+AT_ONCE = 1024
+
+
+class PatchBank:
+    """Patches of normal images, and how far normal patches usually are from the nearest patch of another image.
+
+    A patch's evidence is its distance to the nearest patch of the bank, 1 - cosine similarity, less `expected` times
+    the usual distance there: the mean of that of its nearest patches. A place that differs from image to image, such as
+    grain or a label, is thus judged less strictly than one that always looks the same.
+
+    patches: (M, D), of length one, in bfloat16; usual: (M,).
+    """
+
+    def __init__(self, patches: torch.Tensor, usual: torch.Tensor, expected: float):
+        self.patches, self.usual, self.expected = patches, usual, expected
+
+    @classmethod
+    def fit(cls, features: Iterable[torch.Tensor], images: int, size: int, expected: float, seed: int) -> "PatchBank":
+        """Keep about `size` random patches, as many of each of `images` images.
+
+        features: batches (B, D, h, w) of normal images, from `unit_length`. Raises InputError for fewer than two.
+        """
+        if images < 2:
+            raise InputError("a bank of normal patches needs at least two normal training images")
+        generator = torch.Generator().manual_seed(seed)
+        each, kept = -(-size // images), []
+        for batch in features:
+            for patches in batch.flatten(2).transpose(1, 2):
+                kept.append(patches[torch.randperm(len(patches), generator=generator)[:each].to(patches.device)])
+        patches = torch.cat(kept).bfloat16()
+        image = torch.arange(len(kept), device=patches.device).repeat_interleave(torch.tensor([len(p) for p in kept]))
+        usual = []
+        for part, own in zip(patches.split(AT_ONCE), image.split(AT_ONCE), strict=True):
+            # Patches of one image are alike, so only other images say what is usual.
+            similarity, _ = _nearest(part, patches, own[:, None] == image)
+            usual.append(1 - similarity.amax(dim=1))
+        return cls(patches, torch.cat(usual), expected)
+
+    @torch.no_grad()
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the evidence (B, h, w) of features (B, D, h, w) from `unit_length`; higher is more unusual."""
+        patches = features.permute(0, 2, 3, 1).flatten(0, 2)
+        found = []
+        for part in patches.split(AT_ONCE):
+            similarity, index = _nearest(part, self.patches)
+            found.append(1 - similarity.amax(dim=1) - self.expected * self.usual[index].mean(dim=1))
+        return torch.cat(found).unflatten(0, (len(features), *features.shape[2:]))
+
+    def to(self, device: torch.device) -> "PatchBank":
+        """Return the bank on a device."""
+        return PatchBank(self.patches.to(device), self.usual.to(device), self.expected)
+
+    def save(self, file: Path) -> None:
+        """Write the patches and their usual distances in safetensors."""
+        save_file({"patches": self.patches.cpu().contiguous(), "usual": self.usual.cpu().contiguous()}, file)
+
+    @classmethod
+    def load(cls, file: Path, expected: float) -> "PatchBank":
+        """Read what `save` wrote. Raises InputError if the file is missing or is not a bank's."""
+        try:
+            tensors = load_file(file)
+            return cls(tensors["patches"], tensors["usual"], expected)
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
+
+
+def _nearest(
+    queries: torch.Tensor, patches: torch.Tensor, left_out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosine similarities (Q, k) of queries (Q, D) to the nearest of patches (M, D), and their indices."""
+    # bfloat16 finds them several times as fast as float32, but rounds similarities to three digits.
+    rough = queries.bfloat16() @ patches.T
+    if left_out is not None:
+        rough = rough.masked_fill(left_out, -2)
+    index = rough.topk(min(NEIGHBOURS, len(patches)), dim=1).indices
+    exact = torch.einsum("qd,qkd->qk", queries.float(), patches[index].float())
+    return exact if left_out is None else exact.masked_fill(left_out.gather(1, index), -1), index
+
+
+def unit_length(features: torch.Tensor, channels: Iterable[int]) -> torch.Tensor:
+    """Scale each layer's part of features (B, sum of channels, h, w) so that the whole has length one everywhere."""
+    layers = features.split(list(channels), dim=1)
+    return torch.cat([F.normalize(layer, dim=1) for layer in layers], dim=1) / len(layers) ** 0.5

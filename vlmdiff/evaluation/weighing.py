@@ -1,0 +1,75 @@
+"""Weigh retrieval and reconstruction on synthesised defects, without test images."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from vlmdiff.data.synthesised import synthesise
+from vlmdiff.detection.detector import Detector, fuse
+from vlmdiff.evaluation.metrics import evaluate_classes
+
+WEIGHTS = np.linspace(0, 1, 11).round(1).tolist()
+# Defects drawn: enough to tell weights apart, few enough to take a minute on a CPU.
+DEFECTS = 150
+# Normal images that stand beside the defects.
+NORMAL = 200
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a share of retrieval reaches on synthesised defects, as means over classes."""
+
+    weight: float
+    au_pro: float
+    image_auroc: float
+
+    @property
+    def quality(self) -> float:
+        return (self.au_pro + self.image_auroc) / 2
+
+
+class Weighing:
+    """Chooses the share of retrieval on defects drawn on `normal` images, uint8 (N, S, S, 3), of these classes.
+
+    `tried` has a row for each share, after `__call__`. captions: as for `Detector.detect`.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        normal: Sequence[np.ndarray],
+        classes: Sequence[str],
+        captions: Sequence[str] | None,
+        batch_size: int,
+        max_fpr: float,
+    ):
+        self.detector, self.normal, self.classes, self.captions = detector, normal, list(classes), captions
+        self.batch_size, self.max_fpr = batch_size, max_fpr
+        self.tried: list[Tried] = []
+
+    def __call__(self, evidence: np.ndarray) -> float:
+        """Return the share with the best mean of AU-PRO and image AUROC; of equal ones, the highest.
+
+        evidence: that of the normal images (N, 2, S, S), as `Detector.calibrate` gives it.
+        """
+        spoiled = list(synthesise(self.normal, self.classes, DEFECTS))
+        rows = [one.row for one in spoiled]
+        captions = None if self.captions is None else [self.captions[row] for row in rows]
+        theirs = self.detector.evidence([one.image for one in spoiled], self.batch_size, captions)
+        # The images that carry defects come first, so that every class keeps normal ones.
+        kept = np.unique([*rows, *range(len(evidence))][: len(rows) + NORMAL])
+        names = [self.classes[row] for row in (*kept, *rows)]
+        nothing = np.zeros(evidence.shape[2:], bool)
+        masks = [*(nothing for _ in kept), *(one.mask for one in spoiled)]
+        truths = [False] * len(kept) + [True] * len(rows)
+        for weight in WEIGHTS:
+            maps = np.concatenate([fuse(evidence[kept], weight), fuse(theirs, weight)])
+            scores = self.detector.image_scores(maps).tolist()
+            mean = evaluate_classes(names, list(maps), masks, scores, self.max_fpr, is_anomalous=truths).mean
+            self.tried.append(Tried(weight, mean["au_pro"], mean["image_auroc"]))
+        return max(reversed(self.tried), key=lambda one: one.quality).weight
+
+    def rows(self) -> list[dict[str, float]]:
+        """Return what was tried, as JSON."""
+        return [asdict(one) for one in self.tried]
