@@ -1,6 +1,6 @@
 """Compare what `vlmdiff doctor` predicts for the trainings with what they take: seconds and peak memory.
 
-It runs the demo, and the preset photographs_features with photographs of your own if you name them. Each stage is a
+It runs the demo, and the preset photographs with photographs of your own if you name them. Each stage is a
 process of its own, as in `dvc repro`. Run it in the repository:
 python benchmarks/doctor.py [--photographs FOLDER --backbone FOLDER] [--steps 150]
 """
@@ -89,7 +89,7 @@ def main(
         if photographs:
             workspaces["photographs"] = Path(folder, "photographs")
             workspaces["photographs"].mkdir()
-            preset = REPOSITORY / "presets/photographs_features.yaml"
+            preset = REPOSITORY / "presets/photographs.yaml"
             data = {"layout": "mvtec_ad", "root": str(photographs.resolve())}
             write_params(workspaces["photographs"], preset, steps, prepare=data)
             (workspaces["photographs"] / "models").mkdir()

@@ -1,13 +1,19 @@
-"""Compare this workspace's detector with PatchCore: same backbone, same test images, same image size.
+"""Compare this workspace's detector with retrieval that is not trained: same features, same test images.
 
-Run it in a workspace where `dvc repro` has run with a preset for photographs and a MobileNetV2 in models/backbone:
+Run it in a workspace where `dvc repro` has run with presets/photographs.yaml:
 
     python benchmarks/photographs.py
 
-PatchCore (Roth et al., CVPR 2022) has one memory bank for all classes. It uses patches of MobileNetV2's layers 4, 11
-and 14, averaged over 3 x 3 and normalised to unit length; 6,000 random patches per class; and the distance to the
-nearest patch, smoothed by a Gaussian of sigma 4. Neither method knows the class of a test image. Intervals come from
-1,000 bootstrap samples of each class's test images, the same for both methods.
+Both baselines see the training and the held-out images, work in the features of the detector's first stage, and do not
+know the class of a test image. Their maps are smoothed by a Gaussian of sigma 4 at 256 pixels.
+
+- nearest patches: 1 - cosine similarity to the nearest of 30,000 random patches; each layer has length one.
+- PatchCore (Roth et al., CVPR 2022): patches averaged over 3 x 3; a greedy coreset of 10,000 out of 60,000 random
+  patches, found in a random projection to 128 dimensions; the Euclidean distance to the nearest patch.
+
+The image's score is that of each method's paper (nearest patches: the mean of the map's highest 1 %; PatchCore: its
+maximum) and, in a second row, that of our detector. Intervals come from 1,000 bootstrap samples of each class's test
+images, the same for all methods.
 """
 
 import time
@@ -20,50 +26,61 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmdiff.core import workspace as w
-from vlmdiff.core.params import VisionBackbone, load
+from vlmdiff.core.params import load
 from vlmdiff.data import manifest
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, image_scores, smooth
-from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.detector import KINDS, Detector
+from vlmdiff.detection.retrieval import unit_length
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.metrics import METRICS, evaluate_classes
-from vlmdiff.model.backbone import Backbone, concatenate
+from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.normalization import from_uint8
 
-LAYERS, PATCHES_A_CLASS, SIGMA = (4, 11, 14), 6000, 4.0
-CPU, BACKBONE = torch.device("cpu"), Path("models/backbone")
+NEAREST, POOL, CORESET, PROJECTED = 30_000, 60_000, 10_000, 128
 
 
-class PatchCore:
-    """PatchCore with one memory bank for normal images, uint8 (N, S, S, 3), of these classes."""
+class Baseline:
+    """A bank of normal patches of images, uint8 (N, S, S, 3). averaged: as PatchCore, otherwise nearest patches."""
 
-    def __init__(self, images: np.ndarray, classes: np.ndarray):
-        self.size = images.shape[1]
-        params = VisionBackbone(model=str(BACKBONE), image_size=self.size, layers=LAYERS)
-        self.backbone = Backbone.load(params)
+    def __init__(self, ours: Detector, images: np.ndarray, averaged: bool):
+        self.pipeline, self.averaged = ours.pipeline, averaged
         generator = torch.Generator().manual_seed(0)
-        kept = []
-        for name in np.unique(classes):
-            patches = self.patches(images[classes == name]).flatten(0, 1)
-            kept.append(patches[torch.randperm(len(patches), generator=generator)[:PATCHES_A_CLASS]])
+        each, kept = -(-(POOL if averaged else NEAREST) // len(images)), []
+        for image in images:
+            patches = self.patches(image)
+            kept.append(patches[torch.randperm(len(patches), generator=generator)[:each]])
         self.bank = torch.cat(kept)
-        self.squares = self.bank.square().sum(dim=1)
+        if averaged:
+            directions = torch.randn(self.bank.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
+            self.bank = self.bank[farthest(self.bank @ directions, CORESET)]
 
-    def patches(self, images: np.ndarray) -> torch.Tensor:
-        """Return patches (N, places, features)."""
-        parts = []
-        for start in range(0, len(images), 16):
-            maps = [F.avg_pool2d(x, 3, 1, 1) for x in self.backbone(from_uint8(images[start : start + 16], CPU))]
-            parts.append(concatenate([F.normalize(x, dim=1) for x in maps], self.size // 8).flatten(2).transpose(1, 2))
-        return torch.cat(parts)
+    @torch.no_grad()
+    def patches(self, image: np.ndarray) -> torch.Tensor:
+        """Return the patches (places, features) of an image, uint8 (S, S, 3)."""
+        x = from_uint8(image[None], self.pipeline.device)
+        features = self.pipeline.vae.features(self.pipeline.normalize(x))
+        if self.averaged:
+            features = F.avg_pool2d(features, 3, 1, 1)
+        return unit_length(features, self.pipeline.vae.config.feature_channels)[0].flatten(1).T.cpu()
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Return anomaly maps (N, S, S)."""
-        maps = []
-        for patches in self.patches(images):
-            squared = patches.square().sum(dim=1, keepdim=True) + self.squares - 2 * patches @ self.bank.T
-            maps.append(squared.min(dim=1).values.clamp_min(0).sqrt().view(self.size // 8, self.size // 8))
-        return smooth(enlarge(torch.stack(maps), self.size).numpy(), SIGMA)
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Return the anomaly map (S, S) of an image."""
+        patches = self.patches(image)
+        size, side = len(image), round(len(patches) ** 0.5)
+        # Of unit vectors, the squared distance is twice 1 - cosine similarity.
+        squared = (2 - 2 * (patches @ self.bank.T).amax(dim=1)).clamp_min(0)
+        distance = squared.sqrt() if self.averaged else squared / 2
+        return smooth(enlarge(distance.view(1, side, side), size).numpy(), 4 * size / 256)[0]
+
+
+def farthest(points: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the indices of `count` points (N, D), each the farthest from those before it."""
+    chosen, distance = [0], (points - points[0]).square().sum(dim=1)
+    for _ in range(min(count, len(points)) - 1):
+        chosen.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(dim=1))
+    return torch.tensor(chosen)
 
 
 def interval(values: tuple[float, float]) -> str:
@@ -71,12 +88,13 @@ def interval(values: tuple[float, float]) -> str:
 
 
 def main() -> None:
-    if not BACKBONE.is_dir():
-        print(f"skipped: {BACKBONE} does not exist, so this is not a workspace with real photographs")
+    if not (w.DETECTOR / "bank.safetensors").is_file():
+        print("skipped: this is not a workspace where presets/photographs.yaml has run")
         return
     params = load(w.PARAMS)
     frame, root, max_pixels = manifest.read(w.MANIFEST), params.prepare.image_root, params.prepare.max_pixels
     ours = Detector.from_pretrained(w.DETECTOR)
+    assert isinstance(ours.pipeline.vae, FeatureSpace)
     size, max_fpr = ours.pipeline.config.image_size, params.evaluate.max_fpr
 
     def read(rows) -> np.ndarray:
@@ -88,19 +106,21 @@ def main() -> None:
         [empty if path is None else load_mask(resolve(root, path), size, max_pixels) for path in test["mask_path"]]
     )
     truths, images = test["is_anomalous"].to_numpy(), read(test)
-    # PatchCore also gets the held-out normal images, on which our detector calibrates.
-    patchcore = PatchCore(read(normal), normal["class_name"].to_numpy())
     began = time.monotonic()
     found = list(ours.stream(images, 16))
     pace = {"vlmdiff": len(images) / (time.monotonic() - began)}
     maps, scores = {"vlmdiff": np.stack([one.anomaly_map for one in found])}, {"vlmdiff": [one.score for one in found]}
-    began = time.monotonic()
-    maps["PatchCore"] = patchcore(images)
-    pace["PatchCore"] = len(images) / (time.monotonic() - began)
-    scores["PatchCore"] = maps["PatchCore"].max(axis=(1, 2))
-    # PatchCore again, with our detector's score of a map.
-    maps["PatchCore, same score"] = maps["PatchCore"]
-    scores["PatchCore, same score"] = image_scores(maps["PatchCore"], ours.params.image_score)
+    for i, kind in enumerate(KINDS):
+        maps[f"{kind} alone"] = np.stack([one.evidence[i] for one in found if one.evidence is not None])
+        scores[f"{kind} alone"] = ours.image_scores(maps[f"{kind} alone"])
+    del found
+    for title, averaged in {"nearest patches": False, "PatchCore": True}.items():
+        baseline = Baseline(ours, read(normal), averaged)
+        began = time.monotonic()
+        maps[title] = maps[f"{title}, our score"] = np.stack([baseline(image) for image in images])
+        pace[title] = len(images) / (time.monotonic() - began)
+        scores[title] = image_scores(maps[title], "max" if averaged else "top_percent")
+        scores[f"{title}, our score"] = ours.image_scores(maps[title])
 
     classes = test["class_name"].to_numpy()
     table = Table("class", title=f"AU-PRO / image AUROC, {Path.cwd().name}, {len(images)} test images")
@@ -113,7 +133,7 @@ def main() -> None:
     table.add_section()
     means = [result.mean for result in results.values()]
     table.add_row("mean", *(f"{values['au_pro']:.3f} / {values['image_auroc']:.3f}" for values in means))
-    table.add_row("images / s", *(f"{pace[title]:.1f}" for title in pace))
+    table.add_row("images / s", *(f"{pace[title]:.1f}" if title in pace else "" for title in maps))
     Console().print(table)
 
     members = {name: classes == name for name in sorted(set(classes))}

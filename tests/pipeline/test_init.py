@@ -70,7 +70,7 @@ def test_grown_data_is_taken_in_and_edits_stay(fresh):
     said = init(fresh, "--data", "data/raw/parts", "--preset", ROOT / "presets/photographs.yaml")
 
     assert "since the last run of prepare: 6 new, 0 removed" in said
-    assert "train.steps: 421, here 1500" in said
+    assert "train.steps: 421, here 600" in said
     assert file.read_text() == edited
     assert (fresh.path / "data/raw/parts.dvc").read_text() != tracked
 
