@@ -470,8 +470,23 @@ class Detection(Section):
         return self
 
 
+class Costs(Section):
+    """What a missed defect and a false alarm cost, in any unit."""
+
+    miss: PositiveFloat
+    false_alarm: PositiveFloat
+
+
+class Decision(Section):
+    """What a verdict costs. `defect_rate` is the share of images that are expected to have a defect."""
+
+    costs: Costs | None = None
+    defect_rate: Fraction = 0.02
+
+
 class Evaluate(Section):
     detection: Detection = Detection()
+    decision: Decision = Decision()
     batch_size: Positive = 32
     max_fpr: Annotated[float, Field(gt=0, le=1)] = 0.3
     examples: Annotated[int, Field(ge=0)] = 3
