@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from vlmdiff.core.params import Costs
+from vlmdiff.core.params import Costs, Decision
 from vlmdiff.evaluation.aupro import regions_of
 from vlmdiff.evaluation.bootstrap import SAMPLES, repetitions
 from vlmdiff.evaluation.metrics import DIGITS, PER_CLASS, group
@@ -199,7 +199,8 @@ class Decisions:
 
         Shares of images have Clopper-Pearson intervals. Regions of one image share its verdict. So their interval is
         that of fewer, independent ones: as if all regions of an image had one fate (Kish, 1965). Other metrics have
-        bootstrap intervals: images of a class are drawn as in `bootstrap.py`.
+        bootstrap intervals: images of a class are drawn as in `bootstrap.py`. For a recall at a rate, the interval also
+        covers the Clopper-Pearson interval of that share, because the bootstrap does not doubt a share of 0 or 1.
         """
         drawn: dict[tuple[str, str, str], list[np.ndarray]] = {}
         for weights in self._draws(samples, seed):
@@ -220,12 +221,16 @@ class Decisions:
                     "precision": (hits, hits + alarms),
                     "region_recall": _independent(self.region_found[regions], self.region_image[regions]),
                 }
-                found[key][name] = {
-                    metric: clopper_pearson(*exact[metric], level)
-                    if metric in exact
-                    else _central(np.concatenate(drawn[key, name, metric]), row[metric], level)
-                    for metric in row
-                }
+                found[key][name] = {}
+                for metric, value in row.items():
+                    if metric in exact:
+                        pair = clopper_pearson(*exact[metric], level)
+                    else:
+                        pair = _central(np.concatenate(drawn[key, name, metric]), value, level)
+                    if metric in RATES and not math.isnan(value):
+                        share = clopper_pearson(round(value * positives), positives, level)
+                        pair = min(pair[0], share[0]), max(pair[1], share[1])
+                    found[key][name][metric] = pair
         return found
 
     def _draws(self, samples: int, seed: int) -> Iterator[np.ndarray]:
@@ -283,9 +288,7 @@ def mcnemar(lost: int, won: int) -> float:
     return float(stats.binom.sf(lost - 1, lost + won, 0.5))
 
 
-def summarise(
-    decisions: Decisions, costs: Costs | None = None, defect_rate: float = 0.0, samples: int = SAMPLES
-) -> dict[str, Any]:
+def summarise(decisions: Decisions, params: Decision = Decision(), samples: int = SAMPLES) -> dict[str, Any]:
     """Return what a report shows, as JSON: for each group its metrics, intervals and counts, None if not defined."""
     intervals, counts = decisions.intervals(samples=samples), decisions.counts()
     summary: dict[str, Any] = {"level": LEVEL}
@@ -302,14 +305,16 @@ def summarise(
             for name, row in rows.items()
         }
     summary[POOLED] = summary[POOLED][POOLED]
-    if costs:
-        summary[POOLED]["metrics"][COST] = _null(decisions.expected_cost(costs, defect_rate))
+    if params.costs:
+        summary[POOLED]["metrics"][COST] = _null(decisions.expected_cost(params.costs, params.defect_rate))
     return summary
 
 
 def values_of(summary: dict[str, Any], what: str = "metrics") -> dict[str, Any]:
     """Return the metrics of a summary, or its intervals, as metrics.json and intervals.json hold them."""
-    parts = {key: {n: row[what] for n, row in summary[key].items()} for key in (PER_CLASS_DECISION, PER_DEFECT, PER_SIZE)}
+    parts = {
+        key: {n: row[what] for n, row in summary[key].items()} for key in (PER_CLASS_DECISION, PER_DEFECT, PER_SIZE)
+    }
     return {POOLED: summary[POOLED][what], **parts}
 
 

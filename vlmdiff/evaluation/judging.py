@@ -23,7 +23,7 @@ from vlmdiff.core.params import Decision, Evaluate, Prepare
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
-from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.detector import Detection, Detector
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.decision import Decisions, regions_found, summarise, values_of
 from vlmdiff.evaluation.evidence import CONTENT, JUDGED, RESULTS, SAMPLES, SCORES
@@ -138,32 +138,42 @@ def judge_images(
             ([], []) if mask is None else regions_found(mask, detection.is_anomalous & (detection.anomaly_map > 0.5))
             for mask, detection in zip(masks, found, strict=True)
         ]
-        areas, hits = ([row[i] for row in regions] for i in (0, 1))
+        areas, hits = (pd.Series([row[i] for row in regions], dtype=object) for i in (0, 1))
         tables.append(table.assign(score=scores, verdict=verdicts, regions=areas, regions_found=hits))
-
-        def example(kind: str, i: int) -> Example:
-            return Example(
-                path=paths[i],
-                class_name=name,
-                defect=part["defect"][i] or "good",
-                score=scores[i],
-                is_anomalous=truths[i],
-                verdict=verdicts[i],
-                kind=kind,
-                image=load_rgb(resolve(data.image_root, paths[i]), None, data.max_pixels),
-                reconstruction=found[i].reconstruction,
-                # A copy, not a view of its whole batch.
-                anomaly_map=maps[i].copy(),
-                mask=masks[i],
-                caption=texts.get(part["image_id"][i]),
-            )
-
         ids = part["image_id"].tolist()
-        judged.examples += [example(*one) for one in pick_examples(ids, scores, truths, verdicts, params.examples)]
+        shown = pick_examples(ids, scores, truths, verdicts, params.examples)
+        judged.examples += _examples(shown, part, found, masks, texts, data)
         mistakes = [one for one in pick_examples(ids, scores, truths, verdicts, WORST) if one[0] != SAMPLE]
-        judged.worst = worst_mistakes([*judged.worst, *(example(*one) for one in mistakes)])
+        judged.worst = worst_mistakes([*judged.worst, *_examples(mistakes, part, found, masks, texts, data)])
     judged.scores = pd.concat(tables, ignore_index=True)
     return judged
+
+
+def _examples(
+    picked: list[tuple[str, int]],
+    part: pd.DataFrame,
+    found: list[Detection],
+    masks: list[np.ndarray | None],
+    texts: dict[str, str],
+    data: Prepare,
+) -> Iterator[Example]:
+    """Yield what the report shows of the picked images of a class: pairs of kind and row of `part`."""
+    for kind, i in picked:
+        yield Example(
+            path=part["path"][i],
+            class_name=part["class_name"][i],
+            defect=part["defect"][i] or "good",
+            score=found[i].score,
+            is_anomalous=bool(part["is_anomalous"][i]),
+            verdict=found[i].is_anomalous,
+            kind=kind,
+            image=load_rgb(resolve(data.image_root, part["path"][i]), None, data.max_pixels),
+            reconstruction=found[i].reconstruction,
+            # A copy, not a view of its whole batch.
+            anomaly_map=found[i].anomaly_map.copy(),
+            mask=masks[i],
+            caption=texts.get(part["image_id"][i]),
+        )
 
 
 def write_reference(folder: Path, held_out: pd.DataFrame, scores: np.ndarray, data: Prepare) -> None:

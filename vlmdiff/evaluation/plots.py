@@ -134,8 +134,7 @@ def draw_costs(costs: pd.DataFrame) -> str:
         for column, colour, width in (("misses", BAD, 1.3), ("false_alarms", GOOD, 1.3), ("cost", INK, 2.2)):
             axes.step(steps["threshold"], steps[column], where="post", color=colour, linewidth=width)
         axes.axvline(0.5, color=INK, linewidth=0.8)
-        highest = max(costs["cost"].iloc[-1], costs.loc[(costs["threshold"] - 0.5).abs().idxmin(), "cost"])
-        axes.set(xlabel="threshold", ylabel="expected cost of an image", xlim=(0, 1), ylim=(0, 1.15 * highest))
+        axes.set(xlabel="threshold", ylabel="expected cost of an image", xlim=(0, 1), ylim=(0, None))
         axes.grid(linewidth=0.6)
         return _svg(figure)
 
