@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ COST = "expected_cost"
 SIZES = (0.3, 1, 3, 10)
 SIZE_NAMES = (
     f"below {SIZES[0]:g} %",
-    *(f"{low:g} to {high:g} %" for low, high in zip(SIZES, SIZES[1:], strict=False)),
+    *(f"{low:g} to {high:g} %" for low, high in pairwise(SIZES)),
     f"{SIZES[-1]:g} % and more",
 )
 LEVEL = 0.95

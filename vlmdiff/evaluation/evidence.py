@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.evaluation.bootstrap import Resampled
+from vlmdiff.evaluation.decision import Decisions
 from vlmdiff.evaluation.metrics import Results
 
 JUDGED, RESULTS, SAMPLES, SCORES, CONTENT = EVIDENCE = (
@@ -46,11 +48,17 @@ class Evidence:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder / JUDGED} is not valid ({error!r}). Run `vlmdiff evaluate` again") from error
         return cls(
-            Results.read(folder / RESULTS), Resampled.load(folder / SAMPLES), _read_scores(folder / SCORES), *measures
+            Results.read(folder / RESULTS), Resampled.load(folder / SAMPLES), read_scores(folder / SCORES), *measures
         )
 
+    @cached_property
+    def decisions(self) -> Decisions:
+        """The verdicts on the test images."""
+        return Decisions.of(self.scores)
 
-def _read_scores(file: Path) -> pd.DataFrame:
+
+def read_scores(file: Path) -> pd.DataFrame:
+    """Read the table of `Judged.scores`. Raises InputError if the file is missing or invalid."""
     try:
         scores = pd.read_parquet(file)
         missing = {"image_id", "class_name", "defect", "is_anomalous", "score", "verdict"} - set(scores.columns)

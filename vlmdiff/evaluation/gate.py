@@ -6,7 +6,7 @@ import numpy as np
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Gate
-from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, POOLED, Decisions, mcnemar, upper_bound
+from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, POOLED, mcnemar, upper_bound
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS
 from vlmdiff.evaluation.verdict import Criterion, Relation
@@ -18,8 +18,7 @@ def judge(model: Evidence, champion: Evidence | InputError | None, params: Gate)
     champion: an InputError if the champion could not be evaluated on the model's test images; the comparison then
     fails. Raises ValueError if the two were evaluated on different test images.
     """
-    criteria, decisions = [], Decisions.of(model.scores)
-    decided = decisions.metrics()
+    criteria, decided = [], model.decisions.metrics()
     for metric, floor in params.floors.items():
         title = METRICS.get(metric) or DECISION[metric]
         by_class = model.results.classes if metric in METRICS else decided[PER_CLASS_DECISION]
@@ -36,7 +35,7 @@ def judge(model: Evidence, champion: Evidence | InputError | None, params: Gate)
                 for name, value in sorted(values.items())
             ]
     if (limit := params.max_false_alarm_rate) is not None:
-        alarms, images = decisions.counts()[POOLED][POOLED]["normal"]
+        alarms, images = model.decisions.counts()[POOLED][POOLED]["normal"]
         criteria.append(_false_alarms(alarms, images, params.confidence, limit))
     for name, value, limit in (
         ("latency in ms", model.latency_ms, params.max_latency_ms),

@@ -14,6 +14,7 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import FORMATS
 from vlmdiff.detection.decoded import HEATMAP_SIDE
 from vlmdiff.detection.detector import SETTINGS
+from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, PER_SIZE, POOLED
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS, PER_CLASS
 from vlmdiff.evaluation.report import read_content
@@ -51,6 +52,10 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         total=_count(frame),
         defects=test.loc[test["is_anomalous"], ["class_name", "defect"]].drop_duplicates().shape[0],
         alarms=content["alarms"],
+        decision=DECISION,
+        together=content["decision"][POOLED],
+        decided=content["decision"][PER_CLASS_DECISION],
+        sizes=content["decision"][PER_SIZE],
         provenance=content["provenance"],
         detection=detector["detection"],
         side=side,
