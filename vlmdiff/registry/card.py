@@ -10,6 +10,7 @@ import pandas as pd
 
 from vlmdiff.core import params as p
 from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
 from vlmdiff.data import manifest
 from vlmdiff.data.images import FORMATS
 from vlmdiff.detection.decoded import HEATMAP_SIDE
@@ -30,6 +31,8 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
     by_class: include the table of classes. Raises InputError if files of the evaluation are missing.
     """
     content, evidence = read_content(w.EVALUATION), Evidence.read(w.EVALUATION)
+    if "decision" not in content:
+        raise InputError(f"{w.EVALUATION} was written by an earlier release. Run `vlmdiff evaluate` again")
     frame = manifest.read(w.MANIFEST)
     test, detector = frame[frame["split"] == "test"], json.loads((w.DETECTOR / SETTINGS).read_text())
     side = json.loads((w.DETECTOR / "model_index.json").read_text())["image_size"]
