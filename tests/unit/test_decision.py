@@ -251,7 +251,7 @@ def test_the_interval_of_a_share_has_the_share_in_it(seed):
 def test_regions_of_one_image_count_as_one():
     normal = [("nut", "", 0.1, [])]
     apart = table([("nut", "crack", 0.9, [(0.01, True)])] * 20 + normal)
-    joined = table([("nut", "crack", 0.9, [(0.01, True)] * 20)] + normal)
+    joined = table([("nut", "crack", 0.9, [(0.01, True)] * 20), *normal])
     wide, narrow = (
         Decisions.of(frame).intervals(samples=2)["decision"]["decision"]["region_recall"] for frame in (joined, apart)
     )
