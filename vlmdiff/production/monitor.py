@@ -227,10 +227,11 @@ def check(
     """
     images = len(recent)
     facts = (images, len(known.rows), unreadable, others, params.false_alarm_rate)
+    nearest, distance = known.classes.nearest(_values(recent)) if images else (np.empty(0, str), np.empty(0))
+    classes = _by_class(recent, nearest, known)
     if images < params.min_images:
         outcome = f"{images} images are too few for a check: monitor.min_images is {params.min_images}"
-        return DriftCheck("too few photographs", outcome, *facts, [], _by_class(recent, known))
-    nearest, distance = known.classes.nearest(_values(recent))
+        return DriftCheck("too few photographs", outcome, *facts, [], classes)
     tests = []
     for question in QUESTIONS:
         count = len(QUESTIONS) * len(question)
@@ -247,15 +248,12 @@ def check(
     failed = [test.what for test in sorted(tests, key=lambda test: test.corrected) if not test.passed]
     if failed:
         outcome = f"drift in the last {images} images: {', '.join(failed)}"
-        return DriftCheck("drift", outcome, *facts, tests, _by_class(recent, known))
-    return DriftCheck("no drift", f"no drift in the last {images} images", *facts, tests, _by_class(recent, known))
+        return DriftCheck("drift", outcome, *facts, tests, classes)
+    return DriftCheck("no drift", f"no drift in the last {images} images", *facts, tests, classes)
 
 
-def _by_class(recent: pd.DataFrame, known: Known) -> list[ClassAlarms]:
+def _by_class(recent: pd.DataFrame, nearest: np.ndarray, known: Known) -> list[ClassAlarms]:
     """Count the alarms of the recent images by the class that they are most like, the highest share first."""
-    if recent.empty:
-        return []
-    nearest, _ = known.classes.nearest(_values(recent))
     alarmed, found = recent["is_anomalous"].to_numpy(bool), []
     for name in known.classes.names:
         ours, then = alarmed[nearest == name], (known.rows["score"] > 0.5).to_numpy()[known.nearest == name]

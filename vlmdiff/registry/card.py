@@ -22,7 +22,9 @@ from vlmdiff.evaluation.report import read_content
 from vlmdiff.registry import served
 
 # In the table of classes; the means are given for every metric.
-CLASS_METRICS = ("au_pro", "image_auroc", "pixel_auroc")
+CLASS_METRICS = ("au_pro", "image_auroc")
+# Metrics of the verdicts that the card has no room for: MLflow limits the length of a description.
+LEFT_OUT = ("balanced_accuracy", "image_ap")
 
 
 def model_card(params: p.Params, by_class: bool = True) -> str:
@@ -51,11 +53,11 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         results=content["results"],
         intervals=content["intervals"],
         classes=content["results"][PER_CLASS],
-        counts={str(name): _count(rows) for name, rows in frame.groupby("class_name")},
+        number_of={str(name): _count(rows) for name, rows in frame.groupby("class_name")},
         total=_count(frame),
         defects=test.loc[test["is_anomalous"], ["class_name", "defect"]].drop_duplicates().shape[0],
         alarms=content["alarms"],
-        decision=DECISION,
+        decision={key: title for key, title in DECISION.items() if key not in LEFT_OUT},
         together=content["decision"][POOLED],
         decided=content["decision"][PER_CLASS_DECISION],
         sizes=content["decision"][PER_SIZE],
