@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmdiff.core.errors import InputError
@@ -212,6 +212,7 @@ def test_a_verdict_counts_the_defects_that_it_gains_against_the_false_alarms():
     assert len(failed(judge(evidence(nut=0.8, scores=verdicts(nut=(2, 6))), cautious, gate))) == 1
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10), st.integers(0, 10), st.integers(0, 10), st.integers(0, 10))
 def test_the_default_gate_lets_no_model_pass_that_finds_less_and_raises_more(found, alarms, less, more):
     one = evidence(nut=0.9, scores=verdicts(nut=(found, alarms)))

@@ -82,7 +82,7 @@ def test_what_was_judged_is_kept_and_read_again(photographs, tmp_path):
     regions = judged.scores["regions"].tolist()
     assert sorted(map(len, regions)) == [0] * (len(regions) - 4) + [1] * 4
     assert {area for areas in regions for area in areas} == {40 / SIZE**2}
-    assert again.decisions.metrics()["decision"]["decision"]["recall"] == called[truth].mean()
+    assert again.decisions.metrics["decision"]["decision"]["recall"] == called[truth].mean()
     intervals = json.loads((tmp_path / "intervals.json").read_text())
     assert intervals["decision"]["recall"] == pytest.approx(clopper_pearson(int(called[truth].sum()), 6), abs=1e-6)
     assert json.loads((tmp_path / "plots/decision.json").read_text())[0].keys() == {

@@ -134,24 +134,23 @@ class Decisions:
         pooled = {POOLED: (bad, good, regions)}
         return {POOLED: pooled, PER_CLASS_DECISION: classes, PER_DEFECT: defects, PER_SIZE: sizes}
 
-    def metrics(self, weights: np.ndarray | None = None) -> Groups:
-        """Return the metrics of each group, in [0, 1], NaN if not defined. The pooled ones form a group of one.
+    @cached_property
+    def metrics(self) -> Groups:
+        """The metrics of each group, in [0, 1], NaN if not defined. The pooled ones form a group of one."""
+        return {
+            key: {name: {metric: float(value[0]) for metric, value in row.items()} for name, row in rows.items()}
+            for key, rows in self.weighted(np.ones((1, len(self.scores)))).items()
+        }
 
-        With weights (S, N) of the images, a metric is an array (S,).
-        """
-        given = np.ones((1, len(self.scores))) if weights is None else weights
+    def weighted(self, weights: np.ndarray) -> Groups:
+        """Return the metrics as arrays (S,), for weights (S, N) of the images."""
         found: Groups = {}
         for key, groups in self.groups.items():
             metrics = {POOLED: tuple(DECISION), PER_CLASS_DECISION: OF_CLASS}.get(key, OF_DEFECTS)
             found[key] = {}
             for name, members in groups.items():
-                values = self._values(given, *members, alone=metrics is not OF_DEFECTS)
+                values = self._values(weights, *members, alone=metrics is not OF_DEFECTS)
                 found[key][name] = {metric: values[metric] for metric in metrics}
-        if weights is None:
-            return {
-                key: {name: {metric: float(value[0]) for metric, value in row.items()} for name, row in rows.items()}
-                for key, rows in found.items()
-            }
         return found
 
     def _values(
@@ -205,13 +204,13 @@ class Decisions:
         """
         drawn: dict[tuple[str, str, str], list[np.ndarray]] = {}
         for weights in self._draws(samples, seed):
-            for key, rows in self.metrics(weights).items():
+            for key, rows in self.weighted(weights).items():
                 for name, row in rows.items():
                     for metric in row.keys() - {"recall", "false_alarm_rate", "precision", "region_recall"}:
                         drawn.setdefault((key, name, metric), []).append(row[metric])
         found: Groups = {}
         counts = self.counts()
-        for key, rows in self.metrics().items():
+        for key, rows in self.metrics.items():
             found[key] = {}
             for name, row in rows.items():
                 *_, regions = self.groups[key][name]
@@ -244,7 +243,7 @@ class Decisions:
 
     def expected_cost(self, costs: Costs, defect_rate: float) -> float:
         """Return the expected cost of an image at the model's threshold, in the unit of `costs`."""
-        row = self.metrics()[POOLED][POOLED]
+        row = self.metrics[POOLED][POOLED]
         return _cost(row["recall"], row["false_alarm_rate"], costs, defect_rate)[0]
 
     def cost_curve(self, costs: Costs, defect_rate: float) -> pd.DataFrame:
@@ -293,7 +292,7 @@ def summarise(decisions: Decisions, params: Decision = Decision(), samples: int 
     """Return what a report shows, as JSON: for each group its metrics, intervals and counts, None if not defined."""
     intervals, counts = decisions.intervals(samples=samples), decisions.counts()
     summary: dict[str, Any] = {"level": LEVEL}
-    for key, rows in decisions.metrics().items():
+    for key, rows in decisions.metrics.items():
         summary[key] = {
             name: {
                 "metrics": {metric: _null(value) for metric, value in row.items()},

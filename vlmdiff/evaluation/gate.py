@@ -18,13 +18,14 @@ def judge(model: Evidence, champion: Evidence | InputError | None, params: Gate)
     champion: an InputError if the champion could not be evaluated on the model's test images; the comparison then
     fails. Raises ValueError if the two were evaluated on different test images.
     """
-    criteria, decided = [], model.decisions.metrics()
+    criteria = []
     for metric, floor in params.floors.items():
         title = METRICS.get(metric) or DECISION[metric]
-        by_class = model.results.classes if metric in METRICS else decided[PER_CLASS_DECISION]
+        by_class = model.results.classes if metric in METRICS else model.decisions.metrics[PER_CLASS_DECISION]
         values = {name: metrics[metric] for name, metrics in by_class.items()}
         if floor.pooled is not None:
-            criteria.append(_bound(f"pooled {title}", decided[POOLED][POOLED][metric], "at least", floor.pooled))
+            pooled = model.decisions.metrics[POOLED][POOLED][metric]
+            criteria.append(_bound(f"pooled {title}", pooled, "at least", floor.pooled))
         if floor.mean is not None:
             # NaN of one class makes the mean NaN: a model must not pass because a class has no result.
             mean = sum(values.values()) / len(values) if values else math.nan

@@ -37,7 +37,7 @@ def decision_table(decisions: Decisions) -> Table:
     titles |= {metric: SHORT.get(metric, DECISION[metric].replace(" ", "\n")) for metric in RATED}
     for title in titles.values():
         table.add_column(title, justify="right", no_wrap=True)
-    metrics, counts = decisions.metrics(), decisions.counts()
+    metrics, counts = decisions.metrics, decisions.counts()
 
     def cells(key: str, name: str) -> list[str]:
         row = counts[key][name]

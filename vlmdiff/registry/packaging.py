@@ -199,7 +199,7 @@ def _defined(results: Results) -> dict[str, float]:
 def _decided(decisions: Decisions) -> dict[str, float]:
     """Return the defined metrics of the verdicts: decision/recall, decision/recall/CLASS, etc."""
     values = {}
-    for key, rows in decisions.metrics().items():
+    for key, rows in decisions.metrics.items():
         for name, row in rows.items():
             group = {POOLED: "", PER_CLASS_DECISION: f"/{name}"}.get(key, f"/{key}/{name}")
             values |= {f"decision/{metric}{_allowed(group)}": value for metric, value in row.items()}
