@@ -27,8 +27,10 @@ from rich.markup import escape
 from flows import servers
 from vlmdiff.core import workspace as w
 from vlmdiff.core.params import Registry
+from vlmdiff.evaluation.decision import PER_CLASS_DECISION, POOLED
+from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS, Results
-from vlmdiff.evaluation.results import results_table
+from vlmdiff.evaluation.results import decision_table, results_table
 from vlmdiff.evaluation.verdict import Verdict, verdict_table
 
 if TYPE_CHECKING:
@@ -88,12 +90,17 @@ def show_model(version: int, registry: Registry) -> None:
     """Show the metrics of a registered version, its heatmaps, and where its reports are."""
     from vlmdiff.registry.store import tracking_uri
 
-    results = Results.read(w.METRICS)
-    rows = [{"class": name, **_metrics(values)} for name, values in [*results.classes.items(), ("mean", results.mean)]]
+    evidence = Evidence.read(w.EVALUATION)
+    results, counts = evidence.results, evidence.decisions.counts()
+    shares = {**counts[PER_CLASS_DECISION], "mean": counts[POOLED][POOLED]}
+    rows = [
+        {"class": name, **_metrics(values), **_shares(shares[name])}
+        for name, values in [*results.classes.items(), ("mean", results.mean)]
+    ]
     store, server = tracking_uri(registry), servers.find("mlflow")
     page = store if store.startswith("http") else server and server.url
     with _published():
-        create_table_artifact(rows, key="metrics", description="Metrics by class; - is not defined.")
+        create_table_artifact(rows, key="metrics", description="Metrics and verdicts by class; - is not defined.")
         create_markdown_artifact(
             _heatmaps(results),
             key="heatmaps",
@@ -127,7 +134,9 @@ def print_summary(verdict: Verdict) -> None:
     """Print the results, the verdict and where to go from there."""
     console = Console()
     console.print()
-    console.print(results_table(Results.read(w.METRICS)))
+    evidence = Evidence.read(w.EVALUATION)
+    console.print(results_table(evidence.results))
+    console.print(decision_table(evidence.decisions))
     console.print(verdict_table(verdict))
     for criterion in verdict.criteria:
         if not criterion.passed:
@@ -208,6 +217,11 @@ def _link(key: str, text: str, address: str, description: str) -> None:
 
 def _metrics(values: dict[str, float]) -> dict[str, str]:
     return {title: f"{values[key]:.3f}" if values[key] == values[key] else "-" for key, title in METRICS.items()}
+
+
+def _shares(counts: dict[str, list[int]]) -> dict[str, str]:
+    titles = {"defective": "defects found", "normal": "false alarms"}
+    return {title: "{} of {}".format(*counts[kind]) for kind, title in titles.items()}
 
 
 def _heatmaps(results: Results) -> str:

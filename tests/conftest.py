@@ -46,7 +46,7 @@ TINY: dict[str, Any] = {
         "checkpoint_every": 2,
     },
     "evaluate": {"detection": {"steps": 1}, "examples": 1},
-    "gate": {"floors": {}},
+    "gate": {"floors": {}, "max_false_alarm_rate": None},
 }
 
 _private = Path(tempfile.mkdtemp(prefix="vlmdiff-tests-"))

@@ -232,10 +232,13 @@ def monitor(
     from rich.console import Console
 
     from vlmdiff.core.params import load
-    from vlmdiff.production.monitor import check_table, monitor
+    from vlmdiff.production.monitor import check_table, class_table, monitor
 
     found = monitor(scores, out, load(params), model, last)
-    Console().print(check_table(found))
+    console = Console()
+    console.print(check_table(found))
+    if found.classes:
+        console.print(class_table(found))
     print(f"{out / 'monitor.html'} shows it")
 
 
@@ -301,12 +304,14 @@ def results() -> None:
     """Show the metrics of the last evaluation and the gate's last verdict."""
     from rich.console import Console
 
-    from vlmdiff.evaluation.metrics import Results
-    from vlmdiff.evaluation.results import results_table
+    from vlmdiff.evaluation.evidence import Evidence
+    from vlmdiff.evaluation.results import decision_table, results_table
     from vlmdiff.evaluation.verdict import Verdict, verdict_table
 
     console = Console()
-    console.print(results_table(Results.read(w.METRICS)))
+    evidence = Evidence.read(w.EVALUATION)
+    console.print(results_table(evidence.results))
+    console.print(decision_table(evidence.decisions))
     if w.GATE.exists():
         console.print(verdict_table(Verdict.read(w.GATE)))
 

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -300,9 +301,15 @@ def test_the_card_travels_with_the_model_and_stands_in_the_registry(champion):
     frame = manifest.read(champion.path / "data/manifest.parquet")
     for name, values in content["results"]["per_class"].items():
         low, high = content["intervals"]["per_class"][name]["au_pro"]
-        assert f"| {name} | {values['au_pro']:.3f} ({low:.3f} to {high:.3f}) |" in card
-        trained = ((frame["class_name"] == name) & (frame["split"] == "train")).sum()
-        assert f"| {name} | {trained} |" in card
+        of_class = frame[frame["class_name"] == name]
+        trained, calibrated = ((of_class["split"] == split).sum() for split in ("train", "validation"))
+        assert f"| {name} | {trained} | {calibrated} | {values['au_pro']:.3f} ({low:.3f} to {high:.3f}) |" in card
+        counts = content["decision"]["per_class_decision"][name]["counts"]
+        found, alarms = ("{} of {}".format(*counts[kind]) for kind in ("defective", "normal"))
+        assert re.search(rf"\| {name} \|.*\| {found} \| {alarms} \|\n", card)
+    together = content["decision"]["decision"]
+    low, high = together["intervals"]["recall"]
+    assert f"| recall | {together['metrics']['recall']:.3f} ({low:.3f} to {high:.3f}) |" in card
     alarms = content["alarms"]
     for said in (
         f"at most {100 * alarms['guarantee']:.1f} %",

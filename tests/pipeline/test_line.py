@@ -122,6 +122,9 @@ def test_registering_twice_makes_one_version_with_its_lineage(workspace):
     metrics = json.loads((workspace.path / "reports/evaluation/metrics.json").read_text())
     # metrics.json has six digits.
     assert round(found["metrics"]["1"]["au_pro"], 6) == metrics["mean"]["au_pro"]
+    assert round(found["metrics"]["1"]["decision/recall"], 6) == metrics["decision"]["recall"]
+    assert round(found["metrics"]["1"]["decision/recall/cable"], 6) == metrics["per_class_decision"]["cable"]["recall"]
+    assert found["metrics"]["1"]["decision/recall/per_defect/cable/cut"] == metrics["per_defect"]["cable/cut"]["recall"]
 
 
 def test_a_model_that_dvc_did_not_make_is_not_registered(workspace):

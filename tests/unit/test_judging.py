@@ -1,6 +1,7 @@
 """What a model is judged on and what is kept of it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Detection, Evaluate, Prepare
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
+from vlmdiff.evaluation.decision import clopper_pearson
 from vlmdiff.evaluation.evidence import EVIDENCE, Evidence
 from vlmdiff.evaluation.judging import hash_test_set, judge_images
 
@@ -70,11 +72,41 @@ def test_what_was_judged_is_kept_and_read_again(photographs, tmp_path):
     assert again.test_set == hashed(photographs) and again.size_mb == 1.5 and again.latency_ms > 0
     assert sorted(judged.scores["image_id"]) == sorted(test["image_id"])
     assert (judged.scores["verdict"] == (judged.scores["score"] > 0.5)).all()
+    kept = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(kept) == ["mean", "per_class", "decision", "per_class_decision", "per_defect", "per_size"]
+    called, truth = judged.scores["verdict"], judged.scores["is_anomalous"]
+    assert kept["decision"]["recall"] == pytest.approx(called[truth].mean(), abs=1e-6)
+    assert kept["decision"]["false_alarm_rate"] == pytest.approx(called[~truth].mean(), abs=1e-6)
+    assert set(kept["per_defect"]) == {"nut/hole"}
+    # Four of the six holes have a mask. A mask of 40 pixels is one region.
+    regions = judged.scores["regions"].tolist()
+    assert sorted(map(len, regions)) == [0] * (len(regions) - 4) + [1] * 4
+    assert {area for areas in regions for area in areas} == {40 / SIZE**2}
+    assert again.decisions.metrics["decision"]["decision"]["recall"] == called[truth].mean()
+    intervals = json.loads((tmp_path / "intervals.json").read_text())
+    assert intervals["decision"]["recall"] == pytest.approx(clopper_pearson(int(called[truth].sum()), 6), abs=1e-6)
+    assert json.loads((tmp_path / "plots/decision.json").read_text())[0].keys() == {
+        "class_name",
+        "false_alarm_rate",
+        "recall",
+    }
     best = judged.f1_optimal()
     assert best in judged.scores["score"].to_numpy()
     assert all((tmp_path / name).exists() for name in EVIDENCE)
     html = (tmp_path / "report.html").read_text()
     assert "tiny" in html and test["path"].iloc[0].rpartition("/")[2] in html
+
+
+def test_verdicts_of_the_model_are_found_regions_where_the_map_exceeds_the_threshold(photographs):
+    frame = manifest.build(photographs, photographs.root)
+    detector = Detector(tiny_pipeline(), Detection(samples=1))
+    detector.calibrate([np.array(Image.open(photographs.root / path)) for path in frame["path"]])
+    threshold = detector.calibrated().threshold
+    for factor, alarms in ((1e-9, True), (1e9, False)):
+        detector.calibration = replace(detector.calibrated(), threshold=threshold * factor)
+        scores = judge_images(detector, frame, photographs, {}, Evaluate(examples=0)).scores
+        assert (scores["verdict"] == alarms).all()
+        assert [found for row in scores["regions_found"] for found in row] == [alarms] * 4
 
 
 def test_evidence_that_is_missing_or_something_else_names_the_file(tmp_path):

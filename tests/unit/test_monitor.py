@@ -13,6 +13,7 @@ from tests.monitoring import CLASSES, photographs, write_model, write_scores
 from vlmdiff.cli import app
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Monitor
+from vlmdiff.evaluation.decision import clopper_pearson
 from vlmdiff.production.monitor import DriftCheck, Known, check, read_reference
 
 EVENLY = dict.fromkeys(CLASSES, 67)
@@ -125,6 +126,7 @@ def test_too_few_photographs_of_today_say_nothing(model) -> None:
     said, page, _ = run("scores.parquet", "--model", model)
     assert said["verdict"] == "too few photographs" and not said["drift"] and said["tests"] == []
     assert "12 images are too few for a check: monitor.min_images is 50" in page
+    assert [row["images"] for row in said["classes"]] == [12]
 
 
 def test_the_command_writes_the_verdict_first_then_tests_then_distributions(model) -> None:
@@ -136,6 +138,19 @@ def test_the_command_writes_the_verdict_first_then_tests_then_distributions(mode
     assert "Drift in the last 200 images" in page and page.count("<svg") == 9 and "http:" not in page
     assert page.index("Drift in the last") < page.index("<table") < page.index("<svg")
     assert "drift in the last 200" in output and "out/monitor.html" in output
+
+
+def test_alarms_are_counted_by_the_class_that_a_photograph_is_most_like(model) -> None:
+    rows = photographs(1, {"bolt": 40, "cable": 20})
+    rows.loc[rows.index[:10], "score"] = 0.7  # bolts
+    write_scores(Path("scores.parquet"), rows, model)
+    said, page, output = run("scores.parquet", "--model", model)
+    bolt, cable = said["classes"]
+    assert (bolt["class_name"], bolt["alarms"], bolt["images"], bolt["then"]) == ("bolt", 10, 40, 0)
+    assert (cable["class_name"], cable["alarms"], cable["images"]) == ("cable", 0, 20)
+    assert (bolt["low"], bolt["high"]) == pytest.approx(clopper_pearson(10, 40))
+    assert "10 of 40" in page and "25.0 %" in page and "12.7 – 41.2 %" in page
+    assert "most like" in output and "25.0%" in output
 
 
 def test_the_newest_photographs_are_looked_at_each_once(model) -> None:

@@ -12,15 +12,18 @@ from PIL import Image
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
+from vlmdiff.core.params import Costs, Decision
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.heatmap import heatmap
 from vlmdiff.evaluation.bootstrap import Resampled
+from vlmdiff.evaluation.decision import Decisions, clopper_pearson, summarise
 from vlmdiff.evaluation.metrics import METRICS, Results, evaluate_classes
 from vlmdiff.evaluation.plots import curves
-from vlmdiff.evaluation.report import Example, compose, pick_examples, read_content, render
+from vlmdiff.evaluation.report import Example, compose, pick_examples, read_content, render, worst_mistakes
 from vlmdiff.evaluation.verdict import Criterion, Override, Verdict
 
 NOTHING = {"pro": [], "roc": [], "precision_recall": []}
+NO_COSTS = Decision()
 CALIBRATION = Calibration(1.0, [1.0], 1.0, 39, 0.05, 0.4)
 
 
@@ -93,13 +96,25 @@ def drawn(results) -> Resampled:
 
 
 def scored(*rows) -> pd.DataFrame:
-    return pd.DataFrame(rows or [("nut", True, 0.7)], columns=["class_name", "is_anomalous", "score"])
+    frame = pd.DataFrame(rows or [("nut", True, 0.7)], columns=["class_name", "is_anomalous", "score"])
+    return frame.assign(verdict=frame["score"] > 0.5, defect=["cut" if bad else None for bad in frame["is_anomalous"]])
 
 
-def content(results=None, examples=(), rows=NOTHING, provenance=None, scores=None, calibration=CALIBRATION):
+def content(
+    results=None,
+    examples=(),
+    rows=NOTHING,
+    provenance=None,
+    scores=None,
+    calibration=CALIBRATION,
+    worst=(),
+    costs=NO_COSTS,
+):
     results = results or small_results()[0]
     scores = scored() if scores is None else scores
-    return compose(results, drawn(results), examples, rows, scores, calibration, provenance or {})
+    decision = summarise(Decisions.of(scores), costs, samples=10)
+    found = drawn(results), examples, rows, scores, calibration, provenance or {}, decision, worst, costs
+    return compose(results, *found)
 
 
 def page(*arguments, **options) -> Page:
@@ -184,9 +199,68 @@ def test_thresholds_and_their_guarantee_are_counted():
     assert "of the best F1" not in page(calibration=few).text
 
 
+def test_verdicts_are_counted_together_by_class_kind_and_size():
+    rows = [("nut", True, 0.45), ("nut", True, 0.9), ("nut", False, 0.1), ("bolt", False, 0.2), ("bolt", False, 0.6)]
+    areas, found = [[0.004], [0.004, 0.2], [], [], []], [[False], [True, True], [], [], []]
+    shown = page(scores=scored(*rows).assign(regions=areas, regions_found=found))
+    text = shown.text
+    assert "the model finds 1 of 2 (50 %) defective images and raises an alarm for 1 of 3 (33 %) normal ones" in text
+    decisions = text[text.index("Decisions") : text.index("By kind of defect")]
+    nut, bolt = decisions.index("nut"), decisions.index("bolt")
+    assert "1 of 2 (50 %)" in decisions[nut:] and "1 of 2 (50 %)" in decisions[bolt:nut]
+    assert "2 of 3 (67 %) {:.3f} – {:.3f}".format(*clopper_pearson(1.2, 1.8)) in decisions  # 3 regions of 2 images
+    kinds = text[text.index("By kind of defect") : text.index("By size of defect")]
+    assert "nut/cut 1 of 2 (50 %)" in kinds
+    assert "0.3 to 1 % 0 of 1 (0 %)" in text and "10 % and more 1 of 1 (100 %)" in text
+    assert "Expected cost" not in text and "The worst misses" not in text
+
+
+def test_an_evaluation_of_an_earlier_release_has_a_report_without_the_decision():
+    made = content()
+    del made["decision"]
+    shown = Page(render(made, None, made, drawn(small_results()[0]) - drawn(small_results()[0])))
+    assert "Decisions" not in shown.text and "Classes" in shown.text
+
+
+def test_the_cost_of_the_threshold_and_the_lowest_cost_are_said():
+    rows = [("nut", True, 0.45), ("nut", True, 0.9), ("nut", False, 0.1), ("nut", False, 0.4)]
+    text = page(scores=scored(*rows), costs=Decision(costs=Costs(miss=40, false_alarm=1), defect_rate=0.05)).text
+    # Half of the defects is missed: 0.05 x 40 / 2.
+    for said in (
+        "A missed defect costs 40, a false alarm 1, and 5 % of images have a defect.",
+        "At its threshold the model costs 1000 per 1,000 images; without a model, all misses would cost 2000.",
+        "the threshold 0.400 would cost least: 0 per 1,000 images. That is for comparison only.",
+    ):
+        assert said in text
+
+
+def test_the_worst_mistakes_are_shown_over_all_classes_worst_first():
+    grey = np.full((300, 300, 3), 200, np.uint8)
+    missed = [
+        example(i, image=grey, score=score, verdict=False, kind="Missed", class_name=name)
+        for i, (name, score) in enumerate([("nut", 0.3), ("bolt", 0.1), ("nut", 0.4), ("bolt", 0.2)])
+    ]
+    good = {"is_anomalous": False, "defect": "good", "mask": np.zeros((24, 24), bool)}
+    alarm = example(9, score=0.7, kind="False alarms", image=grey, **good)
+    worst = worst_mistakes([*missed, alarm, example(5)], count=3)
+    assert [one.score for one in worst] == [0.1, 0.2, 0.3, 0.7]
+    # What was kept of the classes so far loses nothing to the next class.
+    again = worst_mistakes([*worst_mistakes([*missed[:2], alarm], 3), *missed[2:]], 3)
+    assert [one.score for one in again] == [one.score for one in worst]
+    shown = page(worst=worst)
+    text = shown.text[shown.text.index("The worst misses") :]
+    assert text.index("score 0.100") < text.index("score 0.200") < text.index("score 0.300")
+    assert text.index("score 0.300") < text.index("The worst false alarms") < text.index("score 0.700")
+    pictures = [picture(image["src"]) for image in shown.images]
+    assert len(pictures) == 8 and max(pictures[0].shape) == 160
+    # Of a missed defect, the photograph is dark but for the defect. Of a false alarm, it is as it was taken.
+    assert np.median(pictures[0]) < 120 and abs(pictures[6] - 200).max() <= 3
+    assert len(np.unique(pictures[7])) > 100  # its map
+
+
 def test_the_report_needs_no_network_and_no_script():
     results, rows = small_results()
-    html = render(content(results, [example()], rows))
+    html = render(content(results, [example()], rows, worst=[example(kind="Missed")]))
     shown = Page(html)
     assert not {"script", "link", "iframe", "object", "base"} & set(shown.tags)
     assert all(image["src"].startswith("data:") for image in shown.images)
@@ -210,7 +284,7 @@ def test_undefined_metrics_empty_curves_and_no_photographs_make_a_report():
     shown = page(results)
     assert "nan" not in shown.text.lower().split()
     assert "The mean leaves the class out" in shown.text
-    assert shown.text.count("not defined for any class") == 3
+    assert shown.text.count("not defined for any class") == 4
     assert page(Results({})).images == []
 
 
@@ -233,11 +307,14 @@ def test_the_content_is_read_as_it_was_written(tmp_path):
 
 
 def test_many_large_photographs_beside_a_champions_stay_below_8_megabytes():
-    made = content(examples=[example(seed, side=400) for seed in range(28)])  # noise: nothing compresses worse
+    # Noise: nothing compresses worse.
+    worst = [example(seed, side=400, kind=kind) for seed in range(8) for kind in ("Missed", "False alarms")]
+    made = content(examples=[example(seed, side=400) for seed in range(28)], worst=worst_mistakes(worst))
     html = render(made, None, made, drawn(small_results()[0]) - drawn(small_results()[0]))
     assert 2e6 < len(html.encode()) < 8e6
-    sides = {max(picture(image["src"]).shape) for image in Page(html).images[:8]}
-    assert len(sides) == 1 and 64 < sides.pop() < 320
+    sides = [max(picture(image["src"]).shape) for image in Page(html).images]
+    assert len(set(sides[:32])) == 1 and 64 < sides[0] <= 160
+    assert len(set(sides[32:40])) == 1 and 160 < sides[32] < 320
 
 
 def test_pictures_are_photograph_reconstruction_map_and_truth():

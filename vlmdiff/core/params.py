@@ -4,7 +4,7 @@ An unknown key or an invalid value raises an `InputError` that names the file an
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -485,33 +485,72 @@ class Detection(Section):
         return self
 
 
+class Costs(Section):
+    """What a missed defect and a false alarm cost, in any unit."""
+
+    miss: PositiveFloat
+    false_alarm: PositiveFloat
+
+
+class Decision(Section):
+    """What a verdict costs. `defect_rate` is the share of images that are expected to have a defect."""
+
+    costs: Costs | None = None
+    defect_rate: Fraction = 0.02
+
+
 class Evaluate(Section):
     detection: Detection = Detection()
+    decision: Decision = Decision()
     batch_size: Positive = 32
     max_fpr: Annotated[float, Field(gt=0, le=1)] = 0.3
     examples: Annotated[int, Field(ge=0)] = 3
 
 
-Metric = Literal["au_pro", "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"]
+Ranking = Literal["au_pro", "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"]
+# The false-alarm rate has no floor but a ceiling.
+Deciding = Literal["recall", "precision", "f1", "balanced_accuracy", "recall_at_1", "recall_at_5", "region_recall"]
+POOLED = {"image_auroc", "image_ap", *get_args(Deciding)}
 
 
 class Floor(Section):
-    """The values that a metric must reach: as mean over classes and in every class. None sets no floor."""
+    """The values that a metric must reach: as mean over classes, in every class, and pooled over all images.
+
+    None sets no floor.
+    """
 
     mean: Share | None = None
     every_class: Share | None = None
+    pooled: Share | None = None
 
 
 class Gate(Section):
-    """Criteria for promotion: floors of metrics, the comparison with the champion, and limits."""
+    """Criteria for promotion: floors of metrics, limits, and the comparison with the champion.
 
-    floors: dict[Metric, Floor] = {"au_pro": Floor(mean=0.85, every_class=0.70)}
-    metric: Metric = "au_pro"
+    `max_false_alarm_rate` limits the upper bound, at `confidence`, of the rate on the test images.
+    `no_worse_verdicts` refuses a model with fewer right verdicts than the champion, at that confidence.
+    """
+
+    floors: dict[Ranking | Deciding, Floor] = {
+        "au_pro": Floor(mean=0.85, every_class=0.70),
+        "recall": Floor(pooled=0.70, every_class=0.25),
+    }
+    max_false_alarm_rate: Share | None = 0.2
+    metric: Ranking = "au_pro"
     margin: Annotated[float, Field(ge=-1, le=1)] = 0.0
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     max_class_drop: Share | None = 0.05
+    no_worse_verdicts: bool = True
     max_latency_ms: PositiveFloat | None = None
     max_size_mb: PositiveFloat | None = None
+
+    @field_validator("floors")
+    @classmethod
+    def _pooled_where_defined(cls, floors: dict[str, Floor]) -> dict[str, Floor]:
+        for metric, floor in floors.items():
+            if floor.pooled is not None and metric not in POOLED:
+                raise ValueError(f"{metric} has no pooled value: use `mean` or `every_class`")
+        return floors
 
 
 class Monitor(Section):

@@ -99,12 +99,7 @@ class Statistics:
         """Return each metric of `samples` resampled sets. Every model gets the same draws of the same images."""
         check_limit(max_fpr)
         rng = np.random.default_rng([seed, zlib.crc32(class_name.encode())])
-        weights = np.zeros((samples, len(self.scores)))
-        for kind in (False, True):
-            members = np.flatnonzero(self.is_anomalous == kind)
-            if len(members):
-                count = max(len(members) - 1, 1)
-                weights[:, members] = rng.multinomial(count, np.full(len(members), 1 / len(members)), samples)
+        weights = repetitions(rng, self.is_anomalous, samples)
         parts = [self.metrics(weights[i : i + CHUNK], max_fpr) for i in range(0, samples, CHUNK)]
         return {metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS}
 
@@ -181,6 +176,19 @@ class Resampled:
     def write(self, path: Path, level: float = 0.95) -> None:
         """Write intervals.json: the mean, then each class, null if a metric is not defined."""
         write_json(path, self.intervals(level))
+
+
+def repetitions(rng: np.random.Generator, strata: np.ndarray, samples: int) -> np.ndarray:
+    """Return how often each of N images is drawn in each sample, (samples, N). Images of a stratum stand for it only.
+
+    strata: (N,), of any type that can be sorted.
+    """
+    weights = np.zeros((samples, len(strata)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        count = max(len(members) - 1, 1)
+        weights[:, members] = rng.multinomial(count, np.full(len(members), 1 / len(members)), samples)
+    return weights
 
 
 def _groups(counts: Counts) -> np.ndarray:

@@ -2,8 +2,11 @@
 
 import math
 
+import numpy as np
+
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Gate
+from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, POOLED, mcnemar, upper_bound
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS
 from vlmdiff.evaluation.verdict import Criterion, Relation
@@ -17,8 +20,12 @@ def judge(model: Evidence, champion: Evidence | InputError | None, params: Gate)
     """
     criteria = []
     for metric, floor in params.floors.items():
-        title = METRICS[metric]
-        values = {name: metrics[metric] for name, metrics in model.results.classes.items()}
+        title = METRICS.get(metric) or DECISION[metric]
+        by_class = model.results.classes if metric in METRICS else model.decisions.metrics[PER_CLASS_DECISION]
+        values = {name: metrics[metric] for name, metrics in by_class.items()}
+        if floor.pooled is not None:
+            pooled = model.decisions.metrics[POOLED][POOLED][metric]
+            criteria.append(_bound(f"pooled {title}", pooled, "at least", floor.pooled))
         if floor.mean is not None:
             # NaN of one class makes the mean NaN: a model must not pass because a class has no result.
             mean = sum(values.values()) / len(values) if values else math.nan
@@ -28,6 +35,9 @@ def judge(model: Evidence, champion: Evidence | InputError | None, params: Gate)
                 _bound(f"{title} of {name}", value, "at least", floor.every_class)
                 for name, value in sorted(values.items())
             ]
+    if (limit := params.max_false_alarm_rate) is not None:
+        alarms, images = model.decisions.counts()[POOLED][POOLED]["normal"]
+        criteria.append(_false_alarms(alarms, images, params.confidence, limit))
     for name, value, limit in (
         ("latency in ms", model.latency_ms, params.max_latency_ms),
         ("size in MB", model.size_mb, params.max_size_mb),
@@ -36,7 +46,38 @@ def judge(model: Evidence, champion: Evidence | InputError | None, params: Gate)
             criteria.append(_bound(name, value, "at most", limit))
     if champion is not None:
         criteria += _compare(model, champion, params)
+    if isinstance(champion, Evidence) and params.no_worse_verdicts:
+        criteria.append(_compare_verdicts(model, champion, params.confidence))
     return criteria
+
+
+def _false_alarms(alarms: int, images: int, confidence: float, limit: float) -> Criterion:
+    bound = upper_bound(alarms, images, confidence)
+    said = f"is at most {bound:.4f} with {confidence:.0%} confidence" if images else "is not defined"
+    why = f"{alarms} of {images} normal test images raise an alarm: the rate {said}, at most {limit:g} allowed"
+    return Criterion("upper bound of the false-alarm rate", bound, "at most", limit, why)
+
+
+def _compare_verdicts(model: Evidence, champion: Evidence, confidence: float) -> Criterion:
+    """Return whether the verdicts are no worse than the champion's on the same images (McNemar)."""
+    ours, theirs = (
+        # Both list the same images; one that is there twice has the same verdict twice.
+        evidence.scores.sort_values(["class_name", "image_id", "is_anomalous", "verdict"], ignore_index=True)
+        for evidence in (model, champion)
+    )
+    truth = ours["is_anomalous"].to_numpy(bool)
+    own, other = (table["verdict"].to_numpy(bool) == truth for table in (ours, theirs))
+    won, lost = own & ~other, other & ~own
+    p, required = mcnemar(int(lost.sum()), int(won.sum())), round(1 - confidence, 9)
+
+    def by_truth(images: np.ndarray) -> str:
+        return f"{(images & truth).sum()} defective and {(images & ~truth).sum()} normal images"
+
+    why = (
+        f"only this model is right about {by_truth(won)}, only the champion about {by_truth(lost)}: exact McNemar "
+        f"p = {p:.4f} for being worse, more than {required:g} required"
+    )
+    return Criterion("verdicts no worse than the champion's, p", p, "more than", required, why)
 
 
 def _compare(model: Evidence, champion: Evidence | InputError, params: Gate) -> list[Criterion]:

@@ -19,16 +19,26 @@ import pyarrow.parquet as pq
 from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256, write_json
-from vlmdiff.core.params import Evaluate, Prepare
+from vlmdiff.core.params import Decision, Evaluate, Prepare
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
-from vlmdiff.detection.detector import KINDS, Detector
+from vlmdiff.detection.detector import KINDS, Detection, Detector
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
-from vlmdiff.evaluation.evidence import CONTENT, JUDGED, RESULTS, SAMPLES
+from vlmdiff.evaluation.decision import Decisions, regions_found, summarise, values_of
+from vlmdiff.evaluation.evidence import CONTENT, JUDGED, RESULTS, SAMPLES, SCORES
 from vlmdiff.evaluation.metrics import Results, evaluate_classes
-from vlmdiff.evaluation.plots import Curves, curves, histograms, write_plots
-from vlmdiff.evaluation.report import Example, compose, pick_examples, render, write_heatmaps
+from vlmdiff.evaluation.plots import Curves, curves, decision_curves, histograms, write_plots
+from vlmdiff.evaluation.report import (
+    SAMPLE,
+    WORST,
+    Example,
+    compose,
+    pick_examples,
+    render,
+    worst_mistakes,
+    write_heatmaps,
+)
 
 TIMED = 10
 # Beside the detector: statistics of the images that it was calibrated on.
@@ -42,11 +52,15 @@ class Judged:
     detector: Detector
     test_set: str
     latency_ms: float
+    costs: Decision
     results: Results = field(default_factory=lambda: Results({}))
     resampled: Resampled = field(default_factory=lambda: Resampled({}))
     curves: Curves = field(default_factory=lambda: curves([], [], []))
     examples: list[Example] = field(default_factory=list)
-    # One row per image: image_id, path, class_name, defect, is_anomalous, score, verdict.
+    # Over all classes, the worst first.
+    worst: list[Example] = field(default_factory=list)
+    # One row per image: image_id, path, class_name, defect, is_anomalous, score, verdict, and of each region of its
+    # defect, as lists: regions (its share of the image) and regions_found.
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)
     # The results of each kind of evidence alone, if there are two, and the shares of retrieval that were tried.
     alone: dict[str, Results] = field(default_factory=dict)
@@ -61,11 +75,13 @@ class Judged:
 
         size_mb: the size of the detector's folder; provenance: as in `report.compose`.
         """
-        self.results.write(folder / RESULTS)
-        self.resampled.write(folder / "intervals.json")
+        decision = summarise(Decisions.of(self.scores), self.costs)
+        write_json(folder / RESULTS, self.results.as_dict() | values_of(decision))
+        write_json(folder / "intervals.json", self.resampled.intervals() | values_of(decision, "intervals"))
         self.resampled.save(folder / SAMPLES)
-        self.scores.to_parquet(folder / "scores.parquet", index=False)
-        write_plots(folder / "plots", self.curves | {"scores": histograms(self.scores)})
+        self.scores.to_parquet(folder / SCORES, index=False)
+        drawn = {"scores": histograms(self.scores), "decision": decision_curves(self.scores)}
+        write_plots(folder / "plots", self.curves | drawn)
         write_heatmaps(folder / "heatmaps", self.examples)
         measures = {"test_set": self.test_set, "latency_ms": round(self.latency_ms, 3), "size_mb": round(size_mb, 6)}
         write_json(folder / JUDGED, measures)
@@ -77,6 +93,9 @@ class Judged:
             self.scores,
             self.detector.calibrated(),
             provenance,
+            decision,
+            self.worst,
+            self.costs,
         )
         if self.alone:
             content["evidence"] = {
@@ -102,7 +121,7 @@ def judge_images(
     images = _read(test["path"], data, size)
     stream = iter(track(detector.stream(images, params.batch_size, prompts), "judge", len(test)))
     hashed, latency = hash_test_set(frame, data, params.max_fpr), _latency_ms(detector, test, data, prompts)
-    judged = Judged(detector, hashed, latency)
+    judged = Judged(detector, hashed, latency, params.decision)
     tables = []
     for name, part in test.groupby("class_name"):
         name, part = str(name), part.reset_index(drop=True)
@@ -130,27 +149,46 @@ def judge_images(
         for curve, points in curves(classes, maps, masks, params.max_fpr).items():
             judged.curves[curve] += points
         table = part[["image_id", "path", "class_name", "defect", "is_anomalous"]]
-        tables.append(table.assign(score=scores, verdict=verdicts))
-        judged.examples += [
-            Example(
-                path=paths[i],
-                class_name=name,
-                defect=part["defect"][i] or "good",
-                score=scores[i],
-                is_anomalous=truths[i],
-                verdict=verdicts[i],
-                kind=kind,
-                image=load_rgb(resolve(data.image_root, paths[i]), None, data.max_pixels),
-                reconstruction=found[i].reconstruction,
-                # A copy, not a view of its whole batch.
-                anomaly_map=maps[i].copy(),
-                mask=masks[i],
-                caption=texts.get(part["image_id"][i]),
-            )
-            for kind, i in pick_examples(part["image_id"].tolist(), scores, truths, verdicts, params.examples)
+        regions = [
+            ([], []) if mask is None else regions_found(mask, detection.is_anomalous & (detection.anomaly_map > 0.5))
+            for mask, detection in zip(masks, found, strict=True)
         ]
+        areas, hits = (pd.Series([row[i] for row in regions], dtype=object) for i in (0, 1))
+        tables.append(table.assign(score=scores, verdict=verdicts, regions=areas, regions_found=hits))
+        ids = part["image_id"].tolist()
+        shown = pick_examples(ids, scores, truths, verdicts, params.examples)
+        judged.examples += _examples(shown, part, found, masks, texts, data)
+        mistakes = [one for one in pick_examples(ids, scores, truths, verdicts, WORST) if one[0] != SAMPLE]
+        judged.worst = worst_mistakes([*judged.worst, *_examples(mistakes, part, found, masks, texts, data)])
     judged.scores = pd.concat(tables, ignore_index=True)
     return judged
+
+
+def _examples(
+    picked: list[tuple[str, int]],
+    part: pd.DataFrame,
+    found: list[Detection],
+    masks: list[np.ndarray | None],
+    texts: dict[str, str],
+    data: Prepare,
+) -> Iterator[Example]:
+    """Yield what the report shows of the picked images of a class: pairs of kind and row of `part`."""
+    for kind, i in picked:
+        yield Example(
+            path=part["path"][i],
+            class_name=part["class_name"][i],
+            defect=part["defect"][i] or "good",
+            score=found[i].score,
+            is_anomalous=bool(part["is_anomalous"][i]),
+            verdict=found[i].is_anomalous,
+            kind=kind,
+            image=load_rgb(resolve(data.image_root, part["path"][i]), None, data.max_pixels),
+            reconstruction=found[i].reconstruction,
+            # A copy, not a view of its whole batch.
+            anomaly_map=found[i].anomaly_map.copy(),
+            mask=masks[i],
+            caption=texts.get(part["image_id"][i]),
+        )
 
 
 def write_reference(folder: Path, held_out: pd.DataFrame, scores: np.ndarray, data: Prepare) -> None:

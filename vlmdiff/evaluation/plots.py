@@ -18,6 +18,8 @@ Curves = dict[str, Rows]
 BINS = 40
 # Placeholder colours. `_svg` replaces them by variables of the page's style sheet, for light, dark and print.
 HUES = ("#0067b1", "#d1600a", "#16825b", "#b0357f", "#7a5cc4", "#8a6a00", "#0b8a99", "#6b6f76")
+# The curve over all classes together, beside those of the classes.
+TOGETHER = "all classes together"
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2)))
 SOFT, RULE, GOOD, BAD, INK = ("#010101", "#020202", "#030303", "#040404", "#050505")
 NAMES = {SOFT: "soft", RULE: "rule", GOOD: "good", BAD: "bad", INK: "ink"} | {
@@ -74,6 +76,67 @@ def histograms(scores: pd.DataFrame) -> Rows:
             for count, left in zip(counts, edges[:-1], strict=True)
         ]
     return rows
+
+
+def decision_curves(scores: pd.DataFrame) -> Rows:
+    """Return what any threshold on the image scores finds: rows of `class_name`, `false_alarm_rate` and `recall`.
+
+    `scores` is as in `histograms`. There are at most 200 rows per class and for TOGETHER, none without normal or
+    without anomalous images.
+    """
+    rows: Rows = []
+    parts = [(TOGETHER, scores), *scores.groupby("class_name")]
+    for name, part in parts:
+        truth, values = part["is_anomalous"].to_numpy(bool), part["score"].to_numpy(np.float64)
+        ranking = rank(values[truth], np.ones(truth.sum()), values[~truth])
+        rows += _rows(str(name), ("false_alarm_rate", "recall"), curve(ranking.uniform()))
+    return rows
+
+
+def draw_decision(rows: Rows, points: dict[str, tuple[float, float]], names: Sequence[str]) -> str:
+    """Draw the curves of `decision_curves` as SVG, up to a false-alarm rate of 0.3.
+
+    points: false-alarm rate and recall at the threshold, by class and for TOGETHER; they are marked.
+    """
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE | {"svg.hashsalt": "decision"}):
+        figure, axes = plt.subplots(figsize=(3.4, 3.0), layout="tight")
+        for i, name in [*enumerate(names), (-1, TOGETHER)]:
+            line = [(row["false_alarm_rate"], row["recall"]) for row in rows if row["class_name"] == name]
+            if not line:
+                continue
+            colour = INK if i < 0 else HUES[i % len(HUES)]
+            style = "solid" if i < 0 else DASHES[i // len(HUES) % len(DASHES)]
+            axes.plot(
+                *zip(*line, strict=True),
+                color=colour,
+                linestyle=style,
+                linewidth=2.2 if i < 0 else STYLE["lines.linewidth"],
+                gid="together" if i < 0 else f"line c{i}",
+            )
+            if name in points:
+                axes.plot(*points[name], "o", color=colour, markersize=6 if i < 0 else 4, clip_on=False, zorder=3)
+        if not rows:
+            axes.text(0.5, 0.5, "not defined for any class", ha="center", transform=axes.transAxes)
+        axes.set(xlabel="false-alarm rate", ylabel="recall", xlim=(0, 0.3), ylim=(0, 1.02))
+        axes.grid(linewidth=0.6)
+        return _svg(figure)
+
+
+def draw_costs(costs: pd.DataFrame) -> str:
+    """Draw the curve of `Decisions.cost_curve` over the threshold as SVG, with its two parts and the threshold 0.5."""
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE | {"svg.hashsalt": "costs"}):
+        figure, axes = plt.subplots(figsize=(3.4, 3.0), layout="tight")
+        steps = pd.concat([costs, costs.tail(1).assign(threshold=1.0)])
+        for column, colour, width in (("misses", BAD, 1.3), ("false_alarms", GOOD, 1.3), ("cost", INK, 2.2)):
+            axes.step(steps["threshold"], steps[column], where="post", color=colour, linewidth=width)
+        axes.axvline(0.5, color=INK, linewidth=0.8)
+        axes.set(xlabel="threshold", ylabel="expected cost of an image", xlim=(0, 1), ylim=(0, None))
+        axes.grid(linewidth=0.6)
+        return _svg(figure)
 
 
 def draw_curve(rows: Rows, names: Sequence[str], x: str, y: str, x_label: str, y_label: str) -> str:

@@ -5,7 +5,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,28 @@ from vlmdiff import __version__
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256
 from vlmdiff.core.git import code_revision
-from vlmdiff.core.params import Params
+from vlmdiff.core.params import Decision, Params
 from vlmdiff.data.layouts import SPLITS
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.heatmap import dimmed, heatmap, scaled
 from vlmdiff.evaluation import pages
+from vlmdiff.evaluation.aupro import thin
 from vlmdiff.evaluation.bootstrap import Resampled
+from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, POOLED, Decisions
 from vlmdiff.evaluation.evidence import CONTENT
-from vlmdiff.evaluation.metrics import METRICS, PER_CLASS, Results
-from vlmdiff.evaluation.plots import DASHES, HUES, Curves, draw_curve, draw_histograms, histograms
+from vlmdiff.evaluation.metrics import DIGITS, METRICS, PER_CLASS, Results
+from vlmdiff.evaluation.plots import (
+    DASHES,
+    HUES,
+    TOGETHER,
+    Curves,
+    decision_curves,
+    draw_costs,
+    draw_curve,
+    draw_decision,
+    draw_histograms,
+    histograms,
+)
 from vlmdiff.evaluation.verdict import Verdict
 
 MISSED, FALSE_ALARMS, SAMPLE = KINDS = ("Missed", "False alarms", "A fair sample")
@@ -44,8 +57,12 @@ AXES = {
 }
 Content = dict[str, Any]
 # The page stays below 8 MB: base64 adds a third, and a comparison with a champion up to a half.
-PICTURE_BYTES = 3_500_000
+PICTURE_BYTES = 3_000_000
 PICTURE_SIDE = 320
+# The worst mistakes over all classes: how many of each kind, and the side and bytes of their small pictures.
+WORST, TILE_SIDE, TILE_BYTES = 8, 160, 500_000
+# The score at which their maps are brightest; the threshold is 0.5.
+TILE_VMAX = 0.75
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,16 @@ def pick_examples(
     return picked + [(SAMPLE, i) for kind in (truth, ~truth) for i in first(kind, np.asarray(ids))]
 
 
+def worst_mistakes(examples: Sequence[Example], count: int = WORST) -> list[Example]:
+    """Return the worst `count` missed defects and as many false alarms, worst first, with small pictures.
+
+    A missed defect is worse the lower its score, a false alarm the higher.
+    """
+    missed = sorted((one for one in examples if one.kind == MISSED), key=lambda one: one.score)
+    alarms = sorted((one for one in examples if one.kind == FALSE_ALARMS), key=lambda one: -one.score)
+    return [replace(one, image=_shrink(one.image, TILE_SIDE)) for one in missed[:count] + alarms[:count]]
+
+
 def compose(
     results: Results,
     resampled: Resampled,
@@ -97,11 +124,15 @@ def compose(
     scores: pd.DataFrame,
     calibration: Calibration,
     provenance: dict[str, Any],
+    decision: dict[str, Any],
+    worst: Sequence[Example] = (),
+    costs: Decision | None = None,
 ) -> Content:
     """Return what a report shows, as JSON: pictures are data URLs, undefined values are None.
 
     `examples` keep their order within class and kind; `curves` come from `plots.curves`; `scores` has one row per
-    image; `provenance` maps names to values, lists or dicts. The same input gives the same content.
+    image; `provenance` maps names to values, lists or dicts; `decision` comes from `decision.summarise`, `worst` from
+    `worst_mistakes`. The same input gives the same content.
     """
     return {
         "results": results.as_dict(),
@@ -111,6 +142,12 @@ def compose(
         "alarms": _alarms(scores, calibration),
         "galleries": _galleries(examples),
         "provenance": provenance,
+        "decision": decision
+        | {
+            "curve": decision_curves(scores),
+            "worst": _tiles(worst),
+            "cost": _cost(scores, costs) if costs and costs.costs else None,
+        },
     }
 
 
@@ -158,6 +195,7 @@ def render(
         content=content,
         names=names,
         undefined=any(value is None for values in content["results"][PER_CLASS].values() for value in values.values()),
+        decision=_decision(content, names),
         charts={
             title: draw_curve(content["curves"][curve], names, x, y, AXES[x], AXES[y])
             for curve, (title, x, y) in CHARTS.items()
@@ -212,6 +250,60 @@ def _alarms(scores: pd.DataFrame, calibration: Calibration) -> dict[str, Any]:
         "guarantee": calibration.guarantee,
         "range": list(calibration.rate_range()),
     }
+
+
+def _decision(content: Content, names: list[str]) -> dict[str, Any] | None:
+    """Return the names and drawings that the decision's section needs. Reports of earlier releases have none."""
+    if (found := content.get("decision")) is None:
+        return None
+    rows = {TOGETHER: found[POOLED]} | found[PER_CLASS_DECISION]
+    points = {
+        name: (row["metrics"]["false_alarm_rate"], row["metrics"]["recall"])
+        for name, row in rows.items()
+        if None not in (row["metrics"]["false_alarm_rate"], row["metrics"]["recall"])
+    }
+    cost = found["cost"]
+    return {
+        "titles": DECISION,
+        "chart": draw_decision(found["curve"], points, names),
+        "costs": draw_costs(pd.DataFrame(cost["curve"])) if cost and cost["curve"] else None,
+    }
+
+
+def _cost(scores: pd.DataFrame, params: Decision) -> dict[str, Any]:
+    """Return the costs, the curve of the expected cost, and its lowest point on these test images."""
+    assert params.costs
+    curve = Decisions.of(scores).cost_curve(params.costs, params.defect_rate)
+    kept = curve.iloc[thin(np.arange(len(curve), dtype=float))].round(DIGITS)
+    least = curve.iloc[int(curve["cost"].to_numpy().argmin())].round(DIGITS).to_dict() if len(curve) else None
+    return params.costs.model_dump() | {
+        "defect_rate": params.defect_rate,
+        "curve": kept.to_dict("records"),
+        "least": least,
+    }
+
+
+def _tiles(worst: Sequence[Example]) -> dict[str, list[dict[str, Any]]]:
+    """Return the worst mistakes by kind, each with its two pictures as data URLs.
+
+    All maps have one scale: scores have the same threshold everywhere.
+    """
+    pictures = _encode(
+        [
+            {
+                "photograph": _truth(one.image, one.mask) if one.mask is not None and one.mask.any() else one.image,
+                "anomaly map": heatmap(one.image, one.anomaly_map, TILE_VMAX),
+            }
+            for one in worst
+        ],
+        TILE_SIDE,
+        TILE_BYTES,
+    )
+    tiles: dict[str, list[dict[str, Any]]] = {MISSED: [], FALSE_ALARMS: []}
+    for one, row in zip(worst, pictures, strict=True):
+        shown = {key: getattr(one, key) for key in ("path", "class_name", "defect", "score")}
+        tiles[one.kind].append({**shown, "pictures": row})
+    return tiles
 
 
 def _compare(content: Content, champion: Content, difference: Resampled) -> dict[str, Any]:
@@ -277,13 +369,15 @@ def _pictures(example: Example, vmax: float) -> dict[str, np.ndarray]:
     return pictures
 
 
-def _encode(pictures: list[dict[str, np.ndarray]]) -> list[dict[str, str]]:
-    """Return all pictures as WebP data URLs, as large as PICTURE_SIDE and their total PICTURE_BYTES allow."""
-    side, total, encoded = PICTURE_SIDE, math.inf, []
-    while total > PICTURE_BYTES:
+def _encode(
+    pictures: list[dict[str, np.ndarray]], side: int = PICTURE_SIDE, limit: int = PICTURE_BYTES
+) -> list[dict[str, str]]:
+    """Return all pictures as WebP data URLs, as large as `side` and `limit`, for all their bytes, allow."""
+    total, encoded = math.inf, []
+    while total > limit:
         encoded = [{label: _webp(picture, side) for label, picture in row.items()} for row in pictures]
         total = sum(len(data) for row in encoded for data in row.values())
-        side = int(0.9 * side * math.sqrt(PICTURE_BYTES / max(total, 1)))
+        side = int(0.9 * side * math.sqrt(limit / max(total, 1)))
     return [
         {label: f"data:image/webp;base64,{base64.b64encode(data).decode()}" for label, data in row.items()}
         for row in encoded

@@ -6,7 +6,7 @@ calibration, is assigned to the class with the nearest image statistics, and ima
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,6 +24,7 @@ from vlmdiff.core.params import Monitor, Params
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.detector import SETTINGS
 from vlmdiff.evaluation import pages
+from vlmdiff.evaluation.decision import clopper_pearson
 from vlmdiff.evaluation.judging import REFERENCE
 from vlmdiff.evaluation.plots import draw_distributions
 from vlmdiff.production.score import find_model, folder_name
@@ -68,10 +69,27 @@ class DriftTest:
 
 
 @dataclass(frozen=True)
+class ClassAlarms:
+    """How many of the recent images that are most like a class raised an alarm.
+
+    low, high: the 95 % interval (Clopper-Pearson) of the share of alarms; then: the share among the normal calibration
+    images that are most like the class, None if there are none.
+    """
+
+    class_name: str
+    images: int
+    alarms: int
+    low: float
+    high: float
+    then: float | None
+
+
+@dataclass(frozen=True)
 class DriftCheck:
     """The result of a drift check: `images` recent images were compared with `reference` calibration images.
 
-    unreadable: recent images that could not be read; others: images scored by other models, which are ignored.
+    unreadable: recent images that could not be read; others: images scored by other models, which are ignored; classes:
+    the alarms by class, which are shown and not tested one by one.
     """
 
     verdict: Literal["drift", "no drift", "too few photographs"]
@@ -82,6 +100,7 @@ class DriftCheck:
     others: int
     false_alarm_rate: float
     tests: list[DriftTest]
+    classes: list[ClassAlarms] = field(default_factory=list)
 
     @property
     def drift(self) -> bool:
@@ -208,10 +227,11 @@ def check(
     """
     images = len(recent)
     facts = (images, len(known.rows), unreadable, others, params.false_alarm_rate)
+    nearest, distance = known.classes.nearest(_values(recent)) if images else (np.empty(0, str), np.empty(0))
+    classes = _by_class(recent, nearest, known)
     if images < params.min_images:
         outcome = f"{images} images are too few for a check: monitor.min_images is {params.min_images}"
-        return DriftCheck("too few photographs", outcome, *facts, [])
-    nearest, distance = known.classes.nearest(_values(recent))
+        return DriftCheck("too few photographs", outcome, *facts, [], classes)
     tests = []
     for question in QUESTIONS:
         count = len(QUESTIONS) * len(question)
@@ -227,8 +247,21 @@ def check(
             tests.append(DriftTest(what, corrected=corrected, passed=passed, **found._asdict()))
     failed = [test.what for test in sorted(tests, key=lambda test: test.corrected) if not test.passed]
     if failed:
-        return DriftCheck("drift", f"drift in the last {images} images: {', '.join(failed)}", *facts, tests)
-    return DriftCheck("no drift", f"no drift in the last {images} images", *facts, tests)
+        outcome = f"drift in the last {images} images: {', '.join(failed)}"
+        return DriftCheck("drift", outcome, *facts, tests, classes)
+    return DriftCheck("no drift", f"no drift in the last {images} images", *facts, tests, classes)
+
+
+def _by_class(recent: pd.DataFrame, nearest: np.ndarray, known: Known) -> list[ClassAlarms]:
+    """Count the alarms of the recent images by the class that they are most like, the highest share first."""
+    alarmed, found = recent["is_anomalous"].to_numpy(bool), []
+    for name in known.classes.names:
+        ours, then = alarmed[nearest == name], (known.rows["score"] > 0.5).to_numpy()[known.nearest == name]
+        images, alarms = len(ours), int(ours.sum())
+        if images:
+            interval = clopper_pearson(alarms, images)
+            found.append(ClassAlarms(str(name), images, alarms, *interval, float(then.mean()) if len(then) else None))
+    return sorted(found, key=lambda one: -one.alarms / one.images)
 
 
 def _values(rows: pd.DataFrame) -> np.ndarray:
@@ -311,6 +344,15 @@ def check_table(found: DriftCheck) -> Table:
         said = "yes" if test.passed else "[bold red]no"
         numbers = (f"{test.then:.4g}", f"{test.now:.4g}", f"{test.p:.2g}", f"{test.corrected:.2g}")
         table.add_row(test.what, *numbers, said)
+    return table
+
+
+def class_table(found: DriftCheck) -> Table:
+    """Return the alarms by class for a terminal."""
+    table = Table("most like", "images", "alarms", "share", "95 % interval", "normal images, then")
+    for one in found.classes:
+        share, then = f"{one.alarms / one.images:.1%}", "-" if one.then is None else f"{one.then:.1%}"
+        table.add_row(one.class_name, str(one.images), str(one.alarms), share, f"{one.low:.1%} to {one.high:.1%}", then)
     return table
 
 

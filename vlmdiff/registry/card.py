@@ -10,17 +10,21 @@ import pandas as pd
 
 from vlmdiff.core import params as p
 from vlmdiff.core import workspace as w
+from vlmdiff.core.errors import InputError
 from vlmdiff.data import manifest
 from vlmdiff.data.images import FORMATS
 from vlmdiff.detection.decoded import HEATMAP_SIDE
 from vlmdiff.detection.detector import SETTINGS
+from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, PER_SIZE, POOLED
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS, PER_CLASS
 from vlmdiff.evaluation.report import read_content
 from vlmdiff.registry import served
 
 # In the table of classes; the means are given for every metric.
-CLASS_METRICS = ("au_pro", "image_auroc", "pixel_auroc")
+CLASS_METRICS = ("au_pro", "image_auroc")
+# Metrics of the verdicts that the card has no room for: MLflow limits the length of a description.
+LEFT_OUT = ("balanced_accuracy", "image_ap")
 
 
 def model_card(params: p.Params, by_class: bool = True) -> str:
@@ -29,6 +33,8 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
     by_class: include the table of classes. Raises InputError if files of the evaluation are missing.
     """
     content, evidence = read_content(w.EVALUATION), Evidence.read(w.EVALUATION)
+    if "decision" not in content:
+        raise InputError(f"{w.EVALUATION} was written by an earlier release. Run `vlmdiff evaluate` again")
     frame = manifest.read(w.MANIFEST)
     test, detector = frame[frame["split"] == "test"], json.loads((w.DETECTOR / SETTINGS).read_text())
     side = json.loads((w.DETECTOR / "model_index.json").read_text())["image_size"]
@@ -47,10 +53,14 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         results=content["results"],
         intervals=content["intervals"],
         classes=content["results"][PER_CLASS],
-        counts={str(name): _count(rows) for name, rows in frame.groupby("class_name")},
+        number_of={str(name): _count(rows) for name, rows in frame.groupby("class_name")},
         total=_count(frame),
         defects=test.loc[test["is_anomalous"], ["class_name", "defect"]].drop_duplicates().shape[0],
         alarms=content["alarms"],
+        decision={key: title for key, title in DECISION.items() if key not in LEFT_OUT},
+        together=content["decision"][POOLED],
+        decided=content["decision"][PER_CLASS_DECISION],
+        sizes=content["decision"][PER_SIZE],
         provenance=content["provenance"],
         detection=detector["detection"],
         side=side,

@@ -27,6 +27,7 @@ from vlmdiff.core.git import code_revision
 from vlmdiff.core.params import Params
 from vlmdiff.data import manifest
 from vlmdiff.data.images import read_image, resolve
+from vlmdiff.evaluation.decision import PER_CLASS_DECISION, POOLED, Decisions
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import Results
 from vlmdiff.registry import served
@@ -59,6 +60,7 @@ EXAMPLE_SIDE = 256
 CARD = "model_card.md"
 # Characters of a version's description: MLflow on PostgreSQL takes no more.
 DESCRIPTION = 5000
+METRICS_AT_ONCE = 1000  # MLflow takes no more
 
 
 def register(params: Params, code: dict[str, str] | None = None) -> int:
@@ -121,7 +123,9 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
         mlflow.log_params(_flat(params.model_dump(mode="json", by_alias=True)))
         evidence = Evidence.read(w.EVALUATION)
         cost = {"latency_ms": evidence.latency_ms, "size_mb": evidence.size_mb}
-        mlflow.log_metrics(_defined(results) | cost)
+        metrics = list((_defined(results) | _decided(evidence.decisions) | cost).items())
+        for part in range(0, len(metrics), METRICS_AT_ONCE):
+            mlflow.log_metrics(dict(metrics[part : part + METRICS_AT_ONCE]))
         for stage in ("first_stage", "train"):
             for row in json.loads(Path(f"reports/{stage}/loss.json").read_text()):
                 values = {f"{stage}/{key}": value for key, value in row.items() if key != "step"}
@@ -188,9 +192,23 @@ def _defined(results: Results) -> dict[str, float]:
     """Return the defined metrics by MLflow's names, `au_pro` and `au_pro/CLASS`."""
     values = dict(results.mean)
     for name, metrics in results.classes.items():
-        allowed = re.sub(r"[^\w. /-]", "_", name)  # in a metric's name, by MLflow
-        values |= {f"{metric}/{allowed}": value for metric, value in metrics.items()}
+        values |= {f"{metric}/{_allowed(name)}": value for metric, value in metrics.items()}
     return {name: value for name, value in values.items() if value == value}
+
+
+def _decided(decisions: Decisions) -> dict[str, float]:
+    """Return the defined metrics of the verdicts: decision/recall, decision/recall/CLASS, etc."""
+    values = {}
+    for key, rows in decisions.metrics.items():
+        for name, row in rows.items():
+            group = {POOLED: "", PER_CLASS_DECISION: f"/{name}"}.get(key, f"/{key}/{name}")
+            values |= {f"decision/{metric}{_allowed(group)}": value for metric, value in row.items()}
+    return {name: value for name, value in values.items() if value == value}
+
+
+def _allowed(name: str) -> str:
+    """Return a name with the characters that MLflow allows in that of a metric."""
+    return re.sub(r"[^\w. /-]", "_", name.replace(" %", " percent"))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

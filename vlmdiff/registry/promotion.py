@@ -237,7 +237,8 @@ def _evaluation(params: Params, version: int) -> Path:
     with open_store(params.registry) as client:
         run = _run_of(client, params, version)
         folder = w.REGISTRY_CACHE / run / "evaluation"
-        if not folder.exists():
+        # An earlier release may have downloaded less.
+        if not all((folder / name).exists() for name in EVIDENCE):
             with atomic_folder(folder) as temporary:
                 present = {Path(file.path).name for file in client.list_artifacts(run, "evaluation")}
                 for name in present & set(EVIDENCE):
