@@ -7,6 +7,7 @@ an output that exists is complete.
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,10 +175,13 @@ def evaluate(
     def read(rows: "pd.DataFrame") -> Iterator[np.ndarray]:
         return (load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in rows["path"])
 
-    detector.fill_bank(track(read(training), "fill the bank", len(training)), len(training), ours.batch_size)
+    if ours.detection.retrieval:
+        # Held-out images first: each is judged without its own patches, and new images by all normal ones.
+        images, count = chain(read(held_out), read(training)), len(held_out) + len(training)
+        detector.fill_bank(track(images, "fill the bank", count), count, ours.batch_size)
     normal, prompts = list(read(held_out)), detector_captions(detector, held_out, texts)
     weighing = Weighing(detector, normal, held_out["class_name"].tolist(), prompts, ours.batch_size, ours.max_fpr)
-    scores = detector.calibrate(normal, ours.batch_size, prompts, weighing)
+    scores = detector.calibrate(normal, ours.batch_size, prompts, weighing, in_bank=True)
     judged = judge_images(detector, frame, data, texts, ours)
     judged.tried = weighing.rows()
     detector.calibration = replace(detector.calibrated(), f1_optimal=judged.f1_optimal())

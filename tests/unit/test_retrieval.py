@@ -10,7 +10,7 @@ from tests.tiny import tiny_pipeline
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Detection, FirstStage, Latents, Retrieval, Train
 from vlmdiff.detection.detector import Detector, fuse
-from vlmdiff.detection.retrieval import NEIGHBOURS, PatchBank, unit_length
+from vlmdiff.detection.retrieval import COMPONENTS, NEIGHBOURS, PatchBank, unit_length
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.first_stage import train_first_stage
 
@@ -38,7 +38,7 @@ def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there():
     patches, image = bank.patches.double().numpy(), np.repeat(np.arange(4), 36)
     usual = np.array([1 - (patches[image != own] @ patch).max() for patch, own in zip(patches, image, strict=True)])
     near = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute", metric=lambda a, b: 1 - a @ b).fit(patches)
-    distance, index = near.kneighbors(rows(test))
+    distance, index = near.kneighbors(rows(test) @ bank.basis.double().numpy())
     expected = distance[:, 0] - 0.5 * usual[index].mean(axis=1)
     off = np.abs(bank(test).flatten().numpy() - expected)
     # Which ten are nearest may differ by a rounding of bfloat16; how near they are does not.
@@ -57,6 +57,36 @@ def test_copies_of_one_patch_are_as_usual_as_can_be_and_an_opposite_one_is_not()
     bank = PatchBank.fit([x], 2, size=72, expected=1.0, seed=0)
     assert bank(x).abs().max() < 1e-2
     torch.testing.assert_close(bank(-x), torch.full((2, 6, 6), 2.0), atol=2e-2, rtol=0)
+
+
+def test_an_image_is_judged_without_its_own_patches():
+    x = features(4)
+    bank = PatchBank.fit([x], 4, size=4 * 36, expected=0.0, seed=0)
+    others = PatchBank.fit([x[1:]], 3, size=3 * 36, expected=0.0, seed=0)
+    torch.testing.assert_close(bank(x[:1], without=[0]), others(x[:1]), atol=1e-2, rtol=0)
+    assert bank(x[:1]).abs().max() < 1e-2 < bank(x[:1], without=[0]).min()
+
+
+def test_calibration_by_images_of_the_bank_is_that_by_new_ones(detector):
+    images = photographs(20, seed=1)
+    fresh = detector.calibration.threshold
+    again = Detector(detector.pipeline, detector.params)
+    again.fill_bank([*images, *photographs(8, seed=0)], 28)
+    again.calibrate(images, weigh=lambda evidence: 0.7, in_bank=True)
+    blind = Detector(detector.pipeline, detector.params, bank=again.bank)
+    blind.calibrate(images, weigh=lambda evidence: 0.7)
+    kept, lost = (one.calibration.retrieval.median for one in (again, blind))
+    assert kept > lost and again.calibration.threshold == pytest.approx(fresh, rel=0.5)
+
+
+def test_a_wide_patch_is_kept_as_its_principal_directions():
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(20, 700, generator=generator)
+    x = unit_length((torch.randn(4, 36, 20, generator=generator) @ few).transpose(1, 2).unflatten(2, (6, 6)), (700,))
+    bank = PatchBank.fit([x], 4, size=4 * 36, expected=0.0, seed=0)
+    assert bank.patches.shape == (144, COMPONENTS)
+    whole = 1 - (rows(x[:1]) @ rows(x[1:]).T).max(axis=1)
+    np.testing.assert_allclose(bank(x[:1], without=[0]).flatten(), whole, atol=1e-2)
 
 
 def test_one_image_makes_no_bank():

@@ -54,7 +54,7 @@ class Detector:
             noise[i, self.seeing] += 1.0 * (min(others, key=np.sum) > 0)
         return noise
 
-    def evidence(self, images, batch_size, captions):
+    def evidence(self, images, batch_size, captions, without):
         return self.see(images, normal())
 
     def image_scores(self, maps):

@@ -453,7 +453,7 @@ class Retrieval(Section):
     `weight` is the share of this evidence beside that of the reconstruction; "auto" chooses it on synthesised defects.
     """
 
-    patches: Positive = 30_000
+    patches: Positive = 90_000
     expected: Share = 0.5
     weight: Share | Literal["auto"] = "auto"
 

@@ -144,7 +144,9 @@ class Detector:
         write_json(folder / SETTINGS, facts)
 
     def fill_bank(self, normal: Iterable[Photograph], count: int, batch_size: int = 32) -> None:
-        """Keep patches of `count` normal training images, where the parameters ask for retrieval.
+        """Keep patches of `count` normal images, where the parameters ask for retrieval.
+
+        Images by which `calibrate` is to learn may be among them, if they come first and in the same order.
 
         Raises InputError for fewer than two images, or if the first stage is not a vision backbone.
         """
@@ -163,14 +165,16 @@ class Detector:
         batch_size: int = 32,
         captions: Sequence[str] | None = None,
         weigh: Callable[[np.ndarray], float] | None = None,
+        in_bank: bool = False,
     ) -> np.ndarray:
         """Learn what difference is normal from normal photographs that training does not see.
 
         normal and captions: as for `detect`. weigh: returns the share of retrieval, given the evidence (N, 2, S, S) of
-        these photographs; without it, the share is that of the parameters, or one half. Returns the photographs' scores
-        (N,), as `detect` gives them from now on.
+        these photographs; without it, the share is that of the parameters, or one half. in_bank: the photographs are
+        the first in the bank, so each is judged without its own patches. Returns the photographs' scores (N,), as
+        `detect` would give them for a photograph that the bank does not have.
         """
-        found = list(self._compare(normal, batch_size, captions))
+        found = list(self._compare(normal, batch_size, captions, range(len(normal)) if in_bank else None))
         deviation = float(np.sqrt(np.square(np.concatenate([batch.deviations for batch in found])).mean()))
         relative = np.concatenate([self._relative(batch, deviation) for batch in found])
         learned = Calibration(
@@ -197,14 +201,19 @@ class Detector:
         return normalised(scores, threshold)
 
     def evidence(
-        self, images: Iterable[Photograph], batch_size: int = 32, captions: Iterable[str] | None = None
+        self,
+        images: Iterable[Photograph],
+        batch_size: int = 32,
+        captions: Iterable[str] | None = None,
+        without: Iterable[int] | None = None,
     ) -> np.ndarray:
         """Return how unusual each place of photographs is, by each kind of evidence (N, E, S, S), on its own scale.
 
         The kinds are those of `KINDS`; only a detector with a bank of patches has the second. `fuse` combines them.
+        without: for each photograph, the number of an image of the bank whose patches do not count.
         """
         calibration = self.calibrated()
-        found = self._compare(images, batch_size, captions)
+        found = self._compare(images, batch_size, captions, without)
         return np.concatenate([self._evidence(batch, calibration) for batch in found])
 
     def image_scores(self, maps: np.ndarray) -> np.ndarray:
@@ -271,7 +280,11 @@ class Detector:
 
     @torch.no_grad()
     def _compare(
-        self, images: Iterable[Photograph], batch_size: int, captions: Iterable[str] | None
+        self,
+        images: Iterable[Photograph],
+        batch_size: int,
+        captions: Iterable[str] | None,
+        without: Iterable[int] | None = None,
     ) -> Iterator["_Compared"]:
         """Compare photographs with the mean of their samples, and with the bank, batch by batch."""
         params, size = self.params, self.pipeline.config.image_size
@@ -281,6 +294,7 @@ class Detector:
                 + ("a caption for each image" if captions is None else "images without captions")
             )
         pairs = zip(images, repeat(None), strict=False) if captions is None else zip(images, captions, strict=True)
+        numbers = None if without is None else iter(without)
         for batch in batches(pairs, batch_size):
             x = torch.stack([to_tensor(image, size) for image, _ in batch]).to(self.pipeline.device)
             texts = None if captions is None else [caption for _, caption in batch]
@@ -291,7 +305,8 @@ class Detector:
                 # The backbone runs once for both kinds of evidence.
                 features = self.pipeline.vae.features(self.pipeline.normalize(x))
                 clean = self.pipeline.vae.project(features) * self.pipeline.vae.config.scaling_factor
-                distances = self.bank(unit_length(features, self._layers)).cpu().numpy()
+                left_out = None if numbers is None else list(islice(numbers, len(batch)))
+                distances = self.bank(unit_length(features, self._layers), left_out).cpu().numpy()
             before = [extract(x, clean) for extract, _ in self.spaces]
             samples, expected, rebuilt, shown = [], [], x, np.empty(0)
             for sample in range(params.samples):

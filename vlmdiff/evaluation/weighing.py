@@ -56,7 +56,8 @@ class Weighing:
         spoiled = list(synthesise(self.normal, self.classes, DEFECTS))
         rows = [one.row for one in spoiled]
         captions = None if self.captions is None else [self.captions[row] for row in rows]
-        theirs = self.detector.evidence([one.image for one in spoiled], self.batch_size, captions)
+        # The bank has the normal images first.
+        theirs = self.detector.evidence([one.image for one in spoiled], self.batch_size, captions, rows)
         # The images that carry defects come first, so that every class keeps normal ones.
         kept = np.unique([*rows, *range(len(evidence))][: len(rows) + NORMAL])
         names = [self.classes[row] for row in (*kept, *rows)]
