@@ -2,18 +2,14 @@
 
 import os
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
-
-if TYPE_CHECKING:
-    from vlmdiff.core.params import Params
 
 app = typer.Typer(
     help="Visual anomaly detection, from images to a promoted model.",
@@ -77,18 +73,6 @@ HELP = {
     "train": "Train the denoiser; an interrupted training continues.",
     "evaluate": "Calibrate, judge the test images, write metrics and report.",
 }
-# What each stage takes from the parameters and the workspace.
-ARGUMENTS: dict[str, Callable[["Params"], tuple]] = {
-    "prepare": lambda p: (p.prepare, w.MADE, w.MANIFEST),
-    "validate": lambda p: (p.validate_, p.prepare, w.MANIFEST, w.DATA_REPORT),
-    "caption": lambda p: (p.caption, p.prepare, w.MANIFEST, w.CAPTION_STORE, w.CAPTIONS, w.CAPTION_REPORT),
-    "first_stage": lambda p: (
-        (p.first_stage, p.prepare, w.MANIFEST, w.TRAINING_STATE, w.FIRST_STAGE, w.FIRST_STAGE_REPORT)
-    ),
-    "encode": lambda p: (p.encode, p.prepare, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED),
-    "train": lambda p: (p.train, w.ENCODED, w.FIRST_STAGE, w.TRAINING_STATE, w.PIPELINE, w.TRAIN_REPORT),
-    "evaluate": lambda p: (p, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION),
-}
 
 
 def _add_stage(name: str) -> None:
@@ -101,7 +85,7 @@ def _add_stage(name: str) -> None:
         from vlmdiff.core.params import load
 
         lifeline.watch()
-        getattr(stages, name)(*ARGUMENTS[name](load(params)))
+        stages.run(name, load(params))
 
 
 for name in HELP:

@@ -5,26 +5,28 @@ an output that exists is complete.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from vlmdiff.core import params as p
+from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
 from vlmdiff.core.files import atomic_folder, folder_mb
 
 
 def prepare(params: p.Prepare, made: Path, out: Path) -> None:
     """List images, classes, splits and masks in the manifest `out`; write generated images into `made`."""
-    from vlmdiff.data import cifar, demo, manifest
+    from vlmdiff.data import cifar, demo, listing, manifest
 
     with atomic_folder(made) as folder:
         if params.layout == "demo":
             demo.make_demo(folder, **params.demo.model_dump())
         elif params.layout == "cifar":
             cifar.unpack(params.root, folder, params.cifar.normal)
-    frame = manifest.build(params, params.image_root)
+    frame = listing.build(params, params.image_root)
     manifest.write(frame, out)
     say(f"prepare: {len(frame)} images of {frame['class_name'].nunique()} classes in {out}")
 
@@ -173,3 +175,24 @@ def evaluate(
         write_reference(temporary, held_out, scores, data)
     with atomic_folder(out) as temporary:
         judged.write(temporary, folder_mb(detector_out), provenance(params, frame, manifest_file, captions))
+
+
+# Each stage, and what it takes from the parameters and the workspace.
+STAGES: dict[str, tuple[Callable[..., None], Callable[[p.Params], tuple]]] = {
+    "prepare": (prepare, lambda p: (p.prepare, w.MADE, w.MANIFEST)),
+    "validate": (validate, lambda p: (p.validate_, p.prepare, w.MANIFEST, w.DATA_REPORT)),
+    "caption": (caption, lambda p: (p.caption, p.prepare, w.MANIFEST, w.CAPTION_STORE, w.CAPTIONS, w.CAPTION_REPORT)),
+    "first_stage": (
+        first_stage,
+        lambda p: (p.first_stage, p.prepare, w.MANIFEST, w.TRAINING_STATE, w.FIRST_STAGE, w.FIRST_STAGE_REPORT),
+    ),
+    "encode": (encode, lambda p: (p.encode, p.prepare, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED)),
+    "train": (train, lambda p: (p.train, w.ENCODED, w.FIRST_STAGE, w.TRAINING_STATE, w.PIPELINE, w.TRAIN_REPORT)),
+    "evaluate": (evaluate, lambda p: (p, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)),
+}
+
+
+def run(name: str, params: p.Params) -> None:
+    """Run a stage in the workspace, which is the current folder."""
+    stage, arguments = STAGES[name]
+    stage(*arguments(params))

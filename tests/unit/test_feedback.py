@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from vlmdiff.cli import app
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import load
-from vlmdiff.data import manifest
+from vlmdiff.data import listing
 
 GOOD = {"folder": "bottle/good", "mvtec_ad": "bottle/train/good"}
 SPLIT = {"folder": "bottle/crack", "mvtec_ad": "bottle/test/crack"}
@@ -77,7 +77,7 @@ def refused(*arguments, words: tuple[str, ...]) -> None:
 
 def records() -> dict[str, tuple[str, str | None, str | None]]:
     params = load().prepare
-    frame = manifest.build(params, params.root)
+    frame = listing.build(params, params.root)
     return {
         row.image_id: ("test" if row.split == "test" else "train", row.defect, row.mask_path)
         for row in frame.itertuples()

@@ -20,7 +20,8 @@ from vlmdiff.core.files import atomic_folder, write_json
 from vlmdiff.core.params import Prepare, Validate
 from vlmdiff.data.docs import VIEW
 from vlmdiff.data.images import decode, read_image, resolve
-from vlmdiff.data.layouts import LABEL_MAPS, SPLITS
+from vlmdiff.data.layouts import LABEL_MAPS
+from vlmdiff.data.manifest import SPLITS
 
 NAMED_FILES = 10
 

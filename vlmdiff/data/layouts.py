@@ -18,9 +18,9 @@ from pydantic import BaseModel, ValidationError
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Prepare
 from vlmdiff.data.images import SUFFIXES, resolve
+from vlmdiff.data.manifest import SPLITS
 
 GOOD = "good"
-SPLITS = ("train", "validation", "test")
 
 
 class Record(NamedTuple):

@@ -21,7 +21,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path
 from vlmdiff.core.params import Params, Prepare, load
-from vlmdiff.data import manifest
+from vlmdiff.data import listing, manifest
 from vlmdiff.data.layouts import LAYOUTS
 
 # Layouts with a list of their own come first: the list decides. The demo is generated, not found.
@@ -36,7 +36,7 @@ MODEL = ("caption", "first_stage", "encode", "train", "evaluate")
 
 @dataclass(frozen=True)
 class Found:
-    """A dataset as `prepare` reads it; `frame` is what manifest.outline returns."""
+    """A dataset as `prepare` reads it; `frame` is what listing.outline returns."""
 
     params: Prepare
     frame: pd.DataFrame
@@ -55,7 +55,7 @@ def look(root: Path, params: Prepare, layout: str | None) -> Found:
     for name in [layout] if layout else TRIED:
         chosen = params.model_copy(update={"layout": name, "root": root})
         try:
-            return Found(chosen, manifest.outline(chosen))
+            return Found(chosen, listing.outline(chosen))
         except (InputError, OSError) as error:
             reasons.append(f"  {name}: {error}")
     raise InputError(f"{root} fits no layout:\n" + "\n".join(reasons))

@@ -35,7 +35,7 @@ def state_folder(root: Path, params: Training, *inputs: Path) -> Path:
 def _digest(params: Training, *inputs: Path) -> str:
     digest = hashlib.sha256(f"{vlmdiff.__version__} {params.model_dump_json()}".encode())
     package = Path(vlmdiff.__file__).parent
-    code = [*(package / "model").glob("*.py"), *(package / "training").glob("*.py")]
+    code = [file for room in ("data", "model", "training") for file in (package / room).glob("*.py")]
     for file in [*sorted(code), *(file for path in inputs for file in _files_under(path))]:
         digest.update(sha256(file).encode())
     return digest.hexdigest()
