@@ -296,7 +296,7 @@ def results() -> None:
 
 
 def main() -> None:
-    """Run the command line. A user error prints one sentence to stderr and exits with status 1."""
+    """Run the command line. A user error prints one sentence to stderr and exits with status 2."""
     # Progress bars and news of the libraries would hide the messages of this package.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -307,7 +307,7 @@ def main() -> None:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2)
 
 
 if __name__ == "__main__":  # accelerate launch -m vlmdiff.cli train

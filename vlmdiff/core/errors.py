@@ -4,5 +4,5 @@
 class InputError(Exception):
     """An error in the input. The message says what is wrong, where, and what to do.
 
-    The command line prints it without a traceback and exits with status 1.
+    The command line prints it without a traceback and exits with status 2.
     """

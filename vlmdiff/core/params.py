@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.workspace import MADE
+from vlmdiff.core.workspace import MADE, WRITTEN
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -75,6 +75,14 @@ class Prepare(Section):
     real_iad: RealIad = RealIad()
     coco_ad: CocoAd = CocoAd()
     cifar: Cifar = Cifar()
+
+    @field_validator("root")
+    @classmethod
+    def _no_stage_writes_there(cls, root: Path) -> Path:
+        for folder in WRITTEN:
+            if root.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"the stages replace what is in {folder}: move the dataset, for example into data/raw")
+        return root
 
     @property
     def image_root(self) -> Path:

@@ -19,7 +19,7 @@ from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_folder, write_json
+from vlmdiff.core.files import atomic_path, check_out, write_json
 from vlmdiff.core.params import Monitor, Params
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.detector import SETTINGS
@@ -36,6 +36,7 @@ NEW, ALARMS = "new kinds", "alarms"
 QUESTIONS = ((NEW,), STATISTICS, ("score", ALARMS))
 # Folds in which calibration images are compared with the others; points of the grid over possible alarm rates.
 PARTS, GRID = 20, 200
+JSON, PAGE = "monitor.json", "monitor.html"
 USUAL = 0.95  # share of days with at most as many alarms as a check calls usual
 
 
@@ -98,8 +99,9 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
 
     scores: a dataset that `vlmdiff score` wrote, or a folder of several; model: a detector's folder, instead of the
     champion; last: the number of images, instead of `monitor.last`. Raises InputError if an input is missing or
-    invalid.
+    invalid, or `out` holds other files.
     """
+    check_out(out, (JSON, PAGE).__contains__)
     folder, name = find_model(model, params)
     names = {name, folder_name(folder)}
     reference, calibration = read_reference(folder)
@@ -110,9 +112,9 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
     readable = newest[newest["error"].isna()].reset_index(drop=True)
     unreadable, others = len(newest) - len(readable), int((~ours).sum())
     found = check(readable, known, calibration, params.monitor, unreadable, others)
-    with atomic_folder(out) as temporary:
-        write_json(temporary / "monitor.json", {**asdict(found), "drift": found.drift})
-        (temporary / "monitor.html").write_text(page(found, readable, known), encoding="utf-8")
+    with atomic_path(out / PAGE) as temporary:
+        temporary.write_text(page(found, readable, known), encoding="utf-8")
+    write_json(out / JSON, {**asdict(found), "drift": found.drift})
     return found
 
 

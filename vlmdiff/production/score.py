@@ -5,7 +5,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from rich.table import Table
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import process_group
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_path, sha256
+from vlmdiff.core.files import atomic_path, check_out, sha256
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
 from vlmdiff.data.images import read_image
@@ -113,12 +113,13 @@ def score(
     Raises InputError, and writes nothing, if a source or the model is missing, the detector needs other captions, or
     `out` holds other files or another model's scores, or another process writes to it.
     """
+    check_out(out, lambda name: name.startswith("part-") or name == HEATMAPS)
     here = process_group()
     folder, name, photographs = _from_main(here, lambda: (*find_model(model, params), find_photographs(sources, out)))
     detector = Detector.from_pretrained(folder, str(here.device))
     name = name or folder_name(folder)
     captions = _captions(detector, photographs, class_name)
-    with _alone(out) if here.is_main_process else contextlib.nullcontext():
+    with hold(out / LOCK, f"the folder {out}") if here.is_main_process else contextlib.nullcontext():
         new = _from_main(here, lambda: _pending(out, photographs, name))
         began = time.perf_counter()
         own = new[here.process_index :: here.num_processes]
@@ -203,21 +204,6 @@ def _captions(detector: Detector, photographs: list[Photograph], class_name: str
             raise InputError(f"{path}: this model needs the photograph's {missing}: {advice}")
     texts = {path: text for path, text in given.items() if text is not None}
     return texts if missing == "caption" else dict(zip(texts, detector.captions_of(texts.values()), strict=True))
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Generator[None]:
-    """Lock `out`, and create it if it is missing. Raises InputError if it is locked or holds other files."""
-    foreign = [
-        path.name
-        for path in (out.iterdir() if out.is_dir() else [])
-        if not path.name.startswith((".", "part-")) and path.name != HEATMAPS
-    ]
-    if foreign or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out} holds other files ({', '.join(foreign[:3])}): give an empty or new folder as --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with hold(out / LOCK, f"the folder {out}"):
-        yield
 
 
 def _parts(out: Path) -> list[Path]:
