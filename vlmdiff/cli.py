@@ -12,7 +12,10 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 
 app = typer.Typer(
-    help="Visual anomaly detection, from images to a promoted model.",
+    help=(
+        "Visual anomaly detection, from images to a promoted model. "
+        "Exit status: 1 if the answer is no, 2 if an input or the workspace is wrong."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -131,7 +134,7 @@ def promote(
     reason: Annotated[str | None, typer.Option(help="Reason for the override. It is recorded.")] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Judge a registered version by the gate and make it champion if it passes."""
+    """Judge a registered version by the gate and make it champion if it passes. Exits with status 1 if it does not."""
     by, why = ((text or "").strip() for text in (override, reason))
     if (override is not None or reason is not None) and not (by and why):
         raise InputError("an override takes both a person's name and a reason: --override NAME --reason WHY")
@@ -142,7 +145,10 @@ def promote(
     from vlmdiff.registry.promotion import promote
 
     person = Override(by, why) if by and why else None
-    Console().print(verdict_table(promote(load(params), version, person)))
+    verdict = promote(load(params), version, person)
+    Console().print(verdict_table(verdict))
+    if not verdict.is_champion:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=HANDOVER)

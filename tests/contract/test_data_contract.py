@@ -141,7 +141,7 @@ def spoil(photos, how):
 def test_wrong_input_is_stopped_by_its_rule_with_the_file(place, how, rule, file):
     spoil(place / "photos", how)
     status, errors = check(place)
-    assert status == 1
+    assert status == 2
     assert rule in broken_rules(place)
     (line,) = [line for line in errors.splitlines() if line.strip().startswith(f"{rule} (")]
     assert file in line
@@ -152,7 +152,7 @@ def test_a_rule_that_many_files_break_names_ten_and_says_how_many(place):
         (place / f"photos/nut/train/good/bad{i:02}.png").write_text("no image")
     status, errors = check(place)
     (line,) = [line for line in errors.splitlines() if line.strip().startswith("readable (")]
-    assert status == 1 and "broken by 12" in line and line.count(".png") == 10
+    assert status == 2 and "broken by 12" in line and line.count(".png") == 10
 
 
 @pytest.mark.parametrize("what", ["link", "empty", "missing", "unknown key", "bad value"])
@@ -178,7 +178,7 @@ def test_what_is_no_dataset_or_no_parameter_is_refused_and_nothing_is_written(pl
         "unknown key": "modez",
         "bad value": "fraction",
     }
-    assert status == 1 and errors.startswith("error: ") and expected[what] in errors
+    assert status == 2 and errors.startswith("error: ") and expected[what] in errors
     assert not (place / "data/manifest.parquet").exists() and not (place / "reports").exists()
 
 
