@@ -25,11 +25,21 @@ ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters of the ex
 BEFORE, STAGES, HANDOVER, USE = "Before a run", "Stages, in order (dvc.yaml runs them)", "Hand-over", "Use"
 
 
+class Copies(StrEnum):
+    """Which copy of an image in two splits stays."""
+
+    KEEP_TRAIN = "keep_train"
+    KEEP_TEST = "keep_test"
+
+
 @app.command(rich_help_panel=BEFORE)
 def init(
     data: Annotated[Path, typer.Option(help="Folder with the images.", show_default=False)],
     layout: Annotated[str | None, typer.Option(help="Layout of the folder; detected if omitted.")] = None,
     preset: Annotated[Path | None, typer.Option(help="Parameters to start from; params.yaml if omitted.")] = None,
+    copies: Annotated[
+        Copies | None, typer.Option(help="Of an image that is in two splits, the copy to keep.", show_default=False)
+    ] = None,
 ) -> None:
     """Write params.yaml for a folder of images and put it under DVC. Run it again after adding images."""
     from rich.console import Console
@@ -42,7 +52,10 @@ def init(
     template = preset or (w.PARAMS if w.PARAMS.is_file() else None)
     if template is None:
         raise InputError(f"{w.PARAMS} does not exist: pass a file to start from by --preset")
-    found = look(root, load(template).prepare, layout)
+    chosen = load(template).prepare
+    if copies is not None:
+        chosen = chosen.model_copy(update={"copies": copies.value})
+    found = look(root, chosen, layout)
     console = Console()
     console.print(table(found))
     for words in (write_params(found, preset), track(root)):

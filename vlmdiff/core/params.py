@@ -59,8 +59,15 @@ class Cifar(Section):
     normal: Annotated[tuple[str, ...], Field(min_length=1)] = ("airplane",)
 
 
+Copies = Literal["error", "keep_train", "keep_test"]
+
+
 class Prepare(Section):
-    """The dataset. `root` is its folder; the layout `demo` ignores it."""
+    """The dataset. `root` is its folder; the layout `demo` ignores it.
+
+    `copies` is what to do with an image that is in two splits: "error" stops `validate`, "keep_train" leaves out the
+    copy in the later split (train, validation, test), "keep_test" the copy in the earlier one.
+    """
 
     layout: Literal[
         "demo", "folder", "table", "mvtec_ad", "mvtec_3d", "btad", "visa", "real_iad", "coco_ad", "cifar"
@@ -69,6 +76,7 @@ class Prepare(Section):
     validation_fraction: Fraction = 0.15
     test_fraction: Fraction = 0.2
     max_pixels: Positive = 100_000_000
+    copies: Copies = "error"
     demo: Demo = Demo()
     table: Table = Table()
     visa: Visa = Visa()

@@ -7,22 +7,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vlmdiff.core.console import track
+from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256
-from vlmdiff.core.params import Prepare
+from vlmdiff.core.params import Copies, Prepare
 from vlmdiff.data import cifar, demo, manifest
 from vlmdiff.data.images import decode, resolve
 from vlmdiff.data.layouts import GOOD, LAYOUTS, Record
+
+NAMED = 10
 
 
 def build(params: Prepare, root: Path) -> pd.DataFrame:
     """List, hash and decode every image under `root`. The columns are those of SCHEMA, the rows are sorted by path.
 
-    An unreadable image is listed with its `problem`; the data contract judges it. If the dataset has no splits, all
-    anomalous images and the share `test_fraction` of each class's normal images form the test split. If a class has no
-    validation split, the share `validation_fraction` of its normal training images, at least one, forms it. Both shares
-    take the images with the lowest hashes, so that adding images moves few others.
+    An unreadable image is listed with its `problem`; the data contract judges it. Of images with the same bytes and the
+    same label, those after the first are left out with a warning; in two splits, if `copies` says so. If the dataset
+    has no splits, all anomalous images and the share `test_fraction` of each class's normal images form the test split.
+    If a class has no validation split, the share `validation_fraction` of its normal training images, at least one,
+    forms it. Both shares take the images with the lowest hashes, so that adding images moves few others.
 
     Raises InputError if the root is missing, empty or not in the layout, or if a path leaves it.
     """
@@ -34,6 +37,7 @@ def build(params: Prepare, root: Path) -> pd.DataFrame:
         [{**record._asdict(), **facts} for record, facts in zip(records, looked, strict=True)],
         columns=manifest.SCHEMA.names,
     )
+    frame = _without_copies(frame, params.copies)
     _split(frame, params)
     return manifest.with_none(frame)
 
@@ -75,6 +79,46 @@ def _records(params: Prepare, root: Path) -> list[Record]:
             if path is not None:
                 resolve(root, path)
     return records
+
+
+def in_two_splits(params: Prepare) -> list[tuple[str, str]]:
+    """Return the pairs of images with the same bytes in two splits of the dataset, the earlier split first.
+
+    Only files of the same size are read.
+    """
+    if params.layout in ("demo", "cifar"):
+        return []
+    frame = pd.DataFrame(_records(params, params.root), columns=Record._fields)
+    frame["image_id"] = [resolve(params.root, path).stat().st_size for path in frame["path"]]
+    frame = frame[frame.groupby("image_id")["split"].transform("nunique") > 1]
+    frame = frame.assign(image_id=[sha256(resolve(params.root, path)) for path in frame["path"]])
+    others = manifest.across_splits(frame)
+    return list(zip(frame["path"][others.notna()], others.dropna(), strict=True))
+
+
+def _without_copies(frame: pd.DataFrame, copies: Copies) -> pd.DataFrame:
+    """Leave out images that repeat another of the same label. What contradicts itself stays, for the contract."""
+    label = ["image_id", "class_name", "is_anomalous"]
+    # The contract shows files that cannot be read and rows that are listed twice, each of them.
+    fit = frame["problem"].isna() & ~frame.duplicated("path", keep=False)
+    again = fit & frame[fit].duplicated([*label, "split"]).reindex(frame.index, fill_value=False)
+    _warn(frame, again, "the same bytes as another image of the same split")
+    frame = frame[~again]
+    if copies != "error":
+        order = (
+            frame["split"].map(manifest.SPLITS.index, na_action="ignore").sort_values(ascending=copies == "keep_train")
+        )
+        later = frame.loc[order.index].duplicated(label).reindex(frame.index) & fit.reindex(frame.index)
+        _warn(frame, later, f"the same bytes as an image of another split (prepare.copies: {copies})")
+        frame = frame[~later]
+    return frame.reset_index(drop=True)
+
+
+def _warn(frame: pd.DataFrame, left_out: pd.Series, why: str) -> None:
+    if left_out.any():
+        paths = frame.loc[left_out, "path"]
+        more = " …" if len(paths) > NAMED else ""
+        say(f"warning: {len(paths)} images are left out, with {why}: {', '.join(paths[:NAMED])}{more}")
 
 
 def _split(frame: pd.DataFrame, params: Prepare) -> None:

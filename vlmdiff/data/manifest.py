@@ -34,6 +34,15 @@ def with_none(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
+def across_splits(frame: pd.DataFrame) -> pd.Series:
+    """Return, for each row, the path of an image with the same bytes in a later split, None if there is none."""
+    rank = frame["split"].map(SPLITS.index, na_action="ignore")
+    last = frame.assign(rank=rank).sort_values("rank", kind="stable").drop_duplicates("image_id", keep="last")
+    last = last.set_index("image_id")
+    later = frame["image_id"].map(last["rank"]) > rank
+    return frame["image_id"].map(last["path"]).where(later, None)
+
+
 def write(frame: pd.DataFrame, path: Path) -> None:
     """Write a manifest atomically."""
     table = pa.Table.from_pandas(frame, schema=SCHEMA, preserve_index=False).replace_schema_metadata()
