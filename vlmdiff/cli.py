@@ -171,19 +171,27 @@ def rollback(
     params: ParamsFile = w.PARAMS,
 ) -> None:
     """Make the previous champion the champion again. The other version then needs an override to pass the gate."""
-    import getpass
-
     from vlmdiff.core.params import load
     from vlmdiff.registry.promotion import rollback
 
     if not reason.strip() or (by is not None and not by.strip()):
         raise InputError("a rollback takes a reason, and a name where --by is given: --reason WHY --by NAME")
+    person = _person(by)
+    was, now = rollback(load(params), person, reason.strip())
+    print(f"version {now} is champion again, version {was} was rolled back by {person}: {reason.strip()}")
+
+
+def _person(by: str | None) -> str:
+    """Return the name of the person who runs the command. Raises InputError if it has none."""
+    import getpass
+
     try:
-        person = by or getpass.getuser()
+        person = getpass.getuser() if by is None else by
     except (KeyError, OSError):
-        raise InputError("your login has no name here: say who you are by --by NAME") from None
-    was, now = rollback(load(params), person.strip(), reason.strip())
-    print(f"version {now} is champion again, version {was} was rolled back by {person.strip()}: {reason.strip()}")
+        person = ""
+    if not person.strip():
+        raise InputError("your login has no name here: say who you are by --by NAME")
+    return person.strip()
 
 
 @app.command(rich_help_panel=USE)
@@ -264,8 +272,6 @@ def feedback(
     params: ParamsFile = w.PARAMS,
 ) -> None:
     """Add images to the dataset: normal images for training, anomalous images for the test."""
-    import getpass
-
     from vlmdiff.core.params import load
     from vlmdiff.data.feedback import Statement, give_feedback
 
@@ -273,7 +279,7 @@ def feedback(
         raise InputError("a normal photograph has no defect: leave --defect out")
     loaded = load(params)
     kind = None if truth is Truth.NORMAL else defect or "anomaly"
-    added = give_feedback(photographs, Statement(class_name, kind, by or getpass.getuser()), loaded, w.FEEDBACK, mask)
+    added = give_feedback(photographs, Statement(class_name, kind, _person(by)), loaded, w.FEEDBACK, mask)
     for file in added:
         print(file)
     print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; log: {w.FEEDBACK}")

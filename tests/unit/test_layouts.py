@@ -593,7 +593,11 @@ def rows(draw) -> Record:
     defect = draw(TEXT.filter(lambda text: text != "good")) if is_anomalous else None
     return Record(
         draw(st.sampled_from(NAMES)),
-        draw(TEXT.filter(lambda text: "/" not in text and text not in (".", "..") and text.isprintable())),
+        draw(
+            TEXT.filter(
+                lambda text: "/" not in text and text not in (".", "..") and text.isprintable() and text == text.strip()
+            )
+        ),
         draw(st.sampled_from(["train", "validation", "test"])),
         is_anomalous,
         defect,

@@ -123,7 +123,8 @@ def inspecting(files: list[Path], model: Path) -> Seen:
 
 def feedback(files: list[Path], model: Path) -> Seen:
     Path("data/thing/good").mkdir(parents=True)
-    params = Params(prepare=Prepare(layout="folder", root=Path("data")), validate=Validate(masks="optional"))
+    validate = Validate(masks="optional", modes=("RGB", "L", "RGBA", "LA", "P", "I;16", "I;16B", "CMYK", "1", "F", "I"))
+    params = Params(prepare=Prepare(layout="folder", root=Path("data")), validate=validate)
     return training(give_feedback(files, Statement("thing", None, "Ada"), params, Path("log.jsonl")), model)
 
 

@@ -22,6 +22,7 @@ from vlmdiff.data.docs import VIEW
 from vlmdiff.data.images import decode, read_image, resolve
 from vlmdiff.data.layouts import LABEL_MAPS
 from vlmdiff.data.manifest import SPLITS, across_splits
+from vlmdiff.data.rules import image_faults, mask_faults
 
 NAMED_FILES = 10
 
@@ -162,8 +163,12 @@ def check_dataset(frame: pd.DataFrame, data: Prepare, params: Validate, out: Pat
     readable = frame["problem"].isna()
     learned = frame["split"].isin(["train", "validation"])
     table["readable"] = frame["problem"]
-    table["mode"] = frame["mode"].where(readable)
-    table["shorter_side"] = frame[["width", "height"]].min(axis=1).where(readable)
+    faults = [
+        image_faults(mode, width, height, params) if problem is None else {}
+        for mode, width, height, problem in frame[["mode", "width", "height", "problem"]].itertuples(index=False)
+    ]
+    for rule in ("mode", "size"):
+        table[rule] = pd.Series([found.get(rule) for found in faults], index=frame.index, dtype=object)
     table["normal_training"] = frame["is_anomalous"].where(learned).astype(object)
     table["test_apart"] = across_splits(frame)
     # Prepare has left out the copies of the same label.
@@ -171,11 +176,12 @@ def check_dataset(frame: pd.DataFrame, data: Prepare, params: Validate, out: Pat
     table["unique_image"] = first.where((first != frame["path"]) & readable)
     table["near_duplicate"] = _near_duplicates(frame, image_root, params.near_duplicate_bits, max_pixels)
     images = table.astype(object).where(table.notna(), None)
-    rules = _image_rules(params, data.layout in LABEL_MAPS)
+    rules = image_rules(params, data.layout in LABEL_MAPS)
     return check_tables("dataset", {"images": (images, rules), "classes": _classes(frame, params)}, out)
 
 
-def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
+def image_rules(params: Validate, label_maps: bool) -> list[Rule]:
+    """Return the rules for each image and its mask. label_maps: whether masks number regions."""
     no_mask = "Draw the mask, or set validate.masks: optional and a gate on image_auroc (gate.floors, gate.metric)"
 
     # The column of the same name says what is wrong, or has the value.
@@ -190,18 +196,15 @@ def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
 
     rules = [
         none("readable", "every image can be decoded", "Replace or remove the file"),
-        one_of(
+        none(
             "mode",
-            params.modes,
             f"every image has one of the modes {', '.join(params.modes)}",
             "Convert the image, or add its mode to validate.modes",
         ),
-        Rule(
+        none(
             "size",
             f"every image has at least {params.min_side} pixels a side",
             "Remove the image, or lower validate.min_side",
-            gxe.ExpectColumnValuesToBeBetween,
-            {"column": "shorter_side", "min_value": params.min_side},
         ),
         Rule(
             "unique_path",
@@ -268,16 +271,7 @@ def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataF
         except InputError as error:
             found["mask_file"] = str(error)
             continue
-        if problem is None and mask.size != (width, height):
-            found["mask_size"] = f"{mask.width} x {mask.height}, its image {width} x {height}"
-        values = np.unique(np.asarray(mask.convert("L")))
-        if len(values[values > 0]) > 1:
-            found["mask_binary"] = f"{len(values)} values"
-        marked = bool(values.max() > 0)
-        if is_anomalous and not marked:
-            found["mask_empty"] = mask_path
-        if marked and not is_anomalous:
-            found["mask_normal"] = mask_path
+        found |= mask_faults(mask, None if problem else (width, height), is_anomalous, mask_path)
     names = ["mask_exists", "mask_file", "mask_size", "mask_binary", "mask_empty", "mask_normal"]
     return pd.DataFrame(rows, index=frame.index, columns=names, dtype=object)
 

@@ -19,6 +19,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Prepare
 from vlmdiff.data.images import SUFFIXES, resolve
 from vlmdiff.data.manifest import SPLITS
+from vlmdiff.data.rules import check_name
 
 GOOD = "good"
 
@@ -220,9 +221,10 @@ def _listed(
     mask_path: str | None,
 ) -> Record:
     """Return the record of the row at `where`. Raises InputError if a file is missing or the class name is invalid."""
-    # Reports use the class as a file name.
-    if not class_name.isprintable() or "/" in class_name or class_name in ("", ".", ".."):
-        raise InputError(f"{where}: the class {class_name!r} is not a valid file name. Rename it.")
+    try:
+        check_name(class_name, "class")
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     for name in (path, mask_path or None):
         try:
             # isfile rejects the empty path, which resolves to the root. Unlike pathlib, os.path takes any name.

@@ -74,7 +74,13 @@ def _records(params: Prepare, root: Path) -> list[Record]:
     records = sorted(LAYOUTS[params.layout](root, params), key=lambda record: record.path)
     if not records:
         raise InputError(f"{root} has no images in layout {params.layout}. See vlmdiff/data/layouts.py.")
+    classes: dict[str, str] = {}
     for record in records:
+        if (other := classes.setdefault(record.class_name.casefold(), record.class_name)) != record.class_name:
+            raise InputError(
+                f"{root}: the classes {other!r} and {record.class_name!r} ({record.path}) differ only in capital "
+                "letters: give them one name, or two that differ"
+            )
         for path in (record.path, record.mask_path):
             if path is not None:
                 resolve(root, path)
