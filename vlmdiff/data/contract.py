@@ -240,6 +240,12 @@ def image_rules(params: Validate, label_maps: bool) -> list[Rule]:
         none("mask_empty", "the mask of an anomalous image is not empty", "Draw the mask, or list the image as good"),
         none("mask_normal", "no normal image has a mask that marks a defect", "Remove the mask or the image"),
         none(
+            "mask_large",
+            "no mask marks more than half of the image",
+            "Look at it: is it inverted? Zero is where nothing is wrong",
+            "warning",
+        ),
+        none(
             "near_duplicate",
             "no test image is a near-duplicate of a training or validation image",
             "Look at them: near-duplicates make the test too easy",
@@ -272,7 +278,7 @@ def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataF
             found["mask_file"] = str(error)
             continue
         found |= mask_faults(mask, None if problem else (width, height), is_anomalous, mask_path)
-    names = ["mask_exists", "mask_file", "mask_size", "mask_binary", "mask_empty", "mask_normal"]
+    names = ["mask_exists", "mask_file", "mask_size", "mask_binary", "mask_empty", "mask_normal", "mask_large"]
     return pd.DataFrame(rows, index=frame.index, columns=names, dtype=object)
 
 

@@ -125,13 +125,21 @@ def _check_files(file: Path, said: Statement, params: Params, mask: Path | None)
         found |= mask_faults(
             decode(mask, params.prepare.max_pixels), photograph.size, said.defect is not None, str(mask)
         )
-    if found:
-        from vlmdiff.data.contract import image_rules  # Great Expectations takes seconds to import
+    if not found:
+        return
+    from vlmdiff.data.contract import image_rules  # Great Expectations takes seconds to import
 
-        rules = [rule for rule in image_rules(params.validate_, label_maps=False) if rule.name in found]
-        broken = "; ".join(f"{rule.what}, and this one: {found[rule.name]}. {rule.remedy}" for rule in rules)
-        where = f"{file} with the mask {mask}" if mask else file
-        raise InputError(f"{where} breaks the data contract: {broken}")
+    where = f"{file} with the mask {mask}" if mask else str(file)
+    errors = []
+    for rule in image_rules(params.validate_, label_maps=False):
+        if rule.name in found:
+            broken = f"{rule.what}, and this one: {found[rule.name]}. {rule.remedy}"
+            if rule.severity == "error":
+                errors.append(broken)
+            else:
+                say(f"warning: {where}: {broken}")
+    if errors:
+        raise InputError(f"{where} breaks the data contract: {'; '.join(errors)}")
 
 
 def _refuse_another_mask(drawn: Path, mask: Path, photograph: Path) -> None:

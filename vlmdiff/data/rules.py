@@ -5,7 +5,10 @@ from PIL import Image
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Validate
+from vlmdiff.data.images import mask_values
 
+# A mask that marks a larger share of the image may be inverted.
+LARGE = 0.5
 # Bytes of a file's name, less those that reports, masks and temporary files add to it.
 NAME_LENGTH = 180
 
@@ -38,10 +41,13 @@ def mask_faults(mask: Image.Image, size: tuple[int, int] | None, is_anomalous: b
     found = {}
     if size is not None and mask.size != size:
         found["mask_size"] = f"{mask.width} x {mask.height}, its image {size[0]} x {size[1]}"
-    values = np.unique(np.asarray(mask.convert("L")))
+    pixels = mask_values(mask)
+    values = np.unique(pixels)
     if len(values[values > 0]) > 1:
         found["mask_binary"] = f"{len(values)} values"
     marked = bool(values.max() > 0)
+    if is_anomalous and (share := np.mean(pixels > 0)) > LARGE:
+        found["mask_large"] = f"{share:.0%} of the image"
     if is_anomalous and not marked:
         found["mask_empty"] = name
     if marked and not is_anomalous:
