@@ -1,6 +1,7 @@
 """List the images of a dataset: the rows of its manifest, with the splits that the dataset lacks."""
 
 import os
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256
 from vlmdiff.core.params import Copies, Prepare
-from vlmdiff.data import cifar, demo, manifest
-from vlmdiff.data.images import decode, resolve
+from vlmdiff.data import cifar, demo, manifest, sources
+from vlmdiff.data.images import SUFFIXES, decode, resolve
 from vlmdiff.data.layouts import GOOD, LAYOUTS, Record
 
 NAMED = 10
+# The hash of a file that cannot be opened.
+UNREADABLE = "0" * 64
 
 
 def build(params: Prepare, root: Path) -> pd.DataFrame:
@@ -30,6 +33,8 @@ def build(params: Prepare, root: Path) -> pd.DataFrame:
     Raises InputError if the root is missing, empty or not in the layout, or if a path leaves it.
     """
     records = _records(params, root)
+    if passed := passed_over(params, _paths(records)):
+        say(f"warning: {passed}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         facts = pool.map(lambda record: _look(root / record.path, params.max_pixels), records)
         looked = list(track(facts, "read images", total=len(records)))
@@ -68,6 +73,11 @@ def _to_be_made(class_name: str, split: str, kind: str, file: str | int, has_mas
     return Record(path, class_name, split, is_anomalous, *((kind, path if has_masks else None) if is_anomalous else ()))
 
 
+def _paths(records: Iterable[Record]) -> Iterator[str]:
+    for record in records:
+        yield from (path for path in (record.path, record.mask_path) if path is not None)
+
+
 def _records(params: Prepare, root: Path) -> list[Record]:
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Set prepare.root to the dataset's folder.")
@@ -81,10 +91,31 @@ def _records(params: Prepare, root: Path) -> list[Record]:
                 f"{root}: the classes {other!r} and {record.class_name!r} ({record.path}) differ only in capital "
                 "letters: give them one name, or two that differ"
             )
-        for path in (record.path, record.mask_path):
-            if path is not None:
-                resolve(root, path)
+    for path in _paths(records):
+        resolve(root, path)
     return records
+
+
+def passed_over(params: Prepare, paths: Iterable[str]) -> str | None:
+    """Return a sentence about the images under the root that are not in the dataset, None if all are.
+
+    paths: those of the dataset's images and masks. An image is a file with a suffix of an image, whatever its format.
+    """
+    if params.layout in ("demo", "cifar"):
+        return None
+    taken = {os.path.join(params.root, path) for path in paths}
+    left = [file for file in sources.images_below(params.root) if file not in taken]
+    known = [file for file in left if sources.suffix(file) in SUFFIXES]
+    said = [
+        f"{len(files)} {why} ({', '.join(os.path.relpath(file, params.root) for file in files[:3])}"
+        f"{' …' if len(files) > 3 else ''})"
+        for files, why in (
+            (known, f"lie where layout {params.layout} does not look"),
+            (sorted(set(left) - set(known)), f"have another suffix than {', '.join(sorted(SUFFIXES))}"),
+        )
+        if files
+    ]
+    return f"{len(left)} images under {params.root} are passed over: {'; '.join(said)}" if said else None
 
 
 def in_two_splits(params: Prepare) -> list[tuple[str, str]]:
@@ -144,11 +175,12 @@ def _lowest(rows: pd.DataFrame, count: int) -> pd.Index:
 
 def _look(file: Path, max_pixels: int) -> dict[str, str | int | None]:
     """Return an image's hash, size and mode, or the problem with it. Open the file once."""
-    with file.open("rb") as stream:
-        facts = {"image_id": sha256(stream)}
-        stream.seek(0)
-        try:
+    facts = {"image_id": UNREADABLE}
+    try:
+        with file.open("rb") as stream:
+            facts = {"image_id": sha256(stream)}
+            stream.seek(0)
             image = decode(stream, max_pixels, name=str(file))
-        except InputError as error:
-            return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
+    except (InputError, OSError) as error:
+        return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
     return {**facts, "width": image.width, "height": image.height, "mode": image.mode, "problem": None}

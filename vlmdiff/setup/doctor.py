@@ -121,6 +121,8 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
         f"{len(counts)} classes: {total['train']} train, {total['validation']} validation, {total['test']} test images "
         f"({(anomalous['split'] == 'test').sum()} anomalous)"
     )
+    if passed := listing.passed_over(data, pd.concat([frame["path"], frame["mask_path"].dropna()])):
+        found = f"{found}; {passed}"
     rows = [Requirement("dataset", found, where, True)]
 
     asked = pd.Series(least.model_dump())

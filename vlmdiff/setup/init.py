@@ -81,6 +81,9 @@ def table(found: Found) -> Group:
         known = set(manifest.read(w.MANIFEST)["path"])
         more, gone = len(set(found.frame["path"]) - known), len(known - set(found.frame["path"]))
         lines.append(f"since the last run of prepare: {more} new, {gone} removed")
+    paths = pd.concat([found.frame["path"], found.frame["mask_path"].dropna()])
+    if passed := listing.passed_over(found.params, paths):
+        lines.append(passed)
     if found.pairs and found.params.copies == "error":
         named = ", ".join(f"{first} = {second}" for first, second in found.pairs[:NAMED])
         lines.append(
