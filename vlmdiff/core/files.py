@@ -54,6 +54,11 @@ def atomic_folder(path: Path) -> Generator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        # Some libraries write for the owner alone: another user who may read the folder reads its files.
+        readable = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(file.stat().st_mode | readable)
         if path.exists():
             # A folder cannot be renamed over another that is not empty.
             old = _beside(path, "old")
@@ -121,6 +126,16 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def sync(folder: Path) -> None:
+    """Return when a folder's files, and their names, are on the disk."""
+    for path in (*(file for file in folder.iterdir() if file.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256(file: Path | BufferedReader) -> str:
