@@ -1,5 +1,6 @@
 """The `vlmdiff` command. Each command loads the parameters and calls one function; heavy imports are inside it."""
 
+import errno
 import os
 import sys
 from enum import StrEnum
@@ -10,6 +11,7 @@ import typer
 
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.network import ask_loopback_directly
 
 app = typer.Typer(
     help=(
@@ -328,10 +330,21 @@ def main() -> None:
     # GNU's OpenMP threads spin while they wait. Beside another process that slows a training many times. Set before
     # torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    ask_loopback_directly()
     try:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        # What a person can change, unlike a mistake in this package.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {where}{error.strerror}. Nothing half-written is left; run again once it is fixed.",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

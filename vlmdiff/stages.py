@@ -14,6 +14,7 @@ import numpy as np
 from vlmdiff.core import params as p
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
+from vlmdiff.core.errors import explained
 from vlmdiff.core.files import atomic_folder, folder_mb
 
 
@@ -120,13 +121,11 @@ def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Pat
 
     here = process_group()
     folder = state_folder(state, params, data, latent_space)
-    pipeline = build(
-        load_first_stage(latent_space),
-        CLIPTextModel.from_pretrained(data / "text_encoder"),
-        CLIPTokenizer.from_pretrained(data / "tokenizer"),
-        params,
-        Normalization.load(latent_space),
-    )
+    with explained(data, "Run the encode stage again, or restore the folder by `dvc checkout`"):
+        text_encoder = CLIPTextModel.from_pretrained(data / "text_encoder")
+        tokenizer = CLIPTokenizer.from_pretrained(data / "tokenizer")
+    vae, normalization = load_first_stage(latent_space), Normalization.load(latent_space)
+    pipeline = build(vae, text_encoder, tokenizer, params, normalization)
     # Autoencoder and text encoder are no longer needed: the device's memory is for the networks that train.
     for network in filter(None, (pipeline.unet, pipeline.sgn)):
         network.to(here.device)

@@ -239,6 +239,7 @@ def test_a_damaged_line_of_the_log_is_named_and_nothing_is_copied(layout, line) 
     refused("normal", photograph(Path("a.png"), 20), words=("feedback.jsonl, line 1: not a line of feedback",))
 
 
+@pytest.mark.parametrize("layout", ["folder"], indirect=True)
 def test_several_people_at_once_are_all_in_the_log(layout) -> None:
     command = [sys.executable, "-m", "vlmdiff.cli", "feedback", "normal", "--class-name", "bottle", "--by", "Ada"]
     files = [photograph(Path(f"{seed}.png"), seed) for seed in range(20, 24)]

@@ -13,7 +13,7 @@ import yaml
 
 from vlmdiff.core import git
 from vlmdiff.core import workspace as w
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.processes import run_child
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
@@ -36,7 +36,8 @@ class DvcFailed(InputError):
 
 def stage_names() -> list[str]:
     """Return the stages of dvc.yaml, in the order of the file."""
-    return list(yaml.safe_load(GRAPH.read_text())["stages"])
+    with explained(GRAPH, "Restore it by `git checkout dvc.yaml`"):
+        return list(yaml.safe_load(GRAPH.read_text())["stages"])
 
 
 def run_stage(name: str, log: Log, force: bool = False, pull: bool = False) -> Outcome:
@@ -166,9 +167,10 @@ def read_lock() -> dict[str, str]:
     """
     if not w.DVC_LOCK.is_file():
         raise InputError(f"{w.DVC_LOCK} does not exist: run `dvc repro` first")
-    stages = yaml.safe_load(w.DVC_LOCK.read_text())["stages"]
-    entries = [entry for stage in stages.values() for kind in ("deps", "outs") for entry in stage.get(kind, ())]
-    return {entry["path"]: entry["md5"] for entry in entries if not entry["path"].startswith("vlmdiff/")}
+    with explained(w.DVC_LOCK, "Restore it by `git checkout dvc.lock`, or remove it and run `dvc repro`"):
+        stages = yaml.safe_load(w.DVC_LOCK.read_text())["stages"]
+        entries = [entry for stage in stages.values() for kind in ("deps", "outs") for entry in stage.get(kind, ())]
+        return {entry["path"]: entry["md5"] for entry in entries if not entry["path"].startswith("vlmdiff/")}
 
 
 def check_output(path: Path, recorded: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.files import atomic_path
 
 SPLITS = ("train", "validation", "test")
@@ -54,10 +54,8 @@ def read(path: Path) -> pd.DataFrame:
     """Read a manifest; missing values are None. Raises InputError if the file is missing or not a manifest."""
     if not path.is_file():
         raise InputError(f"{path} does not exist. Run vlmdiff prepare first.")
-    try:
+    with explained(path, "Run vlmdiff prepare again, or restore the file by `dvc checkout`"):
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file ({error}). Run vlmdiff prepare again.") from error
     if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
         raise InputError(f"{path} is not a manifest of this version. Run vlmdiff prepare again.")
     return with_none(table.to_pandas())

@@ -6,7 +6,7 @@ calibration, is assigned to the class with the nearest image statistics, and ima
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.files import atomic_path, check_out, write_json
 from vlmdiff.core.params import Monitor, Params
 from vlmdiff.detection.calibration import Calibration
@@ -72,7 +72,8 @@ class DriftTest:
 class DriftCheck:
     """The result of a drift check: `images` recent images were compared with `reference` calibration images.
 
-    unreadable: recent images that could not be read; others: images scored by other models, which are ignored.
+    unreadable: recent images that could not be read; repeated: recent images with the same bytes as another one, which
+    count once; others: images scored by other models, which are ignored.
     """
 
     verdict: Literal["drift", "no drift", "too few photographs"]
@@ -83,6 +84,7 @@ class DriftCheck:
     others: int
     false_alarm_rate: float
     tests: list[DriftTest]
+    repeated: int = 0
 
     @property
     def drift(self) -> bool:
@@ -109,9 +111,12 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
     rows = read_scores(scores)
     ours = rows["model"].isin(names)
     newest = rows[ours].tail(last or params.monitor.last)
-    readable = newest[newest["error"].isna()].reset_index(drop=True)
+    readable = newest[newest["error"].isna()]
     unreadable, others = len(newest) - len(readable), int((~ours).sum())
+    readable = readable.drop_duplicates("image_id", keep="last").reset_index(drop=True)
     found = check(readable, known, calibration, params.monitor, unreadable, others)
+    repeated = len(newest) - unreadable - len(readable)
+    found = feed_check(replace(found, repeated=repeated), len(newest))
     with atomic_path(out / PAGE) as temporary:
         temporary.write_text(page(found, readable, known), encoding="utf-8")
     write_json(out / JSON, {**asdict(found), "drift": found.drift})
@@ -119,7 +124,7 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
 
 
 def read_scores(path: Path) -> pd.DataFrame:
-    """Read rows that `vlmdiff score` wrote, in the order of scoring, each image once per model.
+    """Read rows that `vlmdiff score` wrote, in the order of scoring, each file once per model.
 
     Raises InputError if the files are something else.
     """
@@ -127,15 +132,14 @@ def read_scores(path: Path) -> pd.DataFrame:
     files = sorted(str(file) for file in found if file.is_file() and not file.name.startswith("."))
     if not files:
         raise InputError(f"{path} has no Parquet files. Name a folder that `vlmdiff score` wrote")
-    columns = ["image_id", "score", "is_anomalous", "model", "error", "scored_at", *STATISTICS]
+    columns = ["path", "image_id", "score", "is_anomalous", "model", "error", "scored_at", *STATISTICS]
     try:
         frame = pa.dataset.dataset(files).to_table(columns=columns).to_pandas()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} was not written by `vlmdiff score`: {error}") from error
     frame = frame.sort_values("scored_at", kind="stable")
-    # An image that was scored twice counts once; an image that does not exist has no hash.
-    again = frame["image_id"].notna() & frame.duplicated(["image_id", "model"], keep="last")
-    return frame[~again].reset_index(drop=True)
+    # A photograph that was scored twice counts once. Another file with the same bytes is another one.
+    return frame.drop_duplicates(["path", "image_id", "model"], keep="last").reset_index(drop=True)
 
 
 def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
@@ -143,8 +147,10 @@ def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
     file = model / REFERENCE
     if not file.is_file():
         raise InputError(f"{model} has no {REFERENCE}, the list of its calibration images. Run `vlmdiff evaluate`")
-    calibration = Calibration(**json.loads((model / SETTINGS).read_text())["calibration"])
-    return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
+    with explained(model / SETTINGS, "Run `vlmdiff evaluate` again, or restore the folder"):
+        calibration = Calibration(**json.loads((model / SETTINGS).read_text())["calibration"])
+    with explained(file, "Run `vlmdiff evaluate` again, or restore the folder"):
+        return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,21 @@ def check(
     if failed:
         return DriftCheck("drift", f"drift in the last {images} images: {', '.join(failed)}", *facts, tests)
     return DriftCheck("no drift", f"no drift in the last {images} images", *facts, tests)
+
+
+def feed_check(found: DriftCheck, newest: int) -> DriftCheck:
+    """Return the check with the verdict drift if more than half of the newest files show nothing new.
+
+    Files that cannot be read, and the same picture again and again, come from a camera or a disk that is broken.
+    """
+    faults = [
+        (found.unreadable, "could not be read"),
+        (found.repeated, "are the same picture as another one: is the camera frozen?"),
+    ]
+    said = [f"{count} of the last {newest} images {what}" for count, what in faults if 2 * count > newest]
+    if not said:
+        return found
+    return replace(found, verdict="drift", outcome="; ".join([*said, *([found.outcome] if found.tests else [])]))
 
 
 def _values(rows: pd.DataFrame) -> np.ndarray:

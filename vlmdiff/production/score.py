@@ -105,9 +105,9 @@ def score(
 
     `pandas.read_parquet(out)` reads the dataset: a row for each image, as in SCHEMA. A file that has not changed since
     it was judged is not judged again; one that has changed gets a new row. An image that cannot be read has a row with
-    its `error`. heatmaps: also write a PNG of each alarm into `out/_heatmaps`. model: a detector's folder, by default
-    the champion. class_name: the class of photographs whose table does not name one, for a detector that judges by the
-    captions of classes.
+    its `error`, and is tried again by each run. heatmaps: also write a PNG of each alarm into `out/_heatmaps`. model: a
+    detector's folder, by default the champion. class_name: the class of photographs whose table does not name one, for
+    a detector that judges by the captions of classes.
 
     Under `accelerate launch`, each process judges its share; the main process returns the result, the others None.
     Raises InputError, and writes nothing, if a source or the model is missing, the detector needs other captions, or
@@ -211,7 +211,7 @@ def _parts(out: Path) -> list[Path]:
 
 
 def _pending(out: Path, photographs: list[Photograph], model: str) -> list[Photograph]:
-    """Return the photographs that have no row, after removing the rows of files that have changed."""
+    """Return the photographs that have no row, after removing the rows of files that have changed or have an error."""
     for left in out.glob(".part-*.tmp"):
         left.unlink()
     listed, known = {photograph.path for photograph in photographs}, set()
@@ -222,8 +222,11 @@ def _pending(out: Path, photographs: list[Photograph], model: str) -> list[Photo
             raise InputError(f"{part} does not hold scores of this version ({error}): give another --out") from error
         if others := set(table["model"].to_pylist()) - {model}:
             raise InputError(f"{out} has scores by {others.pop()}, and this is {model}: give another --out")
-        stamps = zip(*(table[column].to_pylist() for column in ("path", "bytes", "mtime_ns")), strict=True)
-        stale = [path in listed and _stamp(path) != tuple(stamp) for path, *stamp in stamps]
+        stamps = zip(*(table[column].to_pylist() for column in ("path", "error", "bytes", "mtime_ns")), strict=True)
+        # What could not be read may be readable now: a share was away, a right or a limit has changed.
+        stale = [
+            path in listed and (error is not None or _stamp(path) != tuple(stamp)) for path, error, *stamp in stamps
+        ]
         known.update(path for path, old in zip(table["path"].to_pylist(), stale, strict=True) if not old)
         if any(stale):
             _remove_rows(part, table, stale, out)
