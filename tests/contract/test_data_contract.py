@@ -243,3 +243,15 @@ def test_files_that_cannot_be_read_and_have_the_same_bytes_are_all_named(place):
         (place / f"photos/nut/train/good/broken{i}.png").write_text("no image")
     status, errors = check(place)
     assert status == 2 and all(f"broken{i}.png" in errors for i in range(4)) and "broken by 4" in errors
+
+
+@pytest.mark.parametrize("kind", ["good", "bent"])
+def test_a_test_split_of_one_kind_is_a_warning(place, kind):
+    shutil.rmtree(place / "photos/nut/test" / kind)
+    if kind == "bent":
+        shutil.rmtree(place / "photos/nut/ground_truth")
+    write(place, validate={**CONTRACT, "min_images": {"train": 3, "validation": 1, "test": 1}})
+    status, errors = check(place)
+    assert status == 0, errors
+    rows = json.loads((place / "reports/data/validation.json").read_text())["findings"]
+    assert {row["rule"]: row["files"] for row in rows if not row["passed"]} == {"both_kinds": ["nut/test"]}

@@ -317,14 +317,29 @@ def _classes(frame: pd.DataFrame, params: Validate) -> tuple[pd.DataFrame, list[
     ]
     training = frame[frame["split"] == "train"].groupby("class_name").size()
     rows += [{"path": name, "lacks": None, "times": training.max() / count} for name, count in training.items()]
+    kinds = frame[frame["split"] == "test"].groupby("class_name")["is_anomalous"].agg(["min", "max"])
+    rows += [
+        {"path": f"{name}/test", "lacks": None, "times": None, "one_sided": "defective" if least else "good"}
+        for name, least, most in kinds.itertuples()
+        if least == most
+    ]
     least = ", ".join(f"{count} {split}" for split, count in required.items())
-    return pd.DataFrame(rows).astype(object), [
+    table = pd.DataFrame(rows, columns=["path", "lacks", "times", "one_sided"]).astype(object)
+    return table.where(table.notna(), None), [
         Rule(
             "enough_images",
             f"every class has at least {least} images",
             "Add images, remove the class, or lower validate.min_images",
             gxe.ExpectColumnValuesToBeInSet,
             {"column": "lacks", "value_set": [0]},
+        ),
+        Rule(
+            "both_kinds",
+            "every class has good and defective test images",
+            "Without one of them most metrics are not defined, and the gate does not pass: add such images",
+            gxe.ExpectColumnValuesToBeNull,
+            {"column": "one_sided"},
+            "warning",
         ),
         Rule(
             "balance",
