@@ -24,4 +24,6 @@ def read_captions(path: Path) -> dict[str, str]:
         raise InputError(f"{path} does not exist. Run vlmdiff caption first.")
     with explained(path, "Run vlmdiff caption again, or restore the file by `dvc checkout`"):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not rows:
+            raise ValueError("no captions")
         return {row["image_id"]: row["caption"] for row in rows}

@@ -176,7 +176,7 @@ def read_lock() -> dict[str, str]:
 def check_output(path: Path, recorded: dict[str, str]) -> str:
     """Return the recorded hash of a stage's output. Raises InputError if it has none, or the output has another."""
     if path.as_posix() not in recorded or not path.exists():
-        raise InputError(f"{path} is not an output that the stages of dvc.yaml have made: run `dvc repro` first")
+        raise InputError(f"{path} is not an output that {w.DVC_LOCK} lists: run `dvc repro` first")
     if dvc_hash(path) != recorded[path.as_posix()]:
         raise InputError(
             f"{path} differs from what dvc.lock records: run `dvc repro`, or `dvc checkout` to restore what it was"
