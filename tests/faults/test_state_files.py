@@ -42,7 +42,7 @@ def place(tiny_line, tmp_path_factory) -> Workspace:
     path = tmp_path_factory.mktemp("place") / "workspace"
     shutil.copytree(tiny_line.path, path, symlinks=True)
     workspace = Workspace(path)
-    workspace.vlmdiff("score", "data/made", *MODEL, "--out", "scores")
+    workspace.vlmdiff("score", "data/made/cable/test", *MODEL, "--out", "scores")
     return workspace
 
 
