@@ -45,7 +45,7 @@ down: $(INSTALLED) ## Stop what `make up` started
 	@python -m flows.servers down
 
 bench: $(INSTALLED) ## Run the benchmarks on the model of `make demo`
-	@$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[test,bench]'
+	@"$(BIN)/pip" install --quiet --quiet --constraint constraints.txt --editable '.[test,bench]'
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; python $$file; done
 	@echo "Not run: benchmarks/photographs.py and benchmarks/few_images.py need your own photos. These train for hours:"
 	@for plan in benchmarks/ablations/*.yaml; do echo "  python benchmarks/ablations $$plan"; done
@@ -53,5 +53,5 @@ bench: $(INSTALLED) ## Run the benchmarks on the model of `make demo`
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into .venv (takes a few minutes the first time) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[test]'
+	@"$(BIN)/pip" install --quiet --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@

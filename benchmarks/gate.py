@@ -23,7 +23,7 @@ from rich.table import Table
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import track
 from vlmdiff.core.params import Gate, Latents, Pixels, load
-from vlmdiff.data import manifest
+from vlmdiff.data import listing, manifest
 from vlmdiff.data.demo import make_demo
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
@@ -85,7 +85,7 @@ def pool(folder: Path) -> tuple[dict[str, Pool], np.ndarray]:
         test_per_defect=POOL * demo.test_per_defect,
         size=demo.size,
     )
-    frame = manifest.build(prepare, folder)
+    frame = listing.build(prepare, folder)
     frame = frame[frame["split"] == "test"].reset_index(drop=True)
     better = Detector.from_pretrained(w.DETECTOR)
     features = (Pixels(kind="pixels", weight=0.15), Latents(kind="latents"))

@@ -30,7 +30,7 @@ from scipy import ndimage
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import track
 from vlmdiff.core.params import Params, load
-from vlmdiff.data import manifest
+from vlmdiff.data import listing, manifest
 from vlmdiff.data.demo import make_demo
 from vlmdiff.data.images import load_rgb, resolve
 from vlmdiff.data.statistics import image_statistics
@@ -73,7 +73,7 @@ def pool(params: Params, detector: Detector) -> tuple[pd.DataFrame, dict[str, pd
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_demo(folder, seed=SEED, train=1, test_good=GOOD, test_per_defect=DEFECTIVE, size=params.prepare.demo.size)
-        rows = manifest.build(params.prepare.model_copy(update={"layout": "mvtec_ad", "root": folder}), folder)
+        rows = listing.build(params.prepare.model_copy(update={"layout": "mvtec_ad", "root": folder}), folder)
         rows = rows[rows["split"] == "test"]
         good = rows[~rows["is_anomalous"]]
         part = good.groupby("class_name").head(DRIFTED)

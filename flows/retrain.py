@@ -151,7 +151,7 @@ def main() -> None:
     with temporary_settings(settings):
         state = retrain(return_state=True)  # pyrefly: ignore[no-matching-overload]
     if not state.is_completed():
-        sys.exit(f"error: {state.message}")
+        raise InputError(state.message)
     pages.print_summary(state.result())
 
 
@@ -159,4 +159,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

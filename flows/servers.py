@@ -22,10 +22,12 @@ from vlmdiff.core import lifeline
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
 from vlmdiff.core.lifeline import is_alive
+from vlmdiff.core.locks import hold
 from vlmdiff.core.params import load
 from vlmdiff.core.processes import end_family, end_group
 
 STATE = Path(".cache/servers")
+LOCK = Path(".cache/servers.lock")
 REPORTS = Path("reports")
 WORKER = "worker"
 # Seconds.
@@ -59,8 +61,15 @@ class Server:
 def find(name: str) -> Server | None:
     """Return the server of that name if `up` started it and it still runs, else None."""
     file = STATE / f"{name}.json"
-    server = Server(**json.loads(file.read_text())) if file.exists() else None
-    return server if server and server.is_up else None
+    try:
+        server = Server(**json.loads(file.read_bytes()))
+        return server if server.is_up else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, OSError, psutil.Error):
+        # A kill in mid-write of an earlier release, or a damaged disk. `up` says if something has the port.
+        print(f"warning: {file} is damaged and ignored: if that server still runs, end it by hand", file=sys.stderr)
+        return None
 
 
 def address(page: Path) -> str:
@@ -144,6 +153,12 @@ def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port =
 
     A server that PREFECT_API_URL or MLFLOW_TRACKING_URI names is used, not started.
     """
+    # Two at once would both find that nothing runs.
+    with hold(LOCK, "the servers of this workspace", 2 * START_TIMEOUT):
+        _up_all(prefect_port, mlflow_port, reports_port)
+
+
+def _up_all(prefect_port: int, mlflow_port: int, reports_port: int) -> None:
     store = os.environ.get("MLFLOW_TRACKING_URI") or load().registry.tracking_uri
     ours = os.environ.get("PREFECT_API_URL")
     if ours:
@@ -246,11 +261,12 @@ def down() -> None:
         if server := find(file.stem):
             end_family(server.pid)
             print(f"stopped {server.name}")
-        file.unlink()
+        file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
     try:
         app()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

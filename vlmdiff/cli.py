@@ -1,22 +1,23 @@
 """The `vlmdiff` command. Each command loads the parameters and calls one function; heavy imports are inside it."""
 
+import errno
 import os
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
-
-if TYPE_CHECKING:
-    from vlmdiff.core.params import Params
+from vlmdiff.core.network import ask_loopback_directly
 
 app = typer.Typer(
-    help="Visual anomaly detection, from images to a promoted model.",
+    help=(
+        "Visual anomaly detection, from images to a promoted model. "
+        "Exit status: 1 if the answer is no, 2 if an input or the workspace is wrong."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,11 +27,21 @@ ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters of the ex
 BEFORE, STAGES, HANDOVER, USE = "Before a run", "Stages, in order (dvc.yaml runs them)", "Hand-over", "Use"
 
 
+class Copies(StrEnum):
+    """Which copy of an image in two splits stays."""
+
+    KEEP_TRAIN = "keep_train"
+    KEEP_TEST = "keep_test"
+
+
 @app.command(rich_help_panel=BEFORE)
 def init(
     data: Annotated[Path, typer.Option(help="Folder with the images.", show_default=False)],
     layout: Annotated[str | None, typer.Option(help="Layout of the folder; detected if omitted.")] = None,
     preset: Annotated[Path | None, typer.Option(help="Parameters to start from; params.yaml if omitted.")] = None,
+    copies: Annotated[
+        Copies | None, typer.Option(help="Of an image that is in two splits, the copy to keep.", show_default=False)
+    ] = None,
 ) -> None:
     """Write params.yaml for a folder of images and put it under DVC. Run it again after adding images."""
     from rich.console import Console
@@ -43,7 +54,10 @@ def init(
     template = preset or (w.PARAMS if w.PARAMS.is_file() else None)
     if template is None:
         raise InputError(f"{w.PARAMS} does not exist: pass a file to start from by --preset")
-    found = look(root, load(template).prepare, layout)
+    chosen = load(template).prepare
+    if copies is not None:
+        chosen = chosen.model_copy(update={"copies": copies.value})
+    found = look(root, chosen, layout)
     console = Console()
     console.print(table(found))
     for words in (write_params(found, preset), track(root)):
@@ -77,18 +91,6 @@ HELP = {
     "train": "Train the denoiser; an interrupted training continues.",
     "evaluate": "Calibrate, judge the test images, write metrics and report.",
 }
-# What each stage takes from the parameters and the workspace.
-ARGUMENTS: dict[str, Callable[["Params"], tuple]] = {
-    "prepare": lambda p: (p.prepare, w.MADE, w.MANIFEST),
-    "validate": lambda p: (p.validate_, p.prepare, w.MANIFEST, w.DATA_REPORT),
-    "caption": lambda p: (p.caption, p.prepare, w.MANIFEST, w.CAPTION_STORE, w.CAPTIONS, w.CAPTION_REPORT),
-    "first_stage": lambda p: (
-        (p.first_stage, p.prepare, w.MANIFEST, w.TRAINING_STATE, w.FIRST_STAGE, w.FIRST_STAGE_REPORT)
-    ),
-    "encode": lambda p: (p.encode, p.prepare, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED),
-    "train": lambda p: (p.train, w.ENCODED, w.FIRST_STAGE, w.TRAINING_STATE, w.PIPELINE, w.TRAIN_REPORT),
-    "evaluate": lambda p: (p, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION),
-}
 
 
 def _add_stage(name: str) -> None:
@@ -101,7 +103,7 @@ def _add_stage(name: str) -> None:
         from vlmdiff.core.params import load
 
         lifeline.watch()
-        getattr(stages, name)(*ARGUMENTS[name](load(params)))
+        stages.run(name, load(params))
 
 
 for name in HELP:
@@ -147,7 +149,7 @@ def promote(
     reason: Annotated[str | None, typer.Option(help="Reason for the override. It is recorded.")] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Judge a registered version by the gate and make it champion if it passes."""
+    """Judge a registered version by the gate and make it champion if it passes. Exits with status 1 if it does not."""
     by, why = ((text or "").strip() for text in (override, reason))
     if (override is not None or reason is not None) and not (by and why):
         raise InputError("an override takes both a person's name and a reason: --override NAME --reason WHY")
@@ -158,7 +160,10 @@ def promote(
     from vlmdiff.registry.promotion import promote
 
     person = Override(by, why) if by and why else None
-    Console().print(verdict_table(promote(load(params), version, person)))
+    verdict = promote(load(params), version, person)
+    Console().print(verdict_table(verdict))
+    if not verdict.is_champion:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=HANDOVER)
@@ -168,19 +173,27 @@ def rollback(
     params: ParamsFile = w.PARAMS,
 ) -> None:
     """Make the previous champion the champion again. The other version then needs an override to pass the gate."""
-    import getpass
-
     from vlmdiff.core.params import load
     from vlmdiff.registry.promotion import rollback
 
     if not reason.strip() or (by is not None and not by.strip()):
         raise InputError("a rollback takes a reason, and a name where --by is given: --reason WHY --by NAME")
+    person = _person(by)
+    was, now = rollback(load(params), person, reason.strip())
+    print(f"version {now} is champion again, version {was} was rolled back by {person}: {reason.strip()}")
+
+
+def _person(by: str | None) -> str:
+    """Return the name of the person who runs the command. Raises InputError if it has none."""
+    import getpass
+
     try:
-        person = by or getpass.getuser()
+        person = getpass.getuser() if by is None else by
     except (KeyError, OSError):
-        raise InputError("your login has no name here: say who you are by --by NAME") from None
-    was, now = rollback(load(params), person.strip(), reason.strip())
-    print(f"version {now} is champion again, version {was} was rolled back by {person.strip()}: {reason.strip()}")
+        person = ""
+    if not person.strip():
+        raise InputError("your login has no name here: say who you are by --by NAME")
+    return person.strip()
 
 
 @app.command(rich_help_panel=USE)
@@ -264,8 +277,6 @@ def feedback(
     params: ParamsFile = w.PARAMS,
 ) -> None:
     """Add images to the dataset: normal images for training, anomalous images for the test."""
-    import getpass
-
     from vlmdiff.core.params import load
     from vlmdiff.data.feedback import Statement, give_feedback
 
@@ -273,7 +284,7 @@ def feedback(
         raise InputError("a normal photograph has no defect: leave --defect out")
     loaded = load(params)
     kind = None if truth is Truth.NORMAL else defect or "anomaly"
-    added = give_feedback(photographs, Statement(class_name, kind, by or getpass.getuser()), loaded, w.FEEDBACK, mask)
+    added = give_feedback(photographs, Statement(class_name, kind, _person(by)), loaded, w.FEEDBACK, mask)
     for file in added:
         print(file)
     print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; log: {w.FEEDBACK}")
@@ -317,18 +328,29 @@ def results() -> None:
 
 
 def main() -> None:
-    """Run the command line. A user error prints one sentence to stderr and exits with status 1."""
+    """Run the command line. A user error prints one sentence to stderr and exits with status 2."""
     # Progress bars and news of the libraries would hide the messages of this package.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     # GNU's OpenMP threads spin while they wait. Beside another process that slows a training many times. Set before
     # torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    ask_loopback_directly()
     try:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2)
+    except OSError as error:
+        # What a person can change, unlike a mistake in this package.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {where}{error.strerror}. Nothing half-written is left; run again once it is fixed.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 if __name__ == "__main__":  # accelerate launch -m vlmdiff.cli train

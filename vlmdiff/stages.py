@@ -5,7 +5,7 @@ an output that exists is complete.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmdiff.core import params as p
+from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say, track
+from vlmdiff.core.errors import explained
 from vlmdiff.core.files import atomic_folder, folder_mb
 
 if TYPE_CHECKING:
@@ -23,14 +25,14 @@ if TYPE_CHECKING:
 
 def prepare(params: p.Prepare, made: Path, out: Path) -> None:
     """List images, classes, splits and masks in the manifest `out`; write generated images into `made`."""
-    from vlmdiff.data import cifar, demo, manifest
+    from vlmdiff.data import cifar, demo, listing, manifest
 
     with atomic_folder(made) as folder:
         if params.layout == "demo":
             demo.make_demo(folder, **params.demo.model_dump())
         elif params.layout == "cifar":
             cifar.unpack(params.root, folder, params.cifar.normal)
-    frame = manifest.build(params, params.image_root)
+    frame = listing.build(params, params.image_root)
     manifest.write(frame, out)
     say(f"prepare: {len(frame)} images of {frame['class_name'].nunique()} classes in {out}")
 
@@ -124,13 +126,11 @@ def train(params: p.Train, data: Path, latent_space: Path, state: Path, out: Pat
 
     here = process_group()
     folder = state_folder(state, params, data, latent_space)
-    pipeline = build(
-        load_first_stage(latent_space),
-        CLIPTextModel.from_pretrained(data / "text_encoder"),
-        CLIPTokenizer.from_pretrained(data / "tokenizer"),
-        params,
-        Normalization.load(latent_space),
-    )
+    with explained(data, "Run the encode stage again, or restore the folder by `dvc checkout`"):
+        text_encoder = CLIPTextModel.from_pretrained(data / "text_encoder")
+        tokenizer = CLIPTokenizer.from_pretrained(data / "tokenizer")
+    vae, normalization = load_first_stage(latent_space), Normalization.load(latent_space)
+    pipeline = build(vae, text_encoder, tokenizer, params, normalization)
     # Autoencoder and text encoder are no longer needed: the device's memory is for the networks that train.
     for network in filter(None, (pipeline.unet, pipeline.sgn)):
         network.to(here.device)
@@ -190,3 +190,24 @@ def evaluate(
         write_reference(temporary, held_out, scores, data)
     with atomic_folder(out) as temporary:
         judged.write(temporary, folder_mb(detector_out), provenance(params, frame, manifest_file, captions))
+
+
+# Each stage, and what it takes from the parameters and the workspace.
+STAGES: dict[str, tuple[Callable[..., None], Callable[[p.Params], tuple]]] = {
+    "prepare": (prepare, lambda p: (p.prepare, w.MADE, w.MANIFEST)),
+    "validate": (validate, lambda p: (p.validate_, p.prepare, w.MANIFEST, w.DATA_REPORT)),
+    "caption": (caption, lambda p: (p.caption, p.prepare, w.MANIFEST, w.CAPTION_STORE, w.CAPTIONS, w.CAPTION_REPORT)),
+    "first_stage": (
+        first_stage,
+        lambda p: (p.first_stage, p.prepare, w.MANIFEST, w.TRAINING_STATE, w.FIRST_STAGE, w.FIRST_STAGE_REPORT),
+    ),
+    "encode": (encode, lambda p: (p.encode, p.prepare, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED)),
+    "train": (train, lambda p: (p.train, w.ENCODED, w.FIRST_STAGE, w.TRAINING_STATE, w.PIPELINE, w.TRAIN_REPORT)),
+    "evaluate": (evaluate, lambda p: (p, w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION)),
+}
+
+
+def run(name: str, params: p.Params) -> None:
+    """Run a stage in the workspace, which is the current folder."""
+    stage, arguments = STAGES[name]
+    stage(*arguments(params))

@@ -10,6 +10,7 @@ import sys
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -115,6 +116,9 @@ def spoil(photos, how):
             bent.rename(photos / "nut/train/bent/0.png")
         case "both":
             shutil.copy(good, photos / "nut/test/good/9.png")
+        case "both labels":
+            shutil.copy(photos / "nut/test/good/0.png", photos / "nut/test/bent/9.png")
+            mask(photos / "nut/ground_truth/bent/9_mask.png")
         case "two images":
             photograph(photos / "screw/train/good/0.png", 900)
             photograph(photos / "screw/train/good/1.png", 901)
@@ -134,14 +138,15 @@ def spoil(photos, how):
         ("no mask", "mask_exists", "nut/test/bent/0.png"),
         ("mask of normal", "mask_normal", "nut/test/good/0.png"),
         ("anomalous train", "normal_training", "nut/train/bent/0.png"),
-        ("both", "test_apart", "nut/train/good/0.png"),
+        ("both", "test_apart", "nut/train/good/0.png = nut/test/good/9.png"),
+        ("both labels", "unique_image", "nut/test/good/0.png = nut/test/bent/9.png"),
         ("two images", "enough_images", "screw/train"),
     ],
 )
 def test_wrong_input_is_stopped_by_its_rule_with_the_file(place, how, rule, file):
     spoil(place / "photos", how)
     status, errors = check(place)
-    assert status == 1
+    assert status == 2
     assert rule in broken_rules(place)
     (line,) = [line for line in errors.splitlines() if line.strip().startswith(f"{rule} (")]
     assert file in line
@@ -152,7 +157,7 @@ def test_a_rule_that_many_files_break_names_ten_and_says_how_many(place):
         (place / f"photos/nut/train/good/bad{i:02}.png").write_text("no image")
     status, errors = check(place)
     (line,) = [line for line in errors.splitlines() if line.strip().startswith("readable (")]
-    assert status == 1 and "broken by 12" in line and line.count(".png") == 10
+    assert status == 2 and "broken by 12" in line and line.count(".png") == 10
 
 
 @pytest.mark.parametrize("what", ["link", "empty", "missing", "unknown key", "bad value"])
@@ -178,7 +183,7 @@ def test_what_is_no_dataset_or_no_parameter_is_refused_and_nothing_is_written(pl
         "unknown key": "modez",
         "bad value": "fraction",
     }
-    assert status == 1 and errors.startswith("error: ") and expected[what] in errors
+    assert status == 2 and errors.startswith("error: ") and expected[what] in errors
     assert not (place / "data/manifest.parquet").exists() and not (place / "reports").exists()
 
 
@@ -200,3 +205,53 @@ def test_look_alikes_across_splits_and_imbalance_are_warnings(place):
     rows = json.loads((place / "reports/data/validation.json").read_text())["findings"]
     warned = {row["rule"]: row["files"] for row in rows if not row["passed"]}
     assert warned == {"near_duplicate": ["nut/test/good/8.bmp"], "balance": ["bolt"]}
+
+
+def listed(folder) -> set[str]:
+    return set(pd.read_parquet(folder / "data/manifest.parquet")["path"])
+
+
+def test_copies_within_a_split_are_left_out_with_a_warning_and_their_number(place, capfd):
+    photos = place / "photos/nut"
+    for i in range(3):
+        shutil.copy(photos / "train/good/0.png", photos / f"train/good/again{i}.png")
+    shutil.copy(photos / "test/bent/0.png", photos / "test/bent/again.png")
+    mask(photos / "ground_truth/bent/again_mask.png")
+    status, errors = check(place)
+    assert status == 0, errors
+    assert "warning: 4 images are left out, with the same bytes as another image of the same split: " in (
+        said := capfd.readouterr().out
+    )
+    assert "nut/train/good/again1.png" in said and "nut/test/bent/again.png" in said
+    assert not any("again" in path for path in listed(place)) and len(listed(place)) == 16
+
+
+@pytest.mark.parametrize(
+    ("copies", "left_out"), [("keep_test", "nut/train/good/0.png"), ("keep_train", "nut/test/good/9.png")]
+)
+def test_of_an_image_in_two_splits_the_parameters_leave_out_one_side(place, capfd, copies, left_out):
+    spoil(place / "photos", "both")
+    write(place, copies=copies)
+    status, errors = check(place)
+    assert status == 0, errors
+    assert f"(prepare.copies: {copies}): {left_out}" in capfd.readouterr().out
+    assert left_out not in listed(place) and len(listed(place)) == 16
+
+
+def test_files_that_cannot_be_read_and_have_the_same_bytes_are_all_named(place):
+    for i in range(4):
+        (place / f"photos/nut/train/good/broken{i}.png").write_text("no image")
+    status, errors = check(place)
+    assert status == 2 and all(f"broken{i}.png" in errors for i in range(4)) and "broken by 4" in errors
+
+
+@pytest.mark.parametrize("kind", ["good", "bent"])
+def test_a_test_split_of_one_kind_is_a_warning(place, kind):
+    shutil.rmtree(place / "photos/nut/test" / kind)
+    if kind == "bent":
+        shutil.rmtree(place / "photos/nut/ground_truth")
+    write(place, validate={**CONTRACT, "min_images": {"train": 3, "validation": 1, "test": 1}})
+    status, errors = check(place)
+    assert status == 0, errors
+    rows = json.loads((place / "reports/data/validation.json").read_text())["findings"]
+    assert {row["rule"]: row["files"] for row in rows if not row["passed"]} == {"both_kinds": ["nut/test"]}

@@ -32,16 +32,51 @@ MODULES = {
 
 def imports(file: Path) -> set[str]:
     """The modules that a file imports, at the top or anywhere else, by their full names."""
+    return imported(ast.parse(file.read_text()))
+
+
+def imported(code: ast.AST) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(code):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{file} has a relative import"
+            assert not node.level, "a relative import"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             # Of a package either its modules are imported or what it defines itself.
             found |= names & MODULES.keys() if names & MODULES.keys() else {node.module}
     return found
+
+
+def sources_of(stage: str) -> set[str]:
+    """The files that a stage runs: stages.py, what it imports for this stage, and what those import.
+
+    The `__init__.py` files hold no code of a stage. A room whose pages or views are templates reads them all.
+    """
+    body = ast.parse((ROOT / "vlmdiff/stages.py").read_text()).body
+    known = {name: file for name, file in MODULES.items() if file.name != "__init__.py"}
+    others = [node for node in body if not (isinstance(node, ast.FunctionDef) and node.name in STAGES)]
+    own = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == stage)
+    waiting = imported(ast.Module([own, *others], [])) & known.keys()
+    found = {"vlmdiff.stages"}
+    while waiting:
+        found.add(name := waiting.pop())
+        waiting |= imports(known[name]) & known.keys() - found
+    templates = {room for name in found for room in re.findall(r'PackageLoader\("([\w.]+)"', known[name].read_text())}
+    folders = (f"{room.replace('.', '/')}/templates" for room in templates)
+    return {known[name].relative_to(ROOT).as_posix() for name in found} | set(folders)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_all_the_code_that_it_runs_and_on_no_other(stage) -> None:
+    listed = {path for path in STAGES[stage]["deps"] if path.startswith("vlmdiff/")}
+    needed = sources_of(stage)
+    missing = {path for path in needed if not listed & {path, *map(str, Path(path).parents)}}
+    assert not missing, f"dvc.yaml: editing {sorted(missing)} does not run {stage} again"
+    for path in listed - {"vlmdiff/core"} - needed:
+        files = {file.relative_to(ROOT).as_posix() for file in (ROOT / path).glob("[!_]*.py")}
+        # A room instead of most of its files.
+        assert 2 * len(files & needed) > len(files), f"dvc.yaml: {stage} runs little or nothing of {path}"
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -152,7 +187,13 @@ def test_the_tests_that_the_documents_name_exist() -> None:
 
 def test_every_key_of_the_default_parameters_is_written_out() -> None:
     written = yaml.safe_load((ROOT / "params.yaml").read_text())
-    assert keys(written) == keys(Params().model_dump(mode="json", by_alias=True))
+    defaults = Params().model_dump(mode="json", by_alias=True)
+    # A floor that is not set is not written.
+    defaults["gate"]["floors"] = {
+        metric: {kind: value for kind, value in floor.items() if value is not None}
+        for metric, floor in defaults["gate"]["floors"].items()
+    }
+    assert keys(written) == keys(defaults)
 
 
 def keys(values: dict, prefix: str = "") -> set[str]:

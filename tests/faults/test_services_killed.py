@@ -37,7 +37,7 @@ def train_until_a_checkpoint(here: Services, seed: int) -> tuple[UUID, psutil.Pr
     checkpoint = here.workspace.path / ".cache/train"
 
     def is_training() -> bool:
-        return any(checkpoint.glob("*/checkpoint/facts.json"))
+        return any(checkpoint.glob("*/checkpoint/0*/facts.json"))
 
     wait_for(is_training, 120, lambda: here.logs(run))
     return run, here.process("vlmdiff", "train")

@@ -21,7 +21,7 @@ def weights(folder: Path) -> dict[str, str]:
 def checkpoints(states: Path) -> set[str]:
     """The checkpoints that there are, by what they say of themselves; one that is being replaced is skipped."""
     found = set()
-    for file in states.glob("*/checkpoint/facts.json"):
+    for file in states.glob("*/checkpoint/0*/facts.json"):
         with contextlib.suppress(FileNotFoundError):
             found.add(file.read_text())
     return found

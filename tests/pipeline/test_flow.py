@@ -29,7 +29,7 @@ def test_the_flow_ends_with_a_champion_and_run_again_changes_nothing(workspace, 
 def test_a_stage_that_fails_ends_the_flow_with_its_words(workspace, prefect_api):
     workspace.set_params(validate={"min_side": 1000})
     done = workspace.run(*FLOW, check=False, PREFECT_API_URL=prefect_api)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert (
         "stage 'validate' failed" in done.stdout and "size (every image has at least 1000 pixels a side)" in done.stdout
     )

@@ -86,6 +86,27 @@ def test_a_preset_is_written_with_the_folder_in_its_place(fresh):
     assert "params.yaml is up to date" in again
 
 
+def test_an_image_in_two_splits_is_named_and_one_side_is_left_out_in_writing(fresh):
+    root = fresh.path / "data/raw/parts"
+    for i in range(6):
+        place = root / "nut" / ("train/good" if i < 5 else "test/good")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (20 * i, 0, 0)).save(place / f"{i}.png")
+    shutil.copy(root / "nut/train/good/1.png", root / "nut/test/good/9.png")
+    # Copies within a split are prepare's to leave out.
+    shutil.copy(root / "nut/train/good/2.png", root / "nut/train/good/8.png")
+    command = ("init", "--data", "data/raw/parts")
+    said = " ".join(fresh.vlmdiff(*command).stdout.split())
+    assert "1 images are in two splits (nut/train/good/1.png = nut/test/good/9.png)" in said
+    assert "--copies keep_test" in said and load(fresh.path / "params.yaml").prepare.copies == "error"
+    fresh.set_params(train={"steps": 421})
+    assert "two splits" not in fresh.vlmdiff(*command, "--copies", "keep_test").stdout
+    written = load(fresh.path / "params.yaml")
+    assert written.prepare.copies == "keep_test" and written.train.steps == 421
+    assert "two splits" not in fresh.vlmdiff(*command).stdout
+    assert "1 images are left out, with the same bytes as an image of another split" in fresh.vlmdiff("prepare").stdout
+
+
 def test_a_folder_elsewhere_is_read_in_place_and_followed(fresh, tmp_path):
     outside = photographs(tmp_path / "elsewhere/my parts")
     said = init(fresh, "--data", outside)

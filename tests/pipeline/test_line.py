@@ -131,7 +131,7 @@ def test_a_model_that_dvc_did_not_make_is_not_registered(workspace):
     file = workspace.path / "reports/evaluation/metrics.json"
     file.write_text(file.read_text() + " ")
     done = workspace.run("vlmdiff", "register", check=False)
-    assert done.returncode == 1 and "dvc.lock" in done.stdout
+    assert done.returncode == 2 and "dvc.lock" in done.stdout
     assert not (workspace.path / "mlruns").exists()
 
 
@@ -142,7 +142,8 @@ def test_the_gate_promotes_the_better_and_no_other(workspace):
     dry = workspace.vlmdiff("gate", check=False)
     assert dry.returncode == 1 and "the model does not pass the gate; there is no champion" in dry.stdout
     low = register(workspace)
-    assert "no champion" in workspace.vlmdiff("promote", low).stdout
+    refused = workspace.vlmdiff("promote", low, check=False)
+    assert refused.returncode == 1 and "no champion" in refused.stdout
     found = registry(workspace)
     assert found["champion"] is None and found["tags"][low]["gate.verdict"] == "failed"
     assert "0.8000, at least 0.85 required" in found["tags"][low]["gate.reasons"]
@@ -157,14 +158,14 @@ def test_the_gate_promotes_the_better_and_no_other(workspace):
 
     set_metrics(workspace, au_pro=0.905)
     hardly = register(workspace)
-    workspace.vlmdiff("promote", hardly)
+    assert workspace.vlmdiff("promote", hardly, check=False).returncode == 1
     found = registry(workspace)
     assert found["champion"] == good
     assert "differs from the champion's by +0.0050" in found["tags"][hardly]["gate.reasons"]
 
     set_metrics(workspace, au_pro=None)
     undefined = register(workspace)
-    workspace.vlmdiff("promote", undefined)
+    assert workspace.vlmdiff("promote", undefined, check=False).returncode == 1
     found = registry(workspace)
     assert found["champion"] == good and "not defined" in found["tags"][undefined]["gate.reasons"]
 
@@ -177,7 +178,7 @@ def test_the_gate_promotes_the_better_and_no_other(workspace):
     # A person can; who and why stays with the version.
     for half in (("--override", "Ada Lovelace"), ("--override", " ", "--reason", "why"), ("--reason", "why")):
         refused = workspace.vlmdiff("promote", hardly, *half, check=False)
-        assert refused.returncode == 1 and "both a person's name and a reason" in refused.stdout
+        assert refused.returncode == 2 and "both a person's name and a reason" in refused.stdout
     reason = "the other one misses cracks"
     workspace.vlmdiff("promote", hardly, "--override", "Ada Lovelace", "--reason", reason)
     workspace.vlmdiff("promote", hardly)
@@ -196,7 +197,7 @@ def test_a_champion_is_judged_again_where_the_test_has_changed(workspace):
     workspace.set_params(evaluate={"max_fpr": 0.1})
     workspace.run("dvc", "repro")
     again = register(workspace)
-    assert "evaluating version 1" in workspace.vlmdiff("promote", again).stdout
+    assert "evaluating version 1" in workspace.vlmdiff("promote", again, check=False).stdout
     found = verdict(workspace)
     assert found["rejudged"] and found["champion"] == 1 and not found["is_champion"]
     # It is the same model: judged by the same images it is the same.
@@ -261,12 +262,12 @@ def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
         start = time.monotonic()
         done = workspace.run("vlmdiff", "register", check=False, MLFLOW_TRACKING_URI=uri)
-        assert done.returncode == 1 and uri in done.stdout and "Nothing is trained again" in done.stdout
+        assert done.returncode == 2 and uri in done.stdout and "Nothing is trained again" in done.stdout
         assert time.monotonic() - start < 120  # MLflow alone would wait four minutes
         assert register(workspace) == "1"
         start = time.monotonic()
         done = workspace.run("vlmdiff", "promote", "1", check=False, MLFLOW_TRACKING_URI=uri)
-        assert done.returncode == 1 and uri in done.stdout and "Nothing is trained again" in done.stdout
+        assert done.returncode == 2 and uri in done.stdout and "Nothing is trained again" in done.stdout
         assert time.monotonic() - start < 120  # MLflow alone would wait four minutes
     assert "is champion" in workspace.vlmdiff("promote", "1").stdout
 
@@ -276,7 +277,7 @@ def test_score_judges_by_the_champion_and_names_it(workspace, tmp_path):
     photograph = next((workspace.path / "data/made/cable/test/missing").glob("*.png"))
     out = tmp_path / "out"
     done = workspace.run("vlmdiff", "score", str(photograph), "--out", str(out), check=False)
-    assert done.returncode == 1 and "has no champion" in done.stdout and not out.exists()
+    assert done.returncode == 2 and "has no champion" in done.stdout and not out.exists()
     version = register(workspace)
     workspace.vlmdiff("promote", version)
     assert photograph.name in workspace.run("vlmdiff", "score", str(photograph), "--out", str(out)).stdout

@@ -93,4 +93,4 @@ def test_a_store_that_is_down_is_named_without_its_password(workspace):
     (port,) = free_ports(1)
     address = f"postgresql+psycopg://vlmdiff:{PASSWORD}@127.0.0.1:{port}/mlflow"
     done = workspace.run("vlmdiff", "register", check=False, MLFLOW_TRACKING_URI=address)
-    assert done.returncode == 1 and "MLflow at" in done.stdout and PASSWORD not in done.stdout
+    assert done.returncode == 2 and "MLflow at" in done.stdout and PASSWORD not in done.stdout

@@ -16,7 +16,7 @@ from vlmdiff import stages
 from vlmdiff.captions.files import write_captions
 from vlmdiff.core import params as p
 from vlmdiff.core.errors import InputError
-from vlmdiff.data import manifest
+from vlmdiff.data import listing, manifest
 from vlmdiff.detection.detector import Detector
 from vlmdiff.production.score import score
 
@@ -35,7 +35,7 @@ def line(tmp_path_factory):
                 pixels = np.array(colour) + generator.integers(-20, 20, (SIZE, SIZE, 3))
                 Image.fromarray(pixels.astype(np.uint8)).save(root / "raw" / name / kind / f"{i}.png")
     data = p.Prepare(layout="folder", root=root / "raw")
-    frame = manifest.build(data, data.image_root)
+    frame = listing.build(data, data.image_root)
     manifest.write(frame, root / "manifest.parquet")
     # Of each class the training images agree but for one; the others' captions would change the majority.
     frame["caption"] = np.where(frame["class_name"] == "ball", CAPTIONS[0], CAPTIONS[2])

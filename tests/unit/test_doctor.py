@@ -21,7 +21,7 @@ from tests.processes import is_gone, wait_for
 from tests.tiny import SIZE
 from vlmdiff.cli import app
 from vlmdiff.core.params import Params, Prepare, Train
-from vlmdiff.data import manifest
+from vlmdiff.data import listing
 from vlmdiff.setup import doctor
 from vlmdiff.setup.doctor import Requirement, examine
 from vlmdiff.training.cost import GIB, Cost, measure
@@ -128,8 +128,8 @@ def test_the_outline_counts_as_the_manifest_does(here):
     params = Prepare(layout="folder", root=photographs(here / "raw", nut__good=11, nut__rust=2, bolt__good=3))
     columns = ["class_name", "split", "is_anomalous"]
     assert (
-        manifest.outline(params)[columns].value_counts().to_dict()
-        == manifest.build(params, params.root)[columns].value_counts().to_dict()
+        listing.outline(params)[columns].value_counts().to_dict()
+        == listing.build(params, params.root)[columns].value_counts().to_dict()
     )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 from vlmdiff.cli import app
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import load
-from vlmdiff.data import manifest
+from vlmdiff.data import contract, listing
 
 GOOD = {"folder": "bottle/good", "mvtec_ad": "bottle/train/good"}
 SPLIT = {"folder": "bottle/crack", "mvtec_ad": "bottle/test/crack"}
@@ -22,11 +24,11 @@ MASK = {"folder": "bottle/masks/crack/{}.png", "mvtec_ad": "bottle/ground_truth/
 
 def photograph(file: Path, seed: int) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(file)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (36, 48, 3), dtype=np.uint8)).save(file)
     return file
 
 
-def mask(file: Path, shape=(12, 16), value=255) -> Path:
+def mask(file: Path, shape=(36, 48), value=255) -> Path:
     pixels = np.zeros(shape, np.uint8)
     pixels[:3] = value
     Image.fromarray(pixels).save(file)
@@ -55,7 +57,7 @@ def require_masks(layout: str) -> None:
 def give(*arguments: str, by: str | None = "Ada Lovelace") -> str:
     """The command's output; InputError where it fails."""
     name = [] if by is None else ["--by", by]
-    result = CliRunner().invoke(app, ["feedback", *map(str, arguments), "--class-name", "bottle", *name])
+    result = CliRunner().invoke(app, ["feedback", "--class-name", "bottle", *map(str, arguments), *name])
     if result.exception:
         raise result.exception
     return result.output
@@ -77,7 +79,7 @@ def refused(*arguments, words: tuple[str, ...]) -> None:
 
 def records() -> dict[str, tuple[str, str | None, str | None]]:
     params = load().prepare
-    frame = manifest.build(params, params.root)
+    frame = listing.build(params, params.root)
     return {
         row.image_id: ("test" if row.split == "test" else "train", row.defect, row.mask_path)
         for row in frame.itertuples()
@@ -155,17 +157,117 @@ def test_what_is_no_photograph_is_refused_and_the_ones_beside_it_are_not_copied(
 
 def test_a_mask_that_does_not_fit_is_refused(layout) -> None:
     file, other = photograph(Path("a.png"), 20), photograph(Path("b.png"), 21)
-    refused("anomalous", file, "--mask", mask(Path("small.png"), (6, 8)), words=("8 x 6", "16 x 12"))
-    refused("anomalous", file, "--mask", mask(Path("black.png"), value=0), words=("black.png is not a mask",))
-    refused("anomalous", file, "--mask", other, words=("b.png is not a mask",))
+    refused(
+        "anomalous",
+        file,
+        "--mask",
+        mask(Path("small.png"), (18, 24)),
+        words=("each mask has the size", "24 x 18", "48 x 36"),
+    )
+    refused(
+        "anomalous",
+        file,
+        "--mask",
+        mask(Path("black.png"), value=0),
+        words=("black.png", "mask of an anomalous image is not empty"),
+    )
+    refused("anomalous", file, "--mask", other, words=("b.png", "each mask has two values"))
     fitting = mask(Path("m.png"))
     refused("anomalous", file, other, "--mask", fitting, words=("one photograph, and there are 2",))
     refused("normal", file, "--mask", fitting, words=("a normal photograph has no mask",))
 
 
-@pytest.mark.parametrize("name", ["good", "masks", "../else", ".hidden", " "])
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("RGBA", ("one of the modes RGB, L", "this one: RGBA", "validate.modes")),
+        ("CMYK", ("this one: CMYK",)),
+        ("I;16", ("this one: I;16",)),
+        ("P", ("this one: P",)),
+        ("small", ("at least 32 pixels a side", "8 x 8", "validate.min_side")),
+    ],
+)
+def test_what_validate_would_refuse_does_not_come_in(layout, form, words) -> None:
+    file = photograph(Path("new.tif"), 20)
+    with Image.open(file) as image:
+        image.load()
+    if form == "small":
+        image.resize((8, 8)).save(file)
+    elif form == "I;16":
+        Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257).save(file)
+    else:
+        image.convert(form).save(file)
+    refused("normal", photograph(Path("a.png"), 21), file, words=("new.tif breaks the data contract", *words))
+    # The contract agrees: the file in the dataset stops validate.
+    file.rename(Path("data/raw", GOOD[layout], "new.tif"))
+    frame = listing.build(load().prepare, load().prepare.root)
+    found = contract.check_dataset(frame, load().prepare, load().validate_, Path("report"))
+    assert {"mode", "size"} & {finding.rule for finding in found.broken("error")}
+
+
+def test_another_mask_of_the_same_photograph_is_refused_and_the_first_stays(layout) -> None:
+    file, drawn = photograph(Path("a.png"), 20), mask(Path("m.png"))
+    give("anomalous", file, "--defect", "crack", "--mask", drawn)
+    mask(drawn, value=1)
+    refused("anomalous", file, "--defect", "crack", "--mask", drawn, words=("has another mask already",))
+    with Image.open(drawn) as image:
+        image.save("m.bmp")
+    refused("anomalous", file, "--defect", "crack", "--mask", "m.bmp", words=("has another mask already",))
+
+
+def test_a_last_line_of_the_log_that_a_kill_cut_off_is_removed(layout) -> None:
+    log = Path("data/feedback.jsonl")
+    for seed in (20, 21):
+        give("normal", photograph(Path(f"{seed}.png"), seed))
+    whole = log.read_bytes()
+    first = whole.splitlines(keepends=True)[0]
+    for kept in (len(first) + 1, len(first) + 40, len(whole) - 2):
+        log.write_bytes(whole[:kept])
+        assert "the last line was cut off and is removed" in give("normal", Path("21.png"))
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        assert len(rows) == 2 and rows[0] == json.loads(first)
+    # A whole line without its end is whole.
+    log.write_bytes(whole[:-1])
+    give("normal", photograph(Path("22.png"), 22))
+    assert len([json.loads(line) for line in log.read_text().splitlines()]) == 3
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", '{"image_id": "x"}', "\0\0"])
+def test_a_damaged_line_of_the_log_is_named_and_nothing_is_copied(layout, line) -> None:
+    log = Path("data/feedback.jsonl")
+    log.write_text(f"{line}\n")
+    refused("normal", photograph(Path("a.png"), 20), words=("feedback.jsonl, line 1: not a line of feedback",))
+
+
+@pytest.mark.parametrize("layout", ["folder"], indirect=True)
+def test_several_people_at_once_are_all_in_the_log(layout) -> None:
+    command = [sys.executable, "-m", "vlmdiff.cli", "feedback", "normal", "--class-name", "bottle", "--by", "Ada"]
+    files = [photograph(Path(f"{seed}.png"), seed) for seed in range(20, 24)]
+    running = [subprocess.Popen([*command, file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for file in files]
+    said = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * 4, said
+    rows = [json.loads(line) for line in Path("data/feedback.jsonl").read_text().splitlines()]
+    assert len({row["image_id"] for row in rows}) == 4
+
+
+def test_a_login_without_a_name_is_asked_for_one(layout, monkeypatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
+    with pytest.raises(InputError, match="your login has no name here: say who you are by --by NAME"):
+        give("normal", photograph(Path("a.png"), 20), by=None)
+
+
+@pytest.mark.parametrize("name", ["good", "masks", "../else", ".hidden", " ", "crack ", "crack\n"])
 def test_a_defect_that_cannot_be_a_folder_of_its_own_is_refused(layout, name) -> None:
     refused("anomalous", photograph(Path("a.png"), 20), "--defect", name, words=(repr(name),))
+
+
+def test_a_name_that_is_too_long_for_a_file_is_refused(layout) -> None:
+    file = photograph(Path("a.png"), 20)
+    refused("anomalous", file, "--defect", "é" * 130, words=("the kind of defect 'éé", "260 bytes", "shorter"))
+    with pytest.raises(InputError, match=r"the class 'x+…' has 300 bytes"):
+        give("normal", file, "--class-name", "x" * 300)
 
 
 def test_an_unknown_class_is_refused_with_the_known_ones(layout) -> None:

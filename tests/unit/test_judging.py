@@ -10,7 +10,7 @@ from PIL import Image
 from tests.tiny import SIZE, tiny_pipeline
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Detection, Evaluate, Prepare
-from vlmdiff.data import manifest
+from vlmdiff.data import listing
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.decision import clopper_pearson
 from vlmdiff.evaluation.evidence import EVIDENCE, Evidence
@@ -35,7 +35,7 @@ def photographs(tmp_path) -> Prepare:
 
 
 def hashed(data: Prepare, max_fpr=0.3) -> str:
-    return hash_test_set(manifest.build(data, data.root), data, max_fpr)
+    return hash_test_set(listing.build(data, data.root), data, max_fpr)
 
 
 def test_the_test_set_is_its_images_their_truth_and_the_limit(photographs):
@@ -54,13 +54,13 @@ def test_the_test_set_is_its_images_their_truth_and_the_limit(photographs):
 
 
 def test_training_images_are_no_part_of_the_test_set(photographs):
-    frame = manifest.build(photographs, photographs.root)
+    frame = listing.build(photographs, photographs.root)
     test = frame[frame["split"] == "test"]
     assert hash_test_set(frame, photographs, 0.3) == hash_test_set(test.iloc[::-1], photographs, 0.3)
 
 
 def test_what_was_judged_is_kept_and_read_again(photographs, tmp_path):
-    frame = manifest.build(photographs, photographs.root)
+    frame = listing.build(photographs, photographs.root)
     detector = Detector(tiny_pipeline(), Detection(samples=1))
     normal = [np.array(Image.open(photographs.root / path)) for path in frame[frame["split"] == "validation"]["path"]]
     detector.calibrate(normal)
@@ -98,7 +98,7 @@ def test_what_was_judged_is_kept_and_read_again(photographs, tmp_path):
 
 
 def test_verdicts_of_the_model_are_found_regions_where_the_map_exceeds_the_threshold(photographs):
-    frame = manifest.build(photographs, photographs.root)
+    frame = listing.build(photographs, photographs.root)
     detector = Detector(tiny_pipeline(), Detection(samples=1))
     detector.calibrate([np.array(Image.open(photographs.root / path)) for path in frame["path"]])
     threshold = detector.calibrated().threshold

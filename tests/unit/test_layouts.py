@@ -19,7 +19,7 @@ from PIL import Image
 from vlmdiff import stages
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Prepare, Validate
-from vlmdiff.data import manifest
+from vlmdiff.data import listing, manifest
 from vlmdiff.data.images import load_mask
 from vlmdiff.data.layouts import LAYOUTS, Record
 
@@ -131,7 +131,7 @@ def mvtec_3d(root: Path) -> Path:
 
 
 def test_mvtec_3ds_photographs_keep_their_validation_split(tmp_path):
-    frame = manifest.build(Prepare(layout="mvtec_3d", validation_fraction=0.5), mvtec_3d(tmp_path)).set_index("path")
+    frame = listing.build(Prepare(layout="mvtec_3d", validation_fraction=0.5), mvtec_3d(tmp_path)).set_index("path")
     assert frame["split"].value_counts().to_dict() == {"train": 6, "test": 2, "validation": 1}
     assert frame.loc["bagel/validation/good/rgb/000.png", "split"] == "validation"
     hole, good = frame.loc["bagel/test/hole/rgb/000.png"], frame.loc["bagel/test/good/rgb/000.png"]
@@ -196,7 +196,7 @@ def test_visas_label_maps_pass_the_contract_and_mark_whatever_is_not_zero(tmp_pa
     from vlmdiff.data import contract
 
     params = Prepare(layout="visa", root=visa(tmp_path / "data"))
-    frame = manifest.build(params, params.root)
+    frame = listing.build(params, params.root)
     demands = Validate(min_side=1, min_images={"train": 1, "validation": 1, "test": 2})
     contract.check_dataset(frame, params, demands, tmp_path / "report").raise_if_failed()
     marked = load_mask(params.root / f"candle/{MASK}/000.png", 16, 1000)
@@ -505,7 +505,7 @@ def test_a_table_without_splits_is_split_as_folders_are(tmp_path):
     rows = [f"nut/good/{i}.png,nut,normal" for i in range(20)] + ["nut/bent/0.png,nut,anomaly"]
     write_csv(tmp_path / "images.csv", "path,class_name,label", *rows)
     of_table, of_folder = (
-        manifest.build(Prepare(layout=layout, test_fraction=0.3), tmp_path).set_index("path")["split"]
+        listing.build(Prepare(layout=layout, test_fraction=0.3), tmp_path).set_index("path")["split"]
         for layout in ("table", "folder")
     )
     assert of_table.value_counts().to_dict() == {"train": 12, "test": 7, "validation": 2}
@@ -517,7 +517,7 @@ def test_a_table_has_validation_images_of_some_classes_and_the_others_are_split(
     splits = {"a0.png": "validation"}
     rows = [f"{name}{i}.png,{name},normal,{splits.get(f'{name}{i}.png', 'train')}" for name in "ab" for i in range(10)]
     write_csv(tmp_path / "images.csv", "path,class_name,label,split", *rows)
-    frame = manifest.build(Prepare(layout="table", validation_fraction=0.3), tmp_path)
+    frame = listing.build(Prepare(layout="table", validation_fraction=0.3), tmp_path)
     held_out = frame[frame["split"] == "validation"]
     assert held_out["class_name"].value_counts().to_dict() == {"a": 1, "b": 3}
     assert "a0.png" in set(held_out["path"])
@@ -525,7 +525,7 @@ def test_a_table_has_validation_images_of_some_classes_and_the_others_are_split(
 
 def test_a_row_that_is_there_twice_is_kept_for_the_contract(tmp_path):
     nuts(tmp_path, *ROWS, "./b.png,nut,true,bent,")
-    assert manifest.build(Prepare(layout="table"), tmp_path)["path"].tolist() == ["a.png", "b.png", "b.png"]
+    assert listing.build(Prepare(layout="table"), tmp_path)["path"].tolist() == ["a.png", "b.png", "b.png"]
 
 
 @pytest.mark.parametrize(
@@ -593,7 +593,11 @@ def rows(draw) -> Record:
     defect = draw(TEXT.filter(lambda text: text != "good")) if is_anomalous else None
     return Record(
         draw(st.sampled_from(NAMES)),
-        draw(TEXT.filter(lambda text: "/" not in text and text not in (".", "..") and text.isprintable())),
+        draw(
+            TEXT.filter(
+                lambda text: "/" not in text and text not in (".", "..") and text.isprintable() and text == text.strip()
+            )
+        ),
         draw(st.sampled_from(["train", "validation", "test"])),
         is_anomalous,
         defect,

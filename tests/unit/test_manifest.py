@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Prepare
-from vlmdiff.data import manifest
+from vlmdiff.data import listing, manifest
 
 
 def photograph(path, seed):
@@ -35,7 +35,7 @@ def mvtec(root, train=10):
 
 
 def build(root, **settings):
-    return manifest.build(Prepare(**{"layout": "mvtec_ad", "root": root, **settings}), root)
+    return listing.build(Prepare(**{"layout": "mvtec_ad", "root": root, **settings}), root)
 
 
 def test_mvtec_ads_layout_becomes_rows(tmp_path):

@@ -15,7 +15,7 @@ from tests.endpoint import Endpoint, completion, image_of
 from tests.tiny import SIZE, tiny_detector
 from vlmdiff.captions.captioners import Describe, caption_images
 from vlmdiff.core.params import Caption, Evaluate, Params, Prepare, Validate
-from vlmdiff.data import manifest
+from vlmdiff.data import listing
 from vlmdiff.data.feedback import Statement, give_feedback
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.judging import judge_images
@@ -91,7 +91,7 @@ def evaluation(files: list[Path], model: Path) -> Seen:
     for i in range(4):
         Image.new("RGB", (60, 45), (i, 0, 0)).save(f"raw/thing/good/{i}.png")
     data = Prepare(layout="folder", root=Path("raw"), test_fraction=0.5)
-    frame = manifest.build(data, data.root)
+    frame = listing.build(data, data.root)
     examples = Evaluate(examples=len(files))
     judged = judge_images(Detector.from_pretrained(model), frame, data, {}, examples)
     scores = dict(zip(judged.scores["path"], judged.scores["score"], strict=True))
@@ -123,7 +123,8 @@ def inspecting(files: list[Path], model: Path) -> Seen:
 
 def feedback(files: list[Path], model: Path) -> Seen:
     Path("data/thing/good").mkdir(parents=True)
-    params = Params(prepare=Prepare(layout="folder", root=Path("data")), validate=Validate(masks="optional"))
+    validate = Validate(masks="optional", modes=("RGB", "L", "RGBA", "LA", "P", "I;16", "I;16B", "CMYK", "1", "F", "I"))
+    params = Params(prepare=Prepare(layout="folder", root=Path("data")), validate=validate)
     return training(give_feedback(files, Statement("thing", None, "Ada"), params, Path("log.jsonl")), model)
 
 

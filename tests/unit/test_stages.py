@@ -15,7 +15,7 @@ from vlmdiff import stages
 from vlmdiff.captions.files import write_captions
 from vlmdiff.cli import app
 from vlmdiff.core import params as p
-from vlmdiff.data import manifest
+from vlmdiff.data import listing, manifest
 from vlmdiff.model.normalization import Normalization
 from vlmdiff.training.encoded import Encoded
 
@@ -72,7 +72,7 @@ def photographs(tmp_path):
             pixels = np.random.default_rng([kind == "good", i]).integers(0, 255, (SIZE, SIZE, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "raw/nut" / kind / f"{i}.png")
     data = p.Prepare(layout="folder", root=tmp_path / "raw")
-    frame = manifest.build(data, data.root)
+    frame = listing.build(data, data.root)
     manifest.write(frame, tmp_path / "manifest.parquet")
     write_captions(frame.assign(caption="a nut"), tmp_path / "captions.jsonl")
     pipeline = tiny_pipeline()

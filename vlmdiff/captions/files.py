@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.files import atomic_path
 
 COLUMNS = ["image_id", "path", "class_name", "split", "caption"]
@@ -22,6 +22,8 @@ def read_captions(path: Path) -> dict[str, str]:
     """Return the captions by image_id. Raises InputError if the file does not exist."""
     if not path.is_file():
         raise InputError(f"{path} does not exist. Run vlmdiff caption first.")
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return {row["image_id"]: row["caption"] for row in rows}
+    with explained(path, "Run vlmdiff caption again, or restore the file by `dvc checkout`"):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not rows:
+            raise ValueError("no captions")
+        return {row["image_id"]: row["caption"] for row in rows}

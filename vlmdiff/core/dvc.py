@@ -13,7 +13,7 @@ import yaml
 
 from vlmdiff.core import git
 from vlmdiff.core import workspace as w
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.processes import run_child
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
@@ -36,7 +36,8 @@ class DvcFailed(InputError):
 
 def stage_names() -> list[str]:
     """Return the stages of dvc.yaml, in the order of the file."""
-    return list(yaml.safe_load(GRAPH.read_text())["stages"])
+    with explained(GRAPH, "Restore it by `git checkout dvc.yaml`"):
+        return list(yaml.safe_load(GRAPH.read_text())["stages"])
 
 
 def run_stage(name: str, log: Log, force: bool = False, pull: bool = False) -> Outcome:
@@ -166,15 +167,16 @@ def read_lock() -> dict[str, str]:
     """
     if not w.DVC_LOCK.is_file():
         raise InputError(f"{w.DVC_LOCK} does not exist: run `dvc repro` first")
-    stages = yaml.safe_load(w.DVC_LOCK.read_text())["stages"]
-    entries = [entry for stage in stages.values() for kind in ("deps", "outs") for entry in stage.get(kind, ())]
-    return {entry["path"]: entry["md5"] for entry in entries if not entry["path"].startswith("vlmdiff/")}
+    with explained(w.DVC_LOCK, "Restore it by `git checkout dvc.lock`, or remove it and run `dvc repro`"):
+        stages = yaml.safe_load(w.DVC_LOCK.read_text())["stages"]
+        entries = [entry for stage in stages.values() for kind in ("deps", "outs") for entry in stage.get(kind, ())]
+        return {entry["path"]: entry["md5"] for entry in entries if not entry["path"].startswith("vlmdiff/")}
 
 
 def check_output(path: Path, recorded: dict[str, str]) -> str:
     """Return the recorded hash of a stage's output. Raises InputError if it has none, or the output has another."""
     if path.as_posix() not in recorded or not path.exists():
-        raise InputError(f"{path} is not an output that the stages of dvc.yaml have made: run `dvc repro` first")
+        raise InputError(f"{path} is not an output that {w.DVC_LOCK} lists: run `dvc repro` first")
     if dvc_hash(path) != recorded[path.as_posix()]:
         raise InputError(
             f"{path} differs from what dvc.lock records: run `dvc repro`, or `dvc checkout` to restore what it was"

@@ -4,20 +4,36 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from vlmdiff.core.errors import InputError
+
+_HOST = re.sub(r"\W", "_", socket.gethostname())
+
+
+# Folders in which this process has removed what killed processes left.
+_swept: set[Path] = set()
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside `path`. It replaces `path` when the block ends without an error."""
+    """Yield a temporary path beside `path`. It replaces `path` when the block ends without an error.
+
+    Raises InputError if `path` is a folder.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and a file is written there: rename or move it")
+    temporary = _beside(path, "tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -27,16 +43,25 @@ def atomic_path(path: Path) -> Generator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Generator[Path]:
-    """Yield a new temporary folder beside `path`. It replaces `path` and all its files at the end of the block."""
+    """Yield a new temporary folder beside `path`. It replaces `path` and all its files at the end of the block.
+
+    For folders that vlmdiff alone writes, never for one that a user names. Raises InputError if `path` is a file or a
+    link.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    refuse_other_than_folder(path)
+    temporary = _beside(path, "tmp")
     temporary.mkdir()
     try:
         yield temporary
+        # Some libraries write for the owner alone: another user who may read the folder reads its files.
+        readable = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(file.stat().st_mode | readable)
         if path.exists():
             # A folder cannot be renamed over another that is not empty.
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+            old = _beside(path, "old")
             os.replace(path, old)
             os.replace(temporary, path)
             shutil.rmtree(old)
@@ -46,11 +71,71 @@ def atomic_folder(path: Path) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_out(out: Path, is_ours: Callable[[str], bool]) -> None:
+    """Raise InputError unless a folder that a user names for output is new, empty, or one of ours.
+
+    is_ours: whether a file of that name is from an earlier run. Hidden files do not count. Output never replaces or
+    removes other files, and stays apart from them: `out` is not a link, nor the current folder or one around it.
+    """
+    if Path.cwd().resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out} is the current folder or contains it: give an empty or new folder as --out")
+    refuse_other_than_folder(out)
+    names = sorted(each.name for each in out.iterdir()) if out.is_dir() else []
+    if others := [name for name in names if not (name.startswith(".") or is_ours(name))]:
+        raise InputError(f"{out} holds other files ({', '.join(others[:3])}): give an empty or new folder as --out")
+
+
+def refuse_other_than_folder(path: Path) -> None:
+    """Raise InputError if `path` is a file or a link."""
+    if path.is_symlink():
+        raise InputError(f"{path} is a link, and a folder is written there: name the folder itself")
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise InputError(f"{place} is a file, and a folder is written there: rename or move it")
+            return
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """Return a new hidden name beside `path`, and remove what killed processes left there under such names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent.resolve())
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.{suffix}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary files and folders of ended processes, once a process. Restore what one was replacing."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    for left in folder.glob(".*"):
+        # Another machine may write to the same disk: only this one's processes can be known to have ended.
+        found = re.fullmatch(rf"\.(.+)\.{re.escape(_HOST)}-(\d+)-[0-9a-f]{{8}}\.(tmp|old)", left.name)
+        if found is None or psutil.pid_exists(int(found[2])):
+            continue
+        if found[3] == "old" and not left.with_name(found[1]).exists():
+            os.replace(left, left.with_name(found[1]))
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises ValueError for NaN, which JSON does not have."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def sync(folder: Path) -> None:
+    """Return when a folder's files, and their names, are on the disk."""
+    for path in (*(file for file in folder.iterdir() if file.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256(file: Path | BufferedReader) -> str:

@@ -65,6 +65,6 @@ def _who(holder: Path) -> str:
     # A holder writes its name right after it has the lock.
     try:
         said = json.loads(holder.read_text())
-    except FileNotFoundError:
+        return f"{said['by']} (process {said['pid']}, since {said['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"
-    return f"{said['by']} (process {said['pid']}, since {said['since']})"

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.workspace import MADE
+from vlmdiff.core.workspace import MADE, WRITTEN
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -60,8 +60,15 @@ class Cifar(Section):
     normal: Annotated[tuple[str, ...], Field(min_length=1)] = ("airplane",)
 
 
+Copies = Literal["error", "keep_train", "keep_test"]
+
+
 class Prepare(Section):
-    """The dataset. `root` is its folder; the layout `demo` ignores it."""
+    """The dataset. `root` is its folder; the layout `demo` ignores it.
+
+    `copies` is what to do with an image that is in two splits: "error" stops `validate`, "keep_train" leaves out the
+    copy in the later split (train, validation, test), "keep_test" the copy in the earlier one.
+    """
 
     layout: Literal[
         "demo", "folder", "table", "mvtec_ad", "mvtec_3d", "btad", "visa", "real_iad", "coco_ad", "cifar"
@@ -70,12 +77,21 @@ class Prepare(Section):
     validation_fraction: Fraction = 0.15
     test_fraction: Fraction = 0.2
     max_pixels: Positive = 100_000_000
+    copies: Copies = "error"
     demo: Demo = Demo()
     table: Table = Table()
     visa: Visa = Visa()
     real_iad: RealIad = RealIad()
     coco_ad: CocoAd = CocoAd()
     cifar: Cifar = Cifar()
+
+    @field_validator("root")
+    @classmethod
+    def _no_stage_writes_there(cls, root: Path) -> Path:
+        for folder in WRITTEN:
+            if root.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"the stages replace what is in {folder}: move the dataset, for example into data/raw")
+        return root
 
     @property
     def image_root(self) -> Path:

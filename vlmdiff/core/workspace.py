@@ -24,9 +24,12 @@ GATE = Path("reports/gate.json")
 GATE_PAGE = Path("reports/gate.html")
 SCORES = Path("reports/scores")
 MONITOR = Path("reports/monitor")
+# The stages replace these folders and all that is in them.
+WRITTEN = (MADE, CAPTIONS.parent, ENCODED, Path("models"), Path("reports"))
 
 # A log of the feedback that people gave. No stage reads it.
 FEEDBACK = Path("data/feedback.jsonl")
+FEEDBACK_LOCK = Path(".cache/feedback.lock")
 
 # These must survive a crash: DVC deletes the outputs of a stage before it runs the stage.
 CAPTION_STORE = Path(".cache/captions/captions.sqlite")

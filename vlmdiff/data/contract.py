@@ -20,7 +20,9 @@ from vlmdiff.core.files import atomic_folder, write_json
 from vlmdiff.core.params import Prepare, Validate
 from vlmdiff.data.docs import VIEW
 from vlmdiff.data.images import decode, read_image, resolve
-from vlmdiff.data.layouts import LABEL_MAPS, SPLITS
+from vlmdiff.data.layouts import LABEL_MAPS
+from vlmdiff.data.manifest import SPLITS, across_splits
+from vlmdiff.data.rules import image_faults, mask_faults
 
 NAMED_FILES = 10
 
@@ -30,7 +32,8 @@ class Rule:
     """An expectation about a column of a table.
 
     what: the rule as a sentence; remedy: what to do if it is broken. A broken rule stops the stage if its severity is
-    "error", and is only reported if it is "warning".
+    "error", and is only reported if it is "warning". pairs: the column has the path of the image that breaks the rule
+    together with the row's.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Rule:
     expectation: type[gxe.Expectation]
     settings: dict
     severity: Literal["error", "warning"] = "error"
+    pairs: bool = False
 
     def build(self) -> gxe.Expectation:
         severity = FailureSeverity.CRITICAL if self.severity == "error" else FailureSeverity.WARNING
@@ -47,7 +51,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a rule: how many rows break it, and the first ten of them by path."""
+    """The result of a rule: how many rows break it, and the first ten of them by path.
+
+    others: for a rule about pairs of images, the other image of each file.
+    """
 
     rule: str
     severity: Literal["error", "warning"]
@@ -56,9 +63,11 @@ class Finding:
     remedy: str
     count: int
     files: list[str]
+    others: list[str]
 
     def __str__(self) -> str:
-        names = ", ".join(self.files) + (" …" if self.count > len(self.files) else "")
+        pairs = [f"{file} = {other}" for file, other in zip(self.files, self.others, strict=False)]
+        names = ", ".join(pairs or self.files) + (" …" if self.count > len(self.files) else "")
         return f"{self.rule} ({self.what}) is broken by {self.count}: {names}. {self.remedy}"
 
 
@@ -132,9 +141,18 @@ def check_tables(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]
 def _finding(rule: Rule, result: gx.core.ExpectationValidationResult) -> Finding:
     if result.exception_info.get("raised_exception"):
         raise RuntimeError(f"the rule {rule.name!r} could not be checked: {result.exception_info['exception_message']}")
-    files = sorted(row["path"] for row in result.result.get("unexpected_index_list") or ())
+    rows = sorted(result.result.get("unexpected_index_list") or (), key=lambda row: row["path"])
+    named = rows[:NAMED_FILES]
+    others = [row[rule.settings["column"]] for row in named] if rule.pairs else []
     return Finding(
-        rule.name, rule.severity, bool(result.success), rule.what, rule.remedy, len(files), files[:NAMED_FILES]
+        rule.name,
+        rule.severity,
+        bool(result.success),
+        rule.what,
+        rule.remedy,
+        len(rows),
+        [row["path"] for row in named],
+        others,
     )
 
 
@@ -145,49 +163,62 @@ def check_dataset(frame: pd.DataFrame, data: Prepare, params: Validate, out: Pat
     readable = frame["problem"].isna()
     learned = frame["split"].isin(["train", "validation"])
     table["readable"] = frame["problem"]
-    table["mode"] = frame["mode"].where(readable)
-    table["shorter_side"] = frame[["width", "height"]].min(axis=1).where(readable)
+    faults = [
+        image_faults(mode, width, height, params) if problem is None else {}
+        for mode, width, height, problem in frame[["mode", "width", "height", "problem"]].itertuples(index=False)
+    ]
+    for rule in ("mode", "size"):
+        table[rule] = pd.Series([found.get(rule) for found in faults], index=frame.index, dtype=object)
     table["normal_training"] = frame["is_anomalous"].where(learned).astype(object)
-    # For each training and validation image, a test image of the same bytes.
-    tests = frame[frame["split"] == "test"].drop_duplicates("image_id").set_index("image_id")["path"]
-    table["test_apart"] = frame["image_id"].map(tests).where(learned)
+    table["test_apart"] = across_splits(frame)
+    # Prepare has left out the copies of the same label.
+    first = frame.groupby(["image_id", "split"])["path"].transform("first")
+    table["unique_image"] = first.where((first != frame["path"]) & readable)
     table["near_duplicate"] = _near_duplicates(frame, image_root, params.near_duplicate_bits, max_pixels)
     images = table.astype(object).where(table.notna(), None)
-    rules = _image_rules(params, data.layout in LABEL_MAPS)
+    rules = image_rules(params, data.layout in LABEL_MAPS)
     return check_tables("dataset", {"images": (images, rules), "classes": _classes(frame, params)}, out)
 
 
-def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
+def image_rules(params: Validate, label_maps: bool) -> list[Rule]:
+    """Return the rules for each image and its mask. label_maps: whether masks number regions."""
     no_mask = "Draw the mask, or set validate.masks: optional and a gate on image_auroc (gate.floors, gate.metric)"
 
     # The column of the same name says what is wrong, or has the value.
-    def none(name: str, what: str, remedy: str, severity: Literal["error", "warning"] = "error") -> Rule:
-        return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeNull, {"column": name}, severity)
+    def none(
+        name: str, what: str, remedy: str, severity: Literal["error", "warning"] = "error", pairs: bool = False
+    ) -> Rule:
+        return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeNull, {"column": name}, severity, pairs)
 
     def one_of(name: str, values: Iterable, what: str, remedy: str) -> Rule:
         settings = {"column": name, "value_set": list(values)}
         return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeInSet, settings)
 
-    def unique(name: str, column: str, what: str, remedy: str) -> Rule:
-        return Rule(name, what, remedy, gxe.ExpectColumnValuesToBeUnique, {"column": column})
-
     rules = [
         none("readable", "every image can be decoded", "Replace or remove the file"),
-        one_of(
+        none(
             "mode",
-            params.modes,
             f"every image has one of the modes {', '.join(params.modes)}",
             "Convert the image, or add its mode to validate.modes",
         ),
-        Rule(
+        none(
             "size",
             f"every image has at least {params.min_side} pixels a side",
             "Remove the image, or lower validate.min_side",
-            gxe.ExpectColumnValuesToBeBetween,
-            {"column": "shorter_side", "min_value": params.min_side},
         ),
-        unique("unique_path", "path", "each path is listed once", "Remove the other rows"),
-        unique("unique_image", "image_id", "no two images have the same bytes", "Keep one of the copies"),
+        Rule(
+            "unique_path",
+            "each path is listed once",
+            "Remove the other rows",
+            gxe.ExpectColumnValuesToBeUnique,
+            {"column": "path"},
+        ),
+        none(
+            "unique_image",
+            "no image is listed with two classes or labels",
+            "They have the same bytes: keep the one that is right",
+            pairs=True,
+        ),
         one_of(
             "split", SPLITS, f"each split is one of {', '.join(SPLITS)}", "Correct the split in the dataset's table"
         ),
@@ -199,18 +230,27 @@ def _image_rules(params: Validate, label_maps: bool) -> list[Rule]:
         ),
         none(
             "test_apart",
-            "no image is in both the training and the test data",
-            "Keep it in one of them: a test on training images proves nothing",
+            "no image is in two splits",
+            "A test on training images proves nothing. Remove one of each pair, or leave out one side by "
+            "`vlmdiff init --data FOLDER --copies keep_test` (or keep_train)",
+            pairs=True,
         ),
         none("mask_file", "every mask can be decoded", "Replace or remove the file"),
         none("mask_size", "each mask has the size of its image", "Export the mask at that size"),
         none("mask_empty", "the mask of an anomalous image is not empty", "Draw the mask, or list the image as good"),
         none("mask_normal", "no normal image has a mask that marks a defect", "Remove the mask or the image"),
         none(
+            "mask_large",
+            "no mask marks more than half of the image",
+            "Look at it: is it inverted? Zero is where nothing is wrong",
+            "warning",
+        ),
+        none(
             "near_duplicate",
             "no test image is a near-duplicate of a training or validation image",
             "Look at them: near-duplicates make the test too easy",
             "warning",
+            pairs=True,
         ),
     ]
     if not label_maps:
@@ -237,17 +277,8 @@ def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataF
         except InputError as error:
             found["mask_file"] = str(error)
             continue
-        if problem is None and mask.size != (width, height):
-            found["mask_size"] = f"{mask.width} x {mask.height}, its image {width} x {height}"
-        values = np.unique(np.asarray(mask.convert("L")))
-        if len(values[values > 0]) > 1:
-            found["mask_binary"] = f"{len(values)} values"
-        marked = bool(values.max() > 0)
-        if is_anomalous and not marked:
-            found["mask_empty"] = mask_path
-        if marked and not is_anomalous:
-            found["mask_normal"] = mask_path
-    names = ["mask_exists", "mask_file", "mask_size", "mask_binary", "mask_empty", "mask_normal"]
+        found |= mask_faults(mask, None if problem else (width, height), is_anomalous, mask_path)
+    names = ["mask_exists", "mask_file", "mask_size", "mask_binary", "mask_empty", "mask_normal", "mask_large"]
     return pd.DataFrame(rows, index=frame.index, columns=names, dtype=object)
 
 
@@ -286,14 +317,29 @@ def _classes(frame: pd.DataFrame, params: Validate) -> tuple[pd.DataFrame, list[
     ]
     training = frame[frame["split"] == "train"].groupby("class_name").size()
     rows += [{"path": name, "lacks": None, "times": training.max() / count} for name, count in training.items()]
+    kinds = frame[frame["split"] == "test"].groupby("class_name")["is_anomalous"].agg(["min", "max"])
+    rows += [
+        {"path": f"{name}/test", "lacks": None, "times": None, "one_sided": "defective" if least else "good"}
+        for name, least, most in kinds.itertuples()
+        if least == most
+    ]
     least = ", ".join(f"{count} {split}" for split, count in required.items())
-    return pd.DataFrame(rows).astype(object), [
+    table = pd.DataFrame(rows, columns=["path", "lacks", "times", "one_sided"]).astype(object)
+    return table.where(table.notna(), None), [
         Rule(
             "enough_images",
             f"every class has at least {least} images",
             "Add images, remove the class, or lower validate.min_images",
             gxe.ExpectColumnValuesToBeInSet,
             {"column": "lacks", "value_set": [0]},
+        ),
+        Rule(
+            "both_kinds",
+            "every class has good and defective test images",
+            "Without one of them most metrics are not defined, and the gate does not pass: add such images",
+            gxe.ExpectColumnValuesToBeNull,
+            {"column": "one_sided"},
+            "warning",
         ),
         Rule(
             "balance",

@@ -1,19 +1,23 @@
 """What a person says of photographs: normal ones join the training data, anomalous ones the test data."""
 
+import glob
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import copyfile
+from typing import Any
 
-import numpy as np
-
+from vlmdiff.core import workspace as w
+from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, sha256
+from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
-from vlmdiff.data.images import SUFFIXES, decode, read_image
+from vlmdiff.data.images import SUFFIXES, decode
 from vlmdiff.data.layouts import GOOD
+from vlmdiff.data.rules import check_name, image_faults, mask_faults
 
 # By layout, under a class's folder: where normal training images lie, defective ones, and their masks.
 PLACES = {
@@ -21,6 +25,9 @@ PLACES = {
     "mvtec_ad": (f"train/{GOOD}", "test/{defect}", "ground_truth/{defect}/{stem}_mask{suffix}"),
 }
 NAME_LENGTH = 16
+KEYS = ("image_id", "truth", "class_name", "defect")
+# Seconds to wait for another person's feedback.
+LIMIT = 60.0
 
 
 @dataclass(frozen=True)
@@ -39,30 +46,40 @@ def give_feedback(
 
     Their names are hashes of their contents, so that the same feedback twice adds nothing. mask: of one defective
     photograph. Everything is checked before anything is copied. Raises InputError if the layout is not in PLACES,
-    the dataset does not have the class, a photograph cannot be read or is in the dataset elsewhere, or a mask is
-    required and missing or does not fit.
+    the dataset does not have the class, a photograph or a mask breaks the data contract, a photograph is in the dataset
+    elsewhere or with another mask, or a mask is required and missing.
     """
-    root, layout, limit = params.prepare.root, params.prepare.layout, params.prepare.max_pixels
+    root, layout = params.prepare.root, params.prepare.layout
     if layout not in PLACES:
         raise InputError(f"prepare.layout is {layout}: only {' and '.join(PLACES)}, folders of images, take feedback")
-    normal, defective, masks = PLACES[layout]
     _check_statement(said, len(files), mask, params.validate_.masks == "required")
+    # Two people at once would each miss what the other adds.
+    with hold(w.FEEDBACK_LOCK, f"the feedback of {root}", LIMIT):
+        return _take(files, said, params, log, mask)
+
+
+def _take(files: Sequence[Path], said: Statement, params: Params, log: Path, mask: Path | None) -> list[Path]:
+    root = params.prepare.root
+    normal, defective, masks = PLACES[params.prepare.layout]
     place = _class_folder(root, said.class_name, normal)
     folder = place / (normal if said.defect is None else defective.format(defect=said.defect))
     for file in files:
-        _check_files(file, mask, limit)
+        _check_files(file, said, params, mask)
+    logged = _read_log(log)
     hashes = {file: sha256(file) for file in files}
     known, added = _find_copies(root, hashes, folder), []
     for file, image_id in hashes.items():
         target = known.get(image_id, folder / f"{image_id[:NAME_LENGTH]}{file.suffix.lower()}")
         if mask is not None:
             # Before its photograph, so that the same command completes what a kill interrupts.
-            _copy(mask, place / masks.format(defect=said.defect, stem=target.stem, suffix=mask.suffix.lower()))
+            drawn = place / masks.format(defect=said.defect, stem=target.stem, suffix=mask.suffix.lower())
+            _refuse_another_mask(drawn, mask, target)
+            _copy(mask, drawn)
         if image_id not in known:
             _copy(file, target)
             known[image_id] = target
             added.append(target)
-    _append(log, said, hashes.values())
+    _append(log, logged, said, hashes.values())
     return added
 
 
@@ -82,8 +99,9 @@ def _check_statement(said: Statement, count: int, mask: Path | None, mask_requir
 
 
 def _check_name(name: str, what: str) -> None:
-    if not name.isprintable() or "/" in name or name.startswith(".") or not name.strip():
-        raise InputError(f"the {what} {name!r} cannot be a folder's name: use another name")
+    check_name(name, what)
+    if name.startswith("."):
+        raise InputError(f"the {what} {name!r} would be a hidden folder: use another name")
 
 
 def _class_folder(root: Path, name: str, normal: str) -> Path:
@@ -96,22 +114,40 @@ def _class_folder(root: Path, name: str, normal: str) -> Path:
     return root / name
 
 
-def _check_files(file: Path, mask: Path | None, max_pixels: int) -> None:
-    """Raise InputError if a photograph cannot be read or its mask does not fit."""
+def _check_files(file: Path, said: Statement, params: Params, mask: Path | None) -> None:
+    """Raise InputError if a photograph or its mask cannot be read or breaks the data contract."""
     for image in (file, mask):
         if image is not None and image.suffix.lower() not in SUFFIXES:
             raise InputError(f"{image}: the name of an image must end in {', '.join(sorted(SUFFIXES))}")
-    size = read_image(file, max_pixels).size
+    photograph = decode(file, params.prepare.max_pixels)
+    found = image_faults(photograph.mode, *photograph.size, params.validate_)
     if mask is not None:
-        drawn = decode(mask, max_pixels)
-        if drawn.size != size:
-            raise InputError(
-                f"{mask} has {drawn.width} x {drawn.height} pixels and its photograph {size[0]} x {size[1]}: "
-                "give a mask of the same size"
-            )
-        values = np.unique(np.asarray(drawn.convert("L")))
-        if len(values) > 2 or not values.any():
-            raise InputError(f"{mask} is not a mask: it must hold zero and, where the defect is, one other value")
+        found |= mask_faults(
+            decode(mask, params.prepare.max_pixels), photograph.size, said.defect is not None, str(mask)
+        )
+    if not found:
+        return
+    from vlmdiff.data.contract import image_rules  # Great Expectations takes seconds to import
+
+    where = f"{file} with the mask {mask}" if mask else str(file)
+    errors = []
+    for rule in image_rules(params.validate_, label_maps=False):
+        if rule.name in found:
+            broken = f"{rule.what}, and this one: {found[rule.name]}. {rule.remedy}"
+            if rule.severity == "error":
+                errors.append(broken)
+            else:
+                say(f"warning: {where}: {broken}")
+    if errors:
+        raise InputError(f"{where} breaks the data contract: {'; '.join(errors)}")
+
+
+def _refuse_another_mask(drawn: Path, mask: Path, photograph: Path) -> None:
+    """Raise InputError if the dataset has another mask of this photograph."""
+    stem = glob.escape(drawn.stem.removesuffix("_mask"))
+    for present in [*drawn.parent.glob(f"{stem}.*"), *drawn.parent.glob(f"{stem}_mask.*")]:
+        if present != drawn or sha256(present) != sha256(mask):
+            raise InputError(f"{photograph} has another mask already, {present}: remove that file if it is wrong")
 
 
 def _find_copies(root: Path, hashes: dict[Path, str], folder: Path) -> dict[str, Path]:
@@ -141,16 +177,30 @@ def _copy(file: Path, target: Path) -> None:
         copyfile(file, temporary)
 
 
-def _append(log: Path, said: Statement, image_ids: Iterable[str]) -> None:
-    """Append a line for each photograph, except where the log says the same already."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    keys = ("image_id", "truth", "class_name", "defect")
-    logged = {tuple(row[key] for key in keys) for row in map(json.loads, filter(str.strip, lines))}
+def _read_log(log: Path) -> list[dict[str, Any]]:
+    """Return the rows of the log, without a last line that a kill cut off. Raises InputError for any other damage."""
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in (*KEYS, "by", "when")})
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                say(f"warning: {log}: the last line was cut off and is removed: {line.decode(errors='replace')}")
+            elif line.strip():
+                raise InputError(
+                    f"{log}, line {number}: not a line of feedback ({error!r}): fix or remove it"
+                ) from None
+    return rows
+
+
+def _append(log: Path, rows: list[dict[str, Any]], said: Statement, image_ids: Iterable[str]) -> None:
+    """Add a row for each photograph, except where the log says the same already, and write the log whole."""
+    logged = {tuple(row[key] for key in KEYS) for row in rows}
     truth = "normal" if said.defect is None else "anomalous"
     record = {"by": said.by, "when": datetime.now(UTC).isoformat(timespec="seconds")}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as stream:
-        for image_id in dict.fromkeys(image_ids):
-            row = (image_id, truth, said.class_name, said.defect)
-            if row not in logged:
-                stream.write(json.dumps(dict(zip(keys, row, strict=True)) | record) + "\n")
+    new = [(image_id, truth, said.class_name, said.defect) for image_id in dict.fromkeys(image_ids)]
+    rows = rows + [dict(zip(KEYS, row, strict=True)) | record for row in new if row not in logged]
+    with atomic_path(log) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -7,7 +7,7 @@ datasets `label` says whether an image is anomalous, in others it is the class; 
 import csv
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -18,9 +18,10 @@ from pydantic import BaseModel, ValidationError
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Prepare
 from vlmdiff.data.images import SUFFIXES, resolve
+from vlmdiff.data.manifest import SPLITS
+from vlmdiff.data.rules import check_name
 
 GOOD = "good"
-SPLITS = ("train", "validation", "test")
 
 
 class Record(NamedTuple):
@@ -67,7 +68,7 @@ def mvtec_3d(root: Path, params: Prepare) -> Iterator[Record]:
             )
         for split in SPLITS:
             for kind in _folders(folder / split):
-                masks = {(kind.name, mask.stem): mask for mask in _images(kind / "gt")}
+                masks = _by_stem(kind.name, _images(kind / "gt"))
                 for image in _images(kind / "rgb"):
                     yield _found(root, folder.name, split, kind.name, GOOD, image, masks)
                 _none_left(masks)
@@ -200,7 +201,20 @@ def _entries(place: Path) -> Iterator[Path]:
 
 def _masks(place: Path) -> dict[tuple[str, str], Path]:
     """Return the masks by kind of defect and stem of their image."""
-    return {(kind.name, mask.stem.removesuffix("_mask")): mask for kind in _folders(place) for mask in _images(kind)}
+    masks = {}
+    for kind in _folders(place):
+        masks |= _by_stem(kind.name, _images(kind))
+    return masks
+
+
+def _by_stem(kind: str, files: Iterable[Path]) -> dict[tuple[str, str], Path]:
+    """Return masks by kind and stem of their image. Raises InputError if an image has two."""
+    masks: dict[tuple[str, str], Path] = {}
+    for mask in files:
+        key = (kind, mask.stem.removesuffix("_mask"))
+        if (other := masks.setdefault(key, mask)) is not mask:
+            raise InputError(f"{other} and {mask} are masks of one image: keep one, with all that is marked")
+    return masks
 
 
 def _none_left(masks: dict[tuple[str, str], Path]) -> None:
@@ -220,9 +234,10 @@ def _listed(
     mask_path: str | None,
 ) -> Record:
     """Return the record of the row at `where`. Raises InputError if a file is missing or the class name is invalid."""
-    # Reports use the class as a file name.
-    if not class_name.isprintable() or "/" in class_name or class_name in ("", ".", ".."):
-        raise InputError(f"{where}: the class {class_name!r} is not a valid file name. Rename it.")
+    try:
+        check_name(class_name, "class")
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     for name in (path, mask_path or None):
         try:
             # isfile rejects the empty path, which resolves to the root. Unlike pathlib, os.path takes any name.

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from vlmdiff.core.device import pick_device
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.files import write_json
 from vlmdiff.core.params import BackboneFeatures, Latents
 from vlmdiff.core.params import Detection as DetectionParams
@@ -113,16 +113,19 @@ class Detector:
             raise InputError(
                 f"{folder} is not a detector's folder, it has no {SETTINGS}: name one that `vlmdiff evaluate` wrote"
             )
-        facts = json.loads(settings.read_text())
-        for entry in facts["detection"]["features"]:
-            if entry["kind"] == "transformers":
-                entry["model"] = str(folder / entry["model"])
+        with explained(settings, "Run `vlmdiff evaluate` again, or restore the folder"):
+            facts = json.loads(settings.read_text())
+            for entry in facts["detection"]["features"]:
+                if entry["kind"] == "transformers":
+                    entry["model"] = str(folder / entry["model"])
+            params = DetectionParams.model_validate(facts["detection"])
+            calibration = Calibration.read(facts["calibration"])
         pipeline = load_pipeline(folder, pick_device(device))
-        params = DetectionParams.model_validate(facts["detection"])
         bank = None
         if params.retrieval:
             bank = PatchBank.load(folder / BANK, params.retrieval.expected).to(pipeline.device)
-        return cls(pipeline, params, Calibration.read(facts["calibration"]), facts.get("class_captions"), bank)
+        with explained(folder, "Run `vlmdiff evaluate` again, or restore the folder"):
+            return cls(pipeline, params, calibration, facts.get("class_captions"), bank)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write a `DiffusionPipeline` folder in safetensors, with the detector's settings, backbones and bank."""

@@ -157,7 +157,7 @@ class Resampled:
                 raise ValueError("other metrics")
         except FileNotFoundError:
             raise InputError(f"{path} does not exist. Run vlmdiff evaluate first.") from None
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} has no bootstrap samples ({error}). Run vlmdiff evaluate again.") from error
         return cls({str(n): dict(zip(METRICS, s, strict=True)) for n, s in zip(names, samples, strict=True)})
 

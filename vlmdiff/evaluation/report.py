@@ -19,7 +19,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256
 from vlmdiff.core.git import code_revision
 from vlmdiff.core.params import Decision, Params
-from vlmdiff.data.layouts import SPLITS
+from vlmdiff.data.manifest import SPLITS
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.heatmap import dimmed, heatmap, scaled
 from vlmdiff.evaluation import pages

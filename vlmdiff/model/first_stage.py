@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL
 
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.model.feature_space import FeatureSpace
 
 FirstStageModel = AutoencoderKL | FeatureSpace
@@ -15,9 +15,9 @@ def load_first_stage(folder: Path) -> FirstStageModel:
     """Load a saved first stage. Raises InputError if the folder holds none."""
     if not (config := folder / "config.json").is_file():
         raise InputError(f"{folder} has no first stage. Run vlmdiff first_stage first.")
-    name = json.loads(config.read_text())["_class_name"]
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, FeatureSpace)}
-    return kinds[name].from_pretrained(folder)
+    with explained(folder, "Run vlmdiff first_stage again, or restore it by `dvc checkout`"):
+        return kinds[json.loads(config.read_text())["_class_name"]].from_pretrained(folder)
 
 
 def downsampling(first_stage: FirstStageModel) -> int:

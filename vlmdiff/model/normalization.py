@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vlmdiff.core.errors import explained
+
 FILE = "preprocessor_config.json"
 
 
@@ -35,7 +37,8 @@ class Normalization:
     @classmethod
     def load(cls, folder: Path) -> "Normalization":
         """Read what `save` wrote."""
-        return cls(**{key: tuple(values) for key, values in json.loads((folder / FILE).read_text()).items()})
+        with explained(folder / FILE, "Run vlmdiff first_stage again, or restore it by `dvc checkout`"):
+            return cls(**{key: tuple(values) for key, values in json.loads((folder / FILE).read_text()).items()})
 
 
 def from_uint8(images: np.ndarray, device: torch.device) -> torch.Tensor:

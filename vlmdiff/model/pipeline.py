@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput, logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.params import Solver, Spacing
 from vlmdiff.model.first_stage import FirstStageModel
 from vlmdiff.model.normalization import Normalization
@@ -24,7 +24,9 @@ def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline"
     if not (Path(folder) / "model_index.json").is_file():
         raise InputError(f"{folder} has no pipeline. Run `vlmdiff train` first")
     logging.disable_progress_bar()
-    pipeline = VLMDiffPipeline.from_pretrained(folder).to(device)
+    with explained(folder, "Run the stage that writes it again, or restore it by `dvc checkout`"):
+        pipeline = VLMDiffPipeline.from_pretrained(folder)
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

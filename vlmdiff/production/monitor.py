@@ -6,7 +6,7 @@ calibration, is assigned to the class with the nearest image statistics, and ima
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,8 +18,8 @@ from rich.table import Table
 from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
-from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_folder, write_json
+from vlmdiff.core.errors import InputError, explained
+from vlmdiff.core.files import atomic_path, check_out, write_json
 from vlmdiff.core.params import Monitor, Params
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.detector import SETTINGS
@@ -37,6 +37,7 @@ NEW, ALARMS = "new kinds", "alarms"
 QUESTIONS = ((NEW,), STATISTICS, ("score", ALARMS))
 # Folds in which calibration images are compared with the others; points of the grid over possible alarm rates.
 PARTS, GRID = 20, 200
+JSON, PAGE = "monitor.json", "monitor.html"
 USUAL = 0.95  # share of days with at most as many alarms as a check calls usual
 
 
@@ -88,8 +89,9 @@ class ClassAlarms:
 class DriftCheck:
     """The result of a drift check: `images` recent images were compared with `reference` calibration images.
 
-    unreadable: recent images that could not be read; others: images scored by other models, which are ignored; classes:
-    the alarms by class, which are shown and not tested one by one.
+    unreadable: recent images that could not be read; repeated: recent images with the same bytes as another one, which
+    count once; others: images scored by other models, which are ignored; classes: the alarms by class, which are shown
+    and not tested one by one.
     """
 
     verdict: Literal["drift", "no drift", "too few photographs"]
@@ -100,6 +102,7 @@ class DriftCheck:
     others: int
     false_alarm_rate: float
     tests: list[DriftTest]
+    repeated: int = 0
     classes: list[ClassAlarms] = field(default_factory=list)
 
     @property
@@ -117,8 +120,9 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
 
     scores: a dataset that `vlmdiff score` wrote, or a folder of several; model: a detector's folder, instead of the
     champion; last: the number of images, instead of `monitor.last`. Raises InputError if an input is missing or
-    invalid.
+    invalid, or `out` holds other files.
     """
+    check_out(out, (JSON, PAGE).__contains__)
     folder, name = find_model(model, params)
     names = {name, folder_name(folder)}
     reference, calibration = read_reference(folder)
@@ -126,17 +130,20 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
     rows = read_scores(scores)
     ours = rows["model"].isin(names)
     newest = rows[ours].tail(last or params.monitor.last)
-    readable = newest[newest["error"].isna()].reset_index(drop=True)
+    readable = newest[newest["error"].isna()]
     unreadable, others = len(newest) - len(readable), int((~ours).sum())
+    readable = readable.drop_duplicates("image_id", keep="last").reset_index(drop=True)
     found = check(readable, known, calibration, params.monitor, unreadable, others)
-    with atomic_folder(out) as temporary:
-        write_json(temporary / "monitor.json", {**asdict(found), "drift": found.drift})
-        (temporary / "monitor.html").write_text(page(found, readable, known), encoding="utf-8")
+    repeated = len(newest) - unreadable - len(readable)
+    found = feed_check(replace(found, repeated=repeated), len(newest))
+    with atomic_path(out / PAGE) as temporary:
+        temporary.write_text(page(found, readable, known), encoding="utf-8")
+    write_json(out / JSON, {**asdict(found), "drift": found.drift})
     return found
 
 
 def read_scores(path: Path) -> pd.DataFrame:
-    """Read rows that `vlmdiff score` wrote, in the order of scoring, each image once per model.
+    """Read rows that `vlmdiff score` wrote, in the order of scoring, each file once per model.
 
     Raises InputError if the files are something else.
     """
@@ -144,15 +151,14 @@ def read_scores(path: Path) -> pd.DataFrame:
     files = sorted(str(file) for file in found if file.is_file() and not file.name.startswith("."))
     if not files:
         raise InputError(f"{path} has no Parquet files. Name a folder that `vlmdiff score` wrote")
-    columns = ["image_id", "score", "is_anomalous", "model", "error", "scored_at", *STATISTICS]
+    columns = ["path", "image_id", "score", "is_anomalous", "model", "error", "scored_at", *STATISTICS]
     try:
         frame = pa.dataset.dataset(files).to_table(columns=columns).to_pandas()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} was not written by `vlmdiff score`: {error}") from error
     frame = frame.sort_values("scored_at", kind="stable")
-    # An image that was scored twice counts once; an image that does not exist has no hash.
-    again = frame["image_id"].notna() & frame.duplicated(["image_id", "model"], keep="last")
-    return frame[~again].reset_index(drop=True)
+    # A photograph that was scored twice counts once. Another file with the same bytes is another one.
+    return frame.drop_duplicates(["path", "image_id", "model"], keep="last").reset_index(drop=True)
 
 
 def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
@@ -160,8 +166,10 @@ def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
     file = model / REFERENCE
     if not file.is_file():
         raise InputError(f"{model} has no {REFERENCE}, the list of its calibration images. Run `vlmdiff evaluate`")
-    calibration = Calibration.read(json.loads((model / SETTINGS).read_text())["calibration"])
-    return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
+    with explained(model / SETTINGS, "Run `vlmdiff evaluate` again, or restore the folder"):
+        calibration = Calibration.read(json.loads((model / SETTINGS).read_text())["calibration"])
+    with explained(file, "Run `vlmdiff evaluate` again, or restore the folder"):
+        return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
 
 
 @dataclass(frozen=True)
@@ -231,7 +239,7 @@ def check(
     classes = _by_class(recent, nearest, known)
     if images < params.min_images:
         outcome = f"{images} images are too few for a check: monitor.min_images is {params.min_images}"
-        return DriftCheck("too few photographs", outcome, *facts, [], classes)
+        return DriftCheck("too few photographs", outcome, *facts, [], classes=classes)
     tests = []
     for question in QUESTIONS:
         count = len(QUESTIONS) * len(question)
@@ -248,8 +256,8 @@ def check(
     failed = [test.what for test in sorted(tests, key=lambda test: test.corrected) if not test.passed]
     if failed:
         outcome = f"drift in the last {images} images: {', '.join(failed)}"
-        return DriftCheck("drift", outcome, *facts, tests, classes)
-    return DriftCheck("no drift", f"no drift in the last {images} images", *facts, tests, classes)
+        return DriftCheck("drift", outcome, *facts, tests, classes=classes)
+    return DriftCheck("no drift", f"no drift in the last {images} images", *facts, tests, classes=classes)
 
 
 def _by_class(recent: pd.DataFrame, nearest: np.ndarray, known: Known) -> list[ClassAlarms]:
@@ -262,6 +270,21 @@ def _by_class(recent: pd.DataFrame, nearest: np.ndarray, known: Known) -> list[C
             interval = clopper_pearson(alarms, images)
             found.append(ClassAlarms(str(name), images, alarms, *interval, float(then.mean()) if len(then) else None))
     return sorted(found, key=lambda one: -one.alarms / one.images)
+
+
+def feed_check(found: DriftCheck, newest: int) -> DriftCheck:
+    """Return the check with the verdict drift if more than half of the newest files show nothing new.
+
+    Files that cannot be read, and the same picture again and again, come from a camera or a disk that is broken.
+    """
+    faults = [
+        (found.unreadable, "could not be read"),
+        (found.repeated, "are the same picture as another one: is the camera frozen?"),
+    ]
+    said = [f"{count} of the last {newest} images {what}" for count, what in faults if 2 * count > newest]
+    if not said:
+        return found
+    return replace(found, verdict="drift", outcome="; ".join([*said, *([found.outcome] if found.tests else [])]))
 
 
 def _values(rows: pd.DataFrame) -> np.ndarray:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from rich.table import Table
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import process_group
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_path, sha256
+from vlmdiff.core.files import atomic_path, check_out, sha256
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
 from vlmdiff.data.images import read_image
@@ -105,20 +105,21 @@ def score(
 
     `pandas.read_parquet(out)` reads the dataset: a row for each image, as in SCHEMA. A file that has not changed since
     it was judged is not judged again; one that has changed gets a new row. An image that cannot be read has a row with
-    its `error`. heatmaps: also write a PNG of each alarm into `out/_heatmaps`. model: a detector's folder, by default
-    the champion. class_name: the class of photographs whose table does not name one, for a detector that judges by the
-    captions of classes.
+    its `error`, and is tried again by each run. heatmaps: also write a PNG of each alarm into `out/_heatmaps`. model: a
+    detector's folder, by default the champion. class_name: the class of photographs whose table does not name one, for
+    a detector that judges by the captions of classes.
 
     Under `accelerate launch`, each process judges its share; the main process returns the result, the others None.
     Raises InputError, and writes nothing, if a source or the model is missing, the detector needs other captions, or
     `out` holds other files or another model's scores, or another process writes to it.
     """
+    check_out(out, lambda name: name.startswith("part-") or name == HEATMAPS)
     here = process_group()
     folder, name, photographs = _from_main(here, lambda: (*find_model(model, params), find_photographs(sources, out)))
     detector = Detector.from_pretrained(folder, str(here.device))
     name = name or folder_name(folder)
     captions = _captions(detector, photographs, class_name)
-    with _alone(out) if here.is_main_process else contextlib.nullcontext():
+    with hold(out / LOCK, f"the folder {out}") if here.is_main_process else contextlib.nullcontext():
         new = _from_main(here, lambda: _pending(out, photographs, name))
         began = time.perf_counter()
         own = new[here.process_index :: here.num_processes]
@@ -205,27 +206,12 @@ def _captions(detector: Detector, photographs: list[Photograph], class_name: str
     return texts if missing == "caption" else dict(zip(texts, detector.captions_of(texts.values()), strict=True))
 
 
-@contextlib.contextmanager
-def _alone(out: Path) -> Generator[None]:
-    """Lock `out`, and create it if it is missing. Raises InputError if it is locked or holds other files."""
-    foreign = [
-        path.name
-        for path in (out.iterdir() if out.is_dir() else [])
-        if not path.name.startswith((".", "part-")) and path.name != HEATMAPS
-    ]
-    if foreign or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out} holds other files ({', '.join(foreign[:3])}): give an empty or new folder as --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with hold(out / LOCK, f"the folder {out}"):
-        yield
-
-
 def _parts(out: Path) -> list[Path]:
     return sorted(out.glob("part-*.parquet"))
 
 
 def _pending(out: Path, photographs: list[Photograph], model: str) -> list[Photograph]:
-    """Return the photographs that have no row, after removing the rows of files that have changed."""
+    """Return the photographs that have no row, after removing the rows of files that have changed or have an error."""
     for left in out.glob(".part-*.tmp"):
         left.unlink()
     listed, known = {photograph.path for photograph in photographs}, set()
@@ -236,8 +222,11 @@ def _pending(out: Path, photographs: list[Photograph], model: str) -> list[Photo
             raise InputError(f"{part} does not hold scores of this version ({error}): give another --out") from error
         if others := set(table["model"].to_pylist()) - {model}:
             raise InputError(f"{out} has scores by {others.pop()}, and this is {model}: give another --out")
-        stamps = zip(*(table[column].to_pylist() for column in ("path", "bytes", "mtime_ns")), strict=True)
-        stale = [path in listed and _stamp(path) != tuple(stamp) for path, *stamp in stamps]
+        stamps = zip(*(table[column].to_pylist() for column in ("path", "error", "bytes", "mtime_ns")), strict=True)
+        # What could not be read may be readable now: a share was away, a right or a limit has changed.
+        stale = [
+            path in listed and (error is not None or _stamp(path) != tuple(stamp)) for path, error, *stamp in stamps
+        ]
         known.update(path for path, old in zip(table["path"].to_pylist(), stale, strict=True) if not old)
         if any(stale):
             _remove_rows(part, table, stale, out)

@@ -173,9 +173,10 @@ def _untitled(card: str) -> str:
 
 
 def _example(params: Params) -> dict[str, str]:
-    """Return a normal test image as a client sends it: base64 of a small copy, and a caption if needed."""
+    """Return a normal image as a client sends it: base64 of a small copy, and a caption if needed."""
     frame = manifest.read(w.MANIFEST)
-    row = frame[(frame["split"] == "test") & ~frame["is_anomalous"]].iloc[0]
+    # One of the test split, if it has normal images; every dataset has normal images for training.
+    row = frame[~frame["is_anomalous"]].sort_values(["split", "path"]).iloc[0]
     image = read_image(resolve(params.prepare.image_root, row["path"]), params.prepare.max_pixels)
     image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -241,10 +241,23 @@ def _evaluation(params: Params, version: int) -> Path:
         if not all((folder / name).exists() for name in EVIDENCE):
             with atomic_folder(folder) as temporary:
                 present = {Path(file.path).name for file in client.list_artifacts(run, "evaluation")}
+                if not present:
+                    # Nothing is kept of this answer: the store may be back later.
+                    raise InputError(_no_artifacts(client, run, version))
                 for name in present & set(EVIDENCE):
                     fetched = client.download_artifacts(run, f"evaluation/{name}", str(temporary))
                     Path(fetched).rename(temporary / name)
     return folder
+
+
+def _no_artifacts(client: MlflowClient, run: str, version: int) -> str:
+    """Return a sentence about a run whose files are not where the store says."""
+    place = client.get_run(run).info.artifact_uri or ""
+    return (
+        f"version {version} has no evaluation at {place}. If the disk is away, try again when it is back. A store in "
+        "SQLite keeps absolute paths: if this folder was moved or copied, move it back, or register the model again "
+        "after removing mlflow.db"
+    )
 
 
 def _evaluation_on(params: Params, version: int, test_set: str) -> Path:

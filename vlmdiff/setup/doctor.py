@@ -28,7 +28,7 @@ from vlmdiff.captions.endpoint import read_key
 from vlmdiff.core import params as p
 from vlmdiff.core.device import pick_device, resolve_precision
 from vlmdiff.core.errors import InputError
-from vlmdiff.data import manifest
+from vlmdiff.data import listing
 from vlmdiff.data.images import load_rgb
 from vlmdiff.model.pretrained import check_pinned
 from vlmdiff.training.cost import GIB, Cost, free_memory, measure
@@ -109,7 +109,7 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
     data, least = params.prepare, params.validate_.min_images
     where = "made by the prepare stage" if data.layout == "demo" else f"{data.root}, layout {data.layout}"
     try:
-        frame = manifest.outline(data)
+        frame = listing.outline(data)
     except (InputError, OSError) as error:
         found = "broken" if data.root.is_dir() else "no such folder"
         advice = str(error) if data.root.is_dir() else f"{error}, or put the dataset there"
@@ -121,6 +121,8 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
         f"{len(counts)} classes: {total['train']} train, {total['validation']} validation, {total['test']} test images "
         f"({(anomalous['split'] == 'test').sum()} anomalous)"
     )
+    if passed := listing.passed_over(data, pd.concat([frame["path"], frame["mask_path"].dropna()])):
+        found = f"{found}; {passed}"
     rows = [Requirement("dataset", found, where, True)]
 
     asked = pd.Series(least.model_dump())

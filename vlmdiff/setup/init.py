@@ -21,7 +21,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path
 from vlmdiff.core.params import Params, Prepare, load
-from vlmdiff.data import manifest
+from vlmdiff.data import listing, manifest
 from vlmdiff.data.layouts import LAYOUTS
 
 # Layouts with a list of their own come first: the list decides. The demo is generated, not found.
@@ -36,10 +36,14 @@ MODEL = ("caption", "first_stage", "encode", "train", "evaluate")
 
 @dataclass(frozen=True)
 class Found:
-    """A dataset as `prepare` reads it; `frame` is what manifest.outline returns."""
+    """A dataset as `prepare` reads it.
+
+    frame: what listing.outline returns; pairs: what listing.in_two_splits returns.
+    """
 
     params: Prepare
     frame: pd.DataFrame
+    pairs: list[tuple[str, str]]
 
 
 def look(root: Path, params: Prepare, layout: str | None) -> Found:
@@ -55,7 +59,7 @@ def look(root: Path, params: Prepare, layout: str | None) -> Found:
     for name in [layout] if layout else TRIED:
         chosen = params.model_copy(update={"layout": name, "root": root})
         try:
-            return Found(chosen, manifest.outline(chosen))
+            return Found(chosen, listing.outline(chosen), listing.in_two_splits(chosen))
         except (InputError, OSError) as error:
             reasons.append(f"  {name}: {error}")
     raise InputError(f"{root} fits no layout:\n" + "\n".join(reasons))
@@ -77,6 +81,16 @@ def table(found: Found) -> Group:
         known = set(manifest.read(w.MANIFEST)["path"])
         more, gone = len(set(found.frame["path"]) - known), len(known - set(found.frame["path"]))
         lines.append(f"since the last run of prepare: {more} new, {gone} removed")
+    paths = pd.concat([found.frame["path"], found.frame["mask_path"].dropna()])
+    if passed := listing.passed_over(found.params, paths):
+        lines.append(passed)
+    if found.pairs and found.params.copies == "error":
+        named = ", ".join(f"{first} = {second}" for first, second in found.pairs[:NAMED])
+        lines.append(
+            f"{len(found.pairs)} images are in two splits ({named}{' …' if len(found.pairs) > NAMED else ''}): remove "
+            "one of each pair, or run this command again with --copies keep_test, which leaves out the one in the "
+            "earlier split (train, validation, test), or --copies keep_train, the one in the later split"
+        )
     without = found.frame["is_anomalous"] & found.frame["mask_path"].isna()
     if without.any():
         lines.append(
@@ -114,13 +128,18 @@ def write_params(found: Found, preset: Path | None, out: Path = w.PARAMS) -> str
         present = load(out)
         if present == wanted:
             return f"{out} is up to date"
-        if present != Params():
+        # Of settings of its own, only the choice that a person made by --copies changes.
+        prepare = present.prepare.model_copy(update={"copies": found.params.copies})
+        if present != Params() and present.model_copy(update={"prepare": prepare}) != wanted:
             return f"{out} has settings of its own and stays as it is; it differs in\n" + "\n".join(
                 f"  {key}: {ours}, here {theirs}" for key, ours, theirs in _differences(present, wanted)
             )
     document = _read(template)
     section: Any = document.setdefault("prepare", CommentedMap())
-    for key, value in {"root": found.params.root.as_posix(), "layout": found.params.layout}.items():
+    values = {"root": found.params.root.as_posix(), "layout": found.params.layout}
+    if found.params.copies != "error" or "copies" in section:
+        values = {"copies": found.params.copies, **values}
+    for key, value in values.items():
         if key in section:
             section[key] = value
         else:
@@ -128,7 +147,7 @@ def write_params(found: Found, preset: Path | None, out: Path = w.PARAMS) -> str
     with atomic_path(out) as temporary:
         _yaml().dump(document, temporary)
         load(temporary)
-    return f"wrote {out}, from {template}" if preset else f"wrote the layout and the root to {out}"
+    return f"wrote {out}, from {template}" if preset else f"wrote the section prepare of {out}"
 
 
 def use_preset(preset: Path, out: Path = w.PARAMS) -> None:

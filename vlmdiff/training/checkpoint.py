@@ -1,7 +1,9 @@
-"""Training state on disk: safetensors and JSON in a folder that is written as a whole."""
+"""Training state on disk: numbered checkpoints of safetensors and JSON, and a pointer to the newest."""
 
+import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,16 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
 import vlmdiff
+from vlmdiff.core.console import say
 from vlmdiff.core.device import process_group, resolve_precision
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_folder, sha256
+from vlmdiff.core.files import atomic_folder, sha256, sync, write_json
 from vlmdiff.core.params import Training
+
+STATE, FACTS, HASHES = "state.safetensors", "facts.json", "sha256.json"
+# The file with the name of the newest checkpoint, written after it.
+NEWEST = "newest.json"
+DIGITS, KEPT = 9, 2
 
 
 def state_folder(root: Path, params: Training, *inputs: Path) -> Path:
@@ -35,7 +43,7 @@ def state_folder(root: Path, params: Training, *inputs: Path) -> Path:
 def _digest(params: Training, *inputs: Path) -> str:
     digest = hashlib.sha256(f"{vlmdiff.__version__} {params.model_dump_json()}".encode())
     package = Path(vlmdiff.__file__).parent
-    code = [*(package / "model").glob("*.py"), *(package / "training").glob("*.py")]
+    code = [file for room in ("data", "model", "training") for file in (package / room).glob("*.py")]
     for file in [*sorted(code), *(file for path in inputs for file in _files_under(path))]:
         digest.update(sha256(file).encode())
     return digest.hexdigest()
@@ -47,22 +55,55 @@ def _files_under(path: Path) -> Iterator[Path]:
     yield from sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def save(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    """Replace the checkpoint in `folder`; a crash leaves the old one or the new one."""
-    with atomic_folder(folder) as temporary:
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """Write the checkpoint of `step` into a new folder in `folder`, then the pointer to it. Keep the one before it.
+
+    A kill, or a loss of power, at any moment leaves a whole checkpoint: the new one, or the one before.
+    """
+    present = _numbered(folder)
+    name = f"{step:0{DIGITS}}"
+    with atomic_folder(folder / name) as temporary:
         save_file(
             # To the CPU first: copies of weights and moments would not fit beside them on a GPU.
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            temporary / "state.safetensors",
+            temporary / STATE,
         )
-        (temporary / "facts.json").write_text(json.dumps(facts))
+        # The lowest loss is infinite before the first validation.
+        (temporary / FACTS).write_text(json.dumps(facts))
+        write_json(temporary / HASHES, {file: sha256(temporary / file) for file in (STATE, FACTS)})
+        sync(temporary)
+    sync(folder)
+    write_json(folder / NEWEST, {"checkpoint": name})
+    sync(folder)
+    for old in [each for each in present if each.name != name][KEPT - 1 :]:
+        shutil.rmtree(old)
 
 
 def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Return the checkpoint in `folder`, on the CPU, or None if there is none."""
-    if not folder.is_dir():
-        return None
-    return load_file(folder / "state.safetensors"), json.loads((folder / "facts.json").read_text())
+    """Return the newest whole checkpoint in `folder`, on the CPU, or None if there is none.
+
+    A damaged one is passed over with a warning that names it.
+    """
+    present = _numbered(folder)
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        named = json.loads((folder / NEWEST).read_text())["checkpoint"]
+        # One above the pointer was whole before a kill: training it again gives the same.
+        present.sort(key=lambda each: each.name == named, reverse=True)
+    for each in present:
+        try:
+            hashes = json.loads((each / HASHES).read_text())
+            for file in (STATE, FACTS):
+                if sha256(each / file) != hashes[file]:
+                    raise ValueError(f"{file} is not what was written")
+            return load_file(each / STATE), json.loads((each / FACTS).read_text())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(f"warning: the checkpoint {each} is damaged and passed over: {error}")
+    return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Return the folders of checkpoints, the newest first."""
+    return sorted((each for each in folder.glob("[0-9]" * DIGITS) if each.is_dir()), reverse=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

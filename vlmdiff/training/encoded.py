@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.core.console import track
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.params import Encode, Prepare, PretrainedTextEncoder
 from vlmdiff.data.images import load_rgb, resolve
 from vlmdiff.model import pretrained
@@ -41,10 +42,14 @@ class Encoded:
     def open(cls, folder: Path) -> "Encoded":
         if not (folder / "index.parquet").is_file():
             raise InputError(f"{folder} has no encoded images. Run the encode stage first.")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("mean", "text", "windows", "hints")}
-        std = folder / "std.npy"
-        arrays["std"] = np.load(std, mmap_mode="r") if std.is_file() else None
-        return cls(index=pd.read_parquet(folder / "index.parquet"), **arrays)
+        arrays: dict[str, Any] = {}
+        for name in ("mean", "std", "text", "windows", "hints"):
+            file = folder / f"{name}.npy"
+            with explained(file, "Run the encode stage again, or restore it by `dvc checkout`"):
+                # A projection has no deviations.
+                arrays[name] = np.load(file, mmap_mode="r") if name != "std" or file.is_file() else None
+        with explained(folder / "index.parquet", "Run the encode stage again, or restore it by `dvc checkout`"):
+            return cls(index=pd.read_parquet(folder / "index.parquet"), **arrays)
 
     def prompt_embeds(self, captions: np.ndarray) -> torch.Tensor:
         """Return the text embeddings (B, K L, D) of captions, given by their rows."""

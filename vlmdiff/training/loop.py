@@ -194,16 +194,16 @@ class Loop:
         self.losses = []
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint into `folder`, which is replaced as a whole."""
+        """Write a checkpoint into `folder`, beside the one before."""
         tensors = {f"{kind}.{key}": tensor for kind, group in self.named.items() for key, tensor in group.items()}
         tensors |= {f"optimizer.{key}": tensor for key, tensor in checkpoint.optimizer_tensors(self.adamw).items()}
         facts: dict = {"step": self.done, "losses": self.losses, "best_loss": self.best_loss, "history": self.history}
         if self.accelerator.scaler:
             facts["scaler"] = self.accelerator.scaler.state_dict()
-        checkpoint.save(folder, tensors, facts)
+        checkpoint.save(folder, self.done, tensors, facts)
 
     def restore(self, folder: Path) -> None:
-        """Continue from the checkpoint in `folder`, if there is one."""
+        """Continue from the newest checkpoint in `folder`, if there is one."""
         if (found := checkpoint.load(folder)) is None:
             return
         tensors, facts = found
