@@ -390,3 +390,19 @@ def test_a_map_smaller_than_its_photograph_is_scaled_to_it():
 def test_a_heatmap_of_what_is_not_finite_is_refused(bad):
     with pytest.raises(InputError, match="NaN or infinity"):
         heatmap(np.zeros((4, 4, 3), np.uint8), np.full((4, 4), bad), 1.0)
+
+
+def test_the_report_says_what_carried_the_result():
+    shown = content(examples=[example()])
+    assert "What carried the result" not in Page(render(shown)).text
+    names = list(shown["results"]["per_class"])
+    row = dict.fromkeys(METRICS, 0.25)
+    alone = {
+        kind: {"mean": row | {"au_pro": value}, "per_class": dict.fromkeys(names, row)}
+        for kind, value in {"reconstruction": 0.111, "retrieval": 0.222}.items()
+    }
+    tried = [{"weight": weight, "au_pro": 0.5 + weight / 10, "image_auroc": None} for weight in (0.0, 0.5, 1.0)]
+    page = Page(render(shown | {"evidence": {"weight": 0.7, "alone": alone, "tried": tried}}))
+    assert "An anomaly map is 30 % reconstruction and 70 % retrieval." in page.text
+    for text in ("reconstruction alone", "retrieval alone", "together", "0.111", "0.222", "50 %", "0.550"):
+        assert text in page.text
