@@ -1,4 +1,4 @@
-"""Write files and folders whole: into a temporary sibling first, which is renamed at the end. Hash files."""
+"""Write files and folders whole: into a temporary sibling first, which is renamed at the end. Read and hash files."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,11 @@ import uuid
 from collections.abc import Generator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from vlmdiff.core.errors import InputError
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -51,6 +55,38 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def read_json(file: Path, kind: type[T]) -> T:
+    """Return the content of a JSON file as `kind`, a type that pydantic validates.
+
+    Raises InputError with the file and the first invalid place in it.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}). Restore the file.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ", ".join([str(file), ".".join(str(part) for part in first["loc"])]) if first["loc"] else file
+        raise InputError(f"{where}: {first['msg']}. Restore the file.") from error
+
+
+def check_data(folder: Path) -> None:
+    """Raise InputError if something below `folder` is not a regular file, links followed, or a JSON file no object.
+
+    Libraries that load the folder would wait for the writer of a pipe. They take text in place of an object for a name
+    on the hub.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            raise InputError(f"{path} is not a regular file. Remove it.")
+        if path.suffix == ".json":
+            read_json(path, dict[str, Any])
 
 
 def sha256(file: Path | BufferedReader) -> str:

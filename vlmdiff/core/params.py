@@ -217,7 +217,7 @@ class VisionBackbone(Pretrained):
     without it to 0.5, which gives inputs in [-1, 1].
     """
 
-    image_size: Positive = 224
+    image_size: Annotated[int, Field(gt=0, le=8192)] = 224
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)] = (-1,)
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
@@ -405,7 +405,7 @@ class Pixels(Section):
     """The colours of the image at the model's resolution, averaged over `window` x `window` pixels."""
 
     kind: Literal["pixels"]
-    window: Positive = 3
+    window: Annotated[int, Field(gt=0, le=1023)] = 3
     weight: Annotated[float, Field(gt=0)] = 1.0
 
     @field_validator("window")
@@ -452,13 +452,13 @@ class Detection(Section):
     steps: Positive = 1
     spacing: Spacing = "trailing"
     solver: Solver = "ddim"
-    samples: Positive = 4
+    samples: Annotated[int, Field(gt=0, le=1000)] = 4
     captions: Literal["none", "image", "class"] = "none"
     guidance: Annotated[float, Field(ge=0)] = 1.0
     features: Annotated[tuple[Features, ...], Field(min_length=1)] = (Pixels(kind="pixels"), Latents(kind="latents"))
     deviation_floor: PositiveFloat | None = 0.5
     align_corners: bool = False
-    smoothing: Annotated[float, Field(ge=0)] = 3.0
+    smoothing: Annotated[float, Field(ge=0, le=1000)] = 3.0
     image_score: Literal["max", "top_percent", "pooled_max"] = "max"
     false_alarm_rate: Fraction = 0.05
     seed: int = 0

@@ -2,9 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import ConfigDict, Field
 from scipy import stats
+
+from vlmdiff.core.params import Fraction, Positive, PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,15 @@ class Calibration:
     the best F1 on the test images, or None if none of them had a defect.
     """
 
-    deviation: float
-    scales: list[float]
-    threshold: float
-    images: int
-    false_alarm_rate: float
-    f1_optimal: float | None = None
+    # The ranges hold for what is read from a file.
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    deviation: PositiveFloat
+    scales: list[Annotated[float, Field(ge=0)]]
+    threshold: PositiveFloat
+    images: Positive
+    false_alarm_rate: Fraction
+    f1_optimal: Annotated[float, Field(ge=0, lt=1)] | None = None
 
     @property
     def guarantee(self) -> float:

@@ -4,7 +4,6 @@ The mix of products may change from day to day, and scored images have no class.
 calibration, is assigned to the class with the nearest image statistics, and images are compared within that class.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_folder, write_json
 from vlmdiff.core.params import Monitor, Params
 from vlmdiff.detection.calibration import Calibration
-from vlmdiff.detection.detector import SETTINGS
+from vlmdiff.detection.detector import Settings
 from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.judging import REFERENCE
 from vlmdiff.evaluation.plots import draw_distributions
@@ -141,8 +140,11 @@ def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
     file = model / REFERENCE
     if not file.is_file():
         raise InputError(f"{model} has no {REFERENCE}, the list of its calibration images. Run `vlmdiff evaluate`")
-    calibration = Calibration(**json.loads((model / SETTINGS).read_text())["calibration"])
-    return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
+    calibration = Settings.read(model).calibration
+    try:
+        return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file} is not a list of calibration images ({error}). Run `vlmdiff evaluate`") from error
 
 
 @dataclass(frozen=True)
