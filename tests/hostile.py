@@ -1,10 +1,15 @@
 """What an attacker sends: the inputs of ../shared/faults/make.py, where it is there, and markup in every language."""
 
+import io
+import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT
 
@@ -16,3 +21,38 @@ def write_faults(folder: Path) -> None:
     if not MAKE.is_file():
         pytest.skip(f"{MAKE} is not here")
     subprocess.run([sys.executable, str(MAKE), str(folder)], check=True, capture_output=True)
+
+
+def png(width: int, height: int, depth: int = 8, colour: int = 0) -> bytes:
+    """A black PNG, written row by row."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    samples = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    row, packer = bytes(1 + (width * samples * depth + 7) // 8), zlib.compressobj(1)
+    data = b"".join([*(packer.compress(row) for _ in range(height)), packer.flush()])
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def tiff(tags: dict[int, int | tuple[int, ...]], data: bytes = b"") -> bytes:
+    """A little-endian TIFF of these tags; the pixels begin at byte 8."""
+    place, more, entries = 8 + len(data), b"", b""
+    after = place + 2 + 12 * len(tags) + 4
+    for tag, value in sorted(tags.items()):
+        values = value if isinstance(value, tuple) else (value,)
+        packed = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            packed, more = struct.pack("<I", after + len(more)), more + packed
+        entries += struct.pack("<HHI", tag, 4, len(values)) + packed
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, place) + data + directory + more
+
+
+def many_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG that repeats one of its scans."""
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
+    head, first, second, *others = re.split(rb"(?=\xff\xda)", buffer.getvalue())
+    return head + first + second * (scans + 1 - len(others) - 1) + b"".join(others)

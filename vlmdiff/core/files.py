@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Generator
 from io import BufferedReader
@@ -57,6 +58,21 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text + "\n")
 
 
+def open_regular(file: Path) -> BufferedReader:
+    """Open a regular file to read it, links followed.
+
+    Raises InputError, without waiting, for anything else: a pipe without a writer never opens, and a device never ends.
+    Raises OSError if the file cannot be opened.
+    """
+    # A device may act when it is opened, and the file may be another one a moment later.
+    if stat.S_ISREG(os.stat(file).st_mode):
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+    raise InputError(f"{file} is not a regular file. Replace or remove it.")
+
+
 def read_json(file: Path, kind: type[T]) -> T:
     """Return the content of a JSON file as `kind`, a type that pydantic validates.
 
@@ -65,7 +81,8 @@ def read_json(file: Path, kind: type[T]) -> T:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(kind).validate_json(file.read_bytes())
+        with open_regular(file) as stream:
+            return TypeAdapter(kind).validate_json(stream.read())
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}). Restore the file.") from None
     except ValidationError as error:
@@ -74,24 +91,21 @@ def read_json(file: Path, kind: type[T]) -> T:
         raise InputError(f"{where}: {first['msg']}. Restore the file.") from error
 
 
-def check_data(folder: Path) -> None:
-    """Raise InputError if something below `folder` is not a regular file, links followed, or a JSON file no object.
+def check_regular(folder: Path) -> list[Path]:
+    """Return the files below `folder`. Raises InputError if something there is neither a regular file nor a folder.
 
-    Libraries that load the folder would wait for the writer of a pipe. They take text in place of an object for a name
-    on the hub.
+    Programs that read the whole folder would wait for the writer of a pipe.
     """
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            continue
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    for path in files:
         if not path.is_file():
-            raise InputError(f"{path} is not a regular file. Remove it.")
-        if path.suffix == ".json":
-            read_json(path, dict[str, Any])
+            raise InputError(f"{path} is not a regular file, and a link leads to none. Replace or remove it.")
+    return files
 
 
 def sha256(file: Path | BufferedReader) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits. An open file is read from where it stands."""
-    with file.open("rb") if isinstance(file, Path) else contextlib.nullcontext(file) as stream:
+    with open_regular(file) if isinstance(file, Path) else contextlib.nullcontext(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -68,7 +68,7 @@ class Prepare(Section):
     root: Path = Path("data/raw")
     validation_fraction: Fraction = 0.15
     test_fraction: Fraction = 0.2
-    max_pixels: Positive = 100_000_000
+    max_pixels: Positive = 62_500_000
     demo: Demo = Demo()
     table: Table = Table()
     visa: Visa = Visa()

@@ -190,11 +190,11 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _images(place: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in _entries(place)
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
+    found = sorted(path for path in _entries(place) if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    for path in found:
+        if not path.is_file():
+            raise InputError(f"{path} is not a regular file, and a link leads to none. Replace or remove it.")
+    return found
 
 
 def _entries(place: Path) -> Iterator[Path]:

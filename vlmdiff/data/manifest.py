@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_path, sha256
+from vlmdiff.core.files import atomic_path, open_regular, sha256
 from vlmdiff.core.params import Prepare
 from vlmdiff.data import cifar, demo
 from vlmdiff.data.images import decode, resolve
@@ -118,7 +118,7 @@ def _with_none(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _look(file: Path, max_pixels: int) -> dict[str, str | int | None]:
     """Return an image's hash, size and mode, or the problem with it. Open the file once."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         facts = {"image_id": sha256(stream)}
         stream.seek(0)
         try:

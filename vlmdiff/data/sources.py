@@ -56,6 +56,9 @@ def _photographs_of(source: str, out: str) -> Iterator[Photograph]:
                 yield from _below(match, out)
             else:
                 yield from _images([match], out)
+    elif os.path.lexists(source):
+        # A pipe, or a link to nothing: reading it says what is wrong.
+        yield from _images([source], out)
     else:
         raise InputError(f"{source} does not exist: name a photograph, a folder, a pattern or a table")
 

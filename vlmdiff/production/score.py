@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
@@ -27,7 +26,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, sha256
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
-from vlmdiff.data.images import read_image
+from vlmdiff.data.images import BYTES, opened
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.decoded import Decoded
@@ -274,11 +273,13 @@ def _read(photograph: Photograph, size: int, max_pixels: int, draw: bool) -> Rea
     row: dict[str, Any] = {"path": photograph.path}
     row["bytes"], row["mtime_ns"] = _stamp(photograph.path)
     try:
+        if (row["bytes"] or 0) > BYTES * max_pixels:
+            raise InputError(f"{file} has {row['bytes']} bytes, more than an image may take: replace or remove it")
         row["image_id"] = sha256(file)
-        image = read_image(file, max_pixels)
+        with opened(file, max_pixels) as image:
+            return row | image_statistics(image), Decoded.of(image, size, draw)
     except (InputError, OSError) as error:
         return row | {"error": str(error)}, None
-    return row | image_statistics(np.asarray(image)), Decoded.of(image, size, draw)
 
 
 Item = TypeVar("Item")

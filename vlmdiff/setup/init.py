@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -19,9 +18,10 @@ from ruamel.yaml.error import MarkedYAMLError
 from vlmdiff.core import dvc, git
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_path
+from vlmdiff.core.files import atomic_path, check_regular
 from vlmdiff.core.params import Params, Prepare, load
 from vlmdiff.data import manifest
+from vlmdiff.data.images import size_of
 from vlmdiff.data.layouts import LAYOUTS
 
 # Layouts with a list of their own come first: the list decides. The demo is generated, not found.
@@ -92,9 +92,8 @@ def _sizes(root: Path, paths: pd.Series) -> str:
     sizes, broken = [], 0
     for path in some:
         try:
-            with Image.open(root / path) as image:
-                sizes.append(image.size)
-        except (OSError, ValueError, Image.DecompressionBombError):
+            sizes.append(size_of(root / path))
+        except InputError:
             broken += 1
     if not sizes:
         return "none can be read" if root.joinpath(some[0]).exists() else "made by prepare"
@@ -203,6 +202,8 @@ def track(root: Path) -> str:
     """
     if root.is_absolute():
         return f"{root} is outside of this workspace: DVC records its hash, and does not copy or push it"
+    # DVC reads every file.
+    check_regular(root)
     if not Path(".dvc").is_dir():
         raise InputError("this folder is not under DVC: run `git init` and `dvc init`, then this command again")
     if in_git := git.list_files(str(root)):
