@@ -68,7 +68,8 @@ def commit(branch: str) -> dict[str, str]:
     """Commit the workspace, with dvc.lock, on a branch of its own."""
     mean = Results.read(w.METRICS).mean
     numbers = [f"{title}: {mean[key]:.4f}" for key, title in METRICS.items() if mean[key] == mean[key]]
-    made = commit_workspace(branch, "\n".join([flow_run.get_name() or "retrain", "", *numbers]))
+    message = "\n".join([flow_run.get_name() or "retrain", "", *numbers])
+    made = commit_workspace(branch, message, load().registry.branches)
     get_run_logger().info(f"branch {branch} is at {made['git.revision']}")
     return made
 

@@ -6,6 +6,8 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,44 @@ def many_scans(side: int, scans: int) -> bytes:
     Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
     head, first, second, *others = re.split(rb"(?=\xff\xda)", buffer.getvalue())
     return head + first + second * (scans + 1 - len(others) - 1) + b"".join(others)
+
+
+# Names that are markup somewhere, each with a word that must be seen.
+NAMES = (
+    "[red]bold[/red]",
+    "[/]closed",
+    "[link=http://127.0.0.1:9/]rich[/link]",
+    "<img src=http://127.0.0.1:9/pixel>",
+    "<script>fetch('http://127.0.0.1:9/')</script>",
+    "<meta http-equiv=refresh content=0>",
+    '"><svg onload=alert(1)>',
+    "&lt;b&gt;entity",
+    "![beacon](http://127.0.0.1:9/x.png)",
+    "](http://127.0.0.1:9/) link",
+    "`code` **strong** | cell | # title",
+    "=1+1 formula",
+    "${jndi} $formula$",
+    "a\nline",
+    "\x1b[2J\x1b]0;title\x07escape",
+    "evil\u202egnp.exe",
+)
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.text = Counter(), set(), ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def elements(html: str) -> _Tags:
+    """What a browser makes of a page: its tags, counted, the names of their attributes, and its text."""
+    parser = _Tags()
+    parser.feed(html)
+    return parser

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlmdiff.core import workspace as w
+from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.text import plain
 
 if TYPE_CHECKING:
     from vlmdiff.core.params import Params
@@ -180,7 +182,7 @@ def rollback(
     except (KeyError, OSError):
         raise InputError("your login has no name here: say who you are by --by NAME") from None
     was, now = rollback(load(params), person.strip(), reason.strip())
-    print(f"version {now} is champion again, version {was} was rolled back by {person.strip()}: {reason.strip()}")
+    say(f"version {now} is champion again, version {was} was rolled back by {person.strip()}: {reason.strip()}")
 
 
 @app.command(rich_help_panel=USE)
@@ -210,7 +212,7 @@ def score(
     if scored.rows:
         Console().print(scores_table(scored))
     for error in scored.errors:
-        print(f"skipped: {error}")
+        say(f"skipped: {error}")
     if scored.unreadable > len(scored.errors):
         print(f"skipped: {scored.unreadable - len(scored.errors)} more; the column `error` says why")
     print(scored)
@@ -272,7 +274,7 @@ def feedback(
     kind = None if truth is Truth.NORMAL else defect or "anomaly"
     added = give_feedback(photographs, Statement(class_name, kind, by or getpass.getuser()), loaded, w.FEEDBACK, mask)
     for file in added:
-        print(file)
+        say(str(file))
     print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; log: {w.FEEDBACK}")
     root = loaded.prepare.root
     tracked = root.with_name(f"{root.name}.dvc")
@@ -322,7 +324,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -518,6 +518,8 @@ class Registry(Section):
     model_name: Annotated[str, Field(pattern=r"^[^/:]+$")] = "vlmdiff"
     experiment: str = "vlmdiff"
     tracking_uri: str = "sqlite:///mlflow.db"
+    # Git branches that exist and that the flow `retrain` may commit on, besides those that it has made.
+    branches: tuple[str, ...] = ()
 
 
 class Params(Section):

@@ -1,5 +1,6 @@
 """The data contract: rules that a dataset must fulfil before training, checked by Great Expectations."""
 
+import html
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -117,7 +118,9 @@ def check_tables(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]
                 result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["path"]},
             )
             named = RunIdentifier(run_name=name)
-            outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": table}, run_id=named)
+            # Data Docs take text for HTML.
+            escaped = table.map(lambda value: html.escape(value) if isinstance(value, str) else value)
+            outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": escaped}, run_id=named)
             (judged,) = outcome.run_results.values()
             results = {c.meta["rule"]: found for found in judged.results if (c := found.expectation_config)}
             findings += [_finding(rule, results[rule.name]) for rule in rules]
@@ -132,7 +135,7 @@ def check_tables(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]
 def _finding(rule: Rule, result: gx.core.ExpectationValidationResult) -> Finding:
     if result.exception_info.get("raised_exception"):
         raise RuntimeError(f"the rule {rule.name!r} could not be checked: {result.exception_info['exception_message']}")
-    files = sorted(row["path"] for row in result.result.get("unexpected_index_list") or ())
+    files = sorted(html.unescape(row["path"]) for row in result.result.get("unexpected_index_list") or ())
     return Finding(
         rule.name, rule.severity, bool(result.success), rule.what, rule.remedy, len(files), files[:NAMED_FILES]
     )

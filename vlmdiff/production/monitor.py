@@ -14,12 +14,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_folder, write_json
 from vlmdiff.core.params import Monitor, Params
+from vlmdiff.core.text import plain
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.detector import Settings
 from vlmdiff.evaluation import pages
@@ -308,7 +310,8 @@ def _alarms(
 
 def check_table(found: DriftCheck) -> Table:
     """Return the check for a terminal: the outcome, and its tests, the smallest corrected p first."""
-    table = Table("what", "then", "now", "p", "corrected", "as before", title=found.outcome, title_justify="left")
+    title = Text(plain(found.outcome))
+    table = Table("what", "then", "now", "p", "corrected", "as before", title=title, title_justify="left")
     for test in sorted(found.tests, key=lambda test: test.corrected):
         said = "yes" if test.passed else "[bold red]no"
         numbers = (f"{test.then:.4g}", f"{test.now:.4g}", f"{test.p:.2g}", f"{test.corrected:.2g}")

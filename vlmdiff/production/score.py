@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import process_group
@@ -26,6 +26,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, sha256
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
+from vlmdiff.core.text import plain
 from vlmdiff.data.images import BYTES, opened
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
@@ -140,7 +141,7 @@ def scores_table(scored: Scored) -> Table:
     for title in ("score", "verdict", "regions"):
         table.add_column(title)
     for row in scored.rows:
-        path = escape(min(row["path"], os.path.relpath(row["path"]), key=len))
+        path = Text(plain(min(row["path"], os.path.relpath(row["path"]), key=len)))
         if row["error"] is not None:
             table.add_row(path, "", "[yellow]could not be read", "")
             continue

@@ -20,6 +20,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, check_regular
 from vlmdiff.core.params import Params, Prepare, load
+from vlmdiff.core.text import plain
 from vlmdiff.data import manifest
 from vlmdiff.data.images import size_of
 from vlmdiff.data.layouts import LAYOUTS
@@ -63,7 +64,8 @@ def look(root: Path, params: Prepare, layout: str | None) -> Found:
 
 def table(found: Found) -> Group:
     """Return what was found, one row a class: images by split, masks, sizes; and what changed since `prepare`."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{found.params.root}, layout {found.params.layout}")
+    title = Text(plain(f"{found.params.root}, layout {found.params.layout}"))
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
     shown.title_justify = "left"
     for title in ("class", "train", "validation", "test", "anomalous", "masks", "width × height"):
         shown.add_column(title, justify="left" if title in ("class", "width × height") else "right")
@@ -71,7 +73,8 @@ def table(found: Found) -> Group:
         anomalous = rows[rows["is_anomalous"]]
         counts = [str(int((rows["split"] == split).sum())) for split in ("train", "validation", "test")]
         masks = f"{anomalous['mask_path'].notna().sum()} of {len(anomalous)}"
-        shown.add_row(str(name), *counts, str(len(anomalous)), masks, _sizes(found.params.image_root, rows["path"]))
+        sizes = _sizes(found.params.image_root, rows["path"])
+        shown.add_row(Text(plain(str(name))), *counts, str(len(anomalous)), masks, sizes)
     lines = [f"{len(found.frame)} images of {found.frame['class_name'].nunique()} classes"]
     if w.MANIFEST.is_file():
         known = set(manifest.read(w.MANIFEST)["path"])
