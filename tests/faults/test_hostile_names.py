@@ -74,7 +74,9 @@ def test_a_table_in_the_terminal_shows_a_name_as_it_is(kind, name, tmp_path, mon
     # What rich itself writes to colour the text.
     text = re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert "\x1b" not in text and "\u202e" not in text and "\x07" not in text
-    assert all(line in text for line in plain(name).splitlines())
+    # Titles wrap at the width of their table.
+    text = "".join(text.split())
+    assert all("".join(line.split()) in text for line in plain(name).splitlines())
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)

@@ -10,4 +10,4 @@ def plain(text: str) -> str:
 
 def markdown(text: str) -> str:
     """Return text for a Markdown page, on one line: it shows as it is, and neither loads nor links anything."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", " ".join(str(text).split()))
