@@ -148,7 +148,7 @@ class _Reports(SimpleHTTPRequestHandler):
         if not super().parse_request():
             return False
         # A page of another name that leads to this address may not read what is here (DNS rebinding).
-        port = self.server.server_address[1]
+        port = self.connection.getsockname()[1]
         if self.headers.get("Host") in (f"127.0.0.1:{port}", f"localhost:{port}"):
             return True
         self.send_error(HTTPStatus.FORBIDDEN, "This host is not served here")
