@@ -22,11 +22,12 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectHTTPStatusError
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from flows import servers
 from vlmdiff.core import workspace as w
 from vlmdiff.core.params import Registry
+from vlmdiff.core.text import markdown, plain
 from vlmdiff.evaluation.decision import PER_CLASS_DECISION, POOLED
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS, Results
@@ -126,7 +127,7 @@ def show_verdict(verdict: Verdict) -> None:
         for criterion in sorted(verdict.criteria, key=lambda criterion: criterion.passed)
     ]
     with _published():
-        create_table_artifact(rows, key="gate", description=f"**{verdict.outcome}**")
+        create_table_artifact(rows, key="gate", description=f"**{markdown(verdict.outcome)}**")
         _link("verdict", verdict.outcome, servers.address(w.GATE_PAGE), "The verdict and its reasons.")
 
 
@@ -140,7 +141,7 @@ def print_summary(verdict: Verdict) -> None:
     console.print(verdict_table(verdict))
     for criterion in verdict.criteria:
         if not criterion.passed:
-            console.print(f"  {escape(criterion.why)}")
+            console.print(Text(plain(f"  {criterion.why}")))
     console.print()
     for what, where in {
         "Report": w.GATE_PAGE,
@@ -173,11 +174,11 @@ def show_scores(folder: Path, began: datetime, summary: str) -> None:
         f"| anomalous | {int(frame['is_anomalous'].fillna(False).sum())} |",
         f"| unreadable | {len(unreadable)} |",
         "",
-        *(f"- {error}" for error in unreadable["error"].head(WORST)),
+        *(f"- {markdown(error)}" for error in unreadable["error"].head(WORST)),
         "",
-        summary,
+        markdown(summary),
         "",
-        f"All scores, also of earlier runs: `pandas.read_parquet({str(folder.absolute())!r})`",
+        f"All scores, also of earlier runs: pandas.read\\_parquet({markdown(repr(str(folder.absolute())))})",
     ]
     with _published():
         create_table_artifact(rows, key="scores", description="The highest scores of this run; the threshold is 0.5.")
@@ -198,7 +199,7 @@ def show_drift(found: "DriftCheck", out: Path) -> None:
         for test in sorted(found.tests, key=lambda test: test.corrected)
     ]
     with _published():
-        create_table_artifact(rows, key="monitor", description=f"**{found.outcome}**")
+        create_table_artifact(rows, key="monitor", description=f"**{markdown(found.outcome)}**")
         _link("monitor-page", found.outcome, servers.address(out / "monitor.html"), "At calibration and now.")
 
 
@@ -212,7 +213,7 @@ def _published() -> Generator[None]:
 
 
 def _link(key: str, text: str, address: str, description: str) -> None:
-    create_link_artifact(address, link_text=text, key=key, description=description)
+    create_link_artifact(address, link_text=markdown(text), key=key, description=description)
 
 
 def _metrics(values: dict[str, float]) -> dict[str, str]:
@@ -239,6 +240,6 @@ def _heatmaps(results: Results) -> str:
             data = io.BytesIO()
             picture.save(data, "JPEG", quality=85)
         encoded = base64.b64encode(data.getvalue()).decode()
-        title = f"{name}: AU-PRO {_metrics(results.classes[name])[METRICS['au_pro']]}"
+        title = f"{markdown(name)}: AU-PRO {_metrics(results.classes[name])[METRICS['au_pro']]}"
         parts.append(f"**{title}**\n\n![{title}](data:image/jpeg;base64,{encoded})")
     return "\n\n".join(parts) or "No class has an anomalous test image."

@@ -24,6 +24,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.git import commit_workspace
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import load
+from vlmdiff.core.text import plain
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.evaluation.verdict import Verdict
 from vlmdiff.setup.init import use_preset
@@ -68,7 +69,8 @@ def commit(branch: str) -> dict[str, str]:
     """Commit the workspace, with dvc.lock, on a branch of its own."""
     mean = Results.read(w.METRICS).mean
     numbers = [f"{title}: {mean[key]:.4f}" for key, title in METRICS.items() if mean[key] == mean[key]]
-    made = commit_workspace(branch, "\n".join([flow_run.get_name() or "retrain", "", *numbers]))
+    message = "\n".join([flow_run.get_name() or "retrain", "", *numbers])
+    made = commit_workspace(branch, message, load().registry.branches)
     get_run_logger().info(f"branch {branch} is at {made['git.revision']}")
     return made
 
@@ -159,5 +161,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,9 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from http import HTTPStatus
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,6 +150,35 @@ def api(port: int, owner: int) -> None:
     server.run()
 
 
+class _Reports(SimpleHTTPRequestHandler):
+    """Files of a folder: only regular ones, only those that lie in it, only to pages that this server served."""
+
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        # A page of another name that leads to this address may not read what is here (DNS rebinding).
+        port = self.connection.getsockname()[1]
+        if self.headers.get("Host") in (f"127.0.0.1:{port}", f"localhost:{port}"):
+            return True
+        self.send_error(HTTPStatus.FORBIDDEN, "This host is not served here")
+        return False
+
+    def send_head(self):
+        file = Path(self.translate_path(self.path)).resolve()
+        inside = file.is_relative_to(Path(self.directory).resolve())
+        if not inside or not (file.is_dir() or file.is_file()):
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return None
+        return super().send_head()
+
+
+@app.command()
+def reports(port: int) -> None:
+    """Serve the files of reports/ on loopback."""
+    with ThreadingHTTPServer(("127.0.0.1", port), partial(_Reports, directory=str(REPORTS))) as server:
+        server.serve_forever()
+
+
 @app.command()
 def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port = 5080) -> None:
     """Start the servers and workers that do not run yet, and deploy the flows of prefect.yaml.
@@ -181,7 +213,7 @@ def _up_all(prefect_port: int, mlflow_port: int, reports_port: int) -> None:
         _up("mlflow", mlflow_port, "/health", command, settings)
     # A browser does not follow a link from a server's page to a file.
     REPORTS.mkdir(exist_ok=True)
-    command = ["http.server", str(reports_port), "--bind", "127.0.0.1", "--directory", str(REPORTS)]
+    command = ["flows.servers", "reports", str(reports_port)]
     _up("reports", reports_port, "/", command)
     _deploy(ours)
 

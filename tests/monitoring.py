@@ -38,7 +38,7 @@ def write_model(folder: Path, classes: tuple[str, ...] = tuple(CLASSES), seed: i
     frame = photographs(seed, dict.fromkeys(classes, IMAGES))
     frame.to_parquet(folder / "reference.parquet")
     said = {"deviation": 1.0, "scales": [1.0], "threshold": 1.0, "images": len(frame), "false_alarm_rate": 0.05}
-    write_json(folder / "detector.json", {"calibration": said})
+    write_json(folder / "detector.json", {"detection": {"features": [{"kind": "pixels"}]}, "calibration": said})
     return folder
 
 

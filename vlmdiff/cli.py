@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 from vlmdiff.core import workspace as w
+from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.network import ask_loopback_directly
+from vlmdiff.core.text import plain
 
 app = typer.Typer(
     help=(
@@ -61,7 +63,7 @@ def init(
     console = Console()
     console.print(table(found))
     for words in (write_params(found, preset), track(root)):
-        console.print(words, markup=False, highlight=False)
+        console.print(plain(words), markup=False, highlight=False)
     console.print("next: vlmdiff doctor, then make demo", markup=False, highlight=False)
 
 
@@ -180,7 +182,7 @@ def rollback(
         raise InputError("a rollback takes a reason, and a name where --by is given: --reason WHY --by NAME")
     person = _person(by)
     was, now = rollback(load(params), person, reason.strip())
-    print(f"version {now} is champion again, version {was} was rolled back by {person}: {reason.strip()}")
+    say(f"version {now} is champion again, version {was} was rolled back by {person}: {reason.strip()}")
 
 
 def _person(by: str | None) -> str:
@@ -223,7 +225,7 @@ def score(
     if scored.rows:
         Console().print(scores_table(scored))
     for error in scored.errors:
-        print(f"skipped: {error}")
+        say(f"skipped: {error}")
     if scored.unreadable > len(scored.errors):
         print(f"skipped: {scored.unreadable - len(scored.errors)} more; the column `error` says why")
     print(scored)
@@ -286,7 +288,7 @@ def feedback(
     kind = None if truth is Truth.NORMAL else defect or "anomaly"
     added = give_feedback(photographs, Statement(class_name, kind, _person(by)), loaded, w.FEEDBACK, mask)
     for file in added:
-        print(file)
+        say(str(file))
     print(f"feedback: {len(added)} added, {len(photographs) - len(added)} in the dataset already; log: {w.FEEDBACK}")
     root = loaded.prepare.root
     tracked = root.with_name(f"{root.name}.dvc")
@@ -339,13 +341,13 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         # What a person can change, unlike a mistake in this package.
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = plain(f"{error.filename}: ") if error.filename else ""
         print(
             f"error: {where}{error.strerror}. Nothing half-written is left; run again once it is fixed.",
             file=sys.stderr,

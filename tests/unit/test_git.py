@@ -80,13 +80,50 @@ def test_a_clean_workspace_is_its_own_commit(here):
 
 
 @pytest.mark.parametrize(
-    "branch, words", [("main", "is checked out in"), ("no..name", "check-ref-format"), ("@{-1}", "check-ref-format")]
+    "branch, words",
+    [
+        ("main", "is checked out in"),
+        *[(name, "check-ref-format") for name in ("no..name", "@{-1}", "-d", "--delete", "HEAD", "a b", "a\n")],
+    ],
 )
 def test_a_branch_that_is_in_use_or_has_no_valid_name_is_refused(here, branch, words):
     before = state()
     with pytest.raises(InputError, match=words):
         commit_workspace(branch, "never")
     assert state() == before
+
+
+@pytest.fixture
+def release(here):
+    """A person's branch, which was checked out before this one, and another name for it."""
+    git("branch", "release")
+    git("stash", "--quiet", "--include-untracked")
+    git("checkout", "--quiet", "release")
+    git("checkout", "--quiet", "main")
+    git("stash", "pop", "--quiet")
+    git("symbolic-ref", "refs/heads/alias", "refs/heads/release")
+    return git("rev-parse", "release")
+
+
+@pytest.mark.parametrize(
+    "branch, words",
+    [
+        ("release", "release exists, and this flow did not make it"),
+        ("alias", "alias exists, and this flow did not make it"),
+        *[(name, "is not the name of a branch") for name in ("@{-1}", "@{-2}")],
+    ],
+)
+def test_a_persons_branch_is_refused_whatever_names_it(release, branch, words):
+    with pytest.raises(InputError, match=words):
+        commit_workspace(branch, "never")
+    assert git("rev-parse", "release") == release
+
+
+def test_a_persons_branch_that_the_parameters_name_is_taken(release):
+    made = commit_workspace("release", "once", ["release"])
+    assert git("rev-parse", "release") == made["git.revision"] != release
+    # And since then it is ours.
+    assert commit_workspace("release", "twice") == made
 
 
 def test_outside_of_git_it_says_so(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, kind):
 
 
 def test_a_folder_is_not_a_photograph(tmp_path):
-    with pytest.raises(InputError, match=r"photo\.png cannot be decoded \(.*[Ii]s a directory"):
+    with pytest.raises(InputError, match=r"photo\.png is not a regular file"):
         (tmp_path / "photo.png").mkdir()
         read_image(tmp_path / "photo.png", LIMIT)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.neighbors import NearestNeighbors
 
 from tests.backbones import GIVEN
@@ -99,7 +100,31 @@ def test_a_bank_that_cannot_be_read_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "bank.safetensors").write_bytes(content)
     with pytest.raises(InputError, match=r"bank\.safetensors is not a bank of patches"):
-        PatchBank.load(tmp_path / "bank.safetensors", 0.5)
+        PatchBank.load(tmp_path / "bank.safetensors", 0.5, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("basis", lambda basis: basis[:-1]),
+        ("basis", lambda basis: basis[:, :-1]),
+        ("basis", lambda basis: basis[None]),
+        ("patches", lambda patches: patches[:-1]),
+        ("patches", lambda patches: patches[:0]),
+        ("patches", lambda patches: patches * torch.nan),
+        ("usual", lambda usual: usual[:, None]),
+        ("usual", lambda usual: usual / 0),
+        ("usual", lambda usual: usual.long()),
+    ],
+)
+def test_a_bank_whose_tensors_do_not_fit_is_refused(tmp_path, name, change):
+    file = tmp_path / "bank.safetensors"
+    PatchBank.fit([features(2)], 2, size=10, expected=0.5, seed=0).save(file)
+    PatchBank.load(file, 0.5, sum(CHANNELS))
+    tensors = load_file(file)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, file)
+    with pytest.raises(InputError, match=r"bank\.safetensors is not a bank of patches"):
+        PatchBank.load(file, 0.5, sum(CHANNELS))
 
 
 def photographs(count, seed):

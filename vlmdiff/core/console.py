@@ -4,12 +4,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from vlmdiff.core.text import plain
+
 T = TypeVar("T")
 
 
 def say(message: str) -> None:
     """Print a line without delay, so that a reader of the stream sees it when it happens."""
-    print(message, flush=True)
+    print(plain(message), flush=True)
 
 
 def track(items: Iterable[T], description: str, total: int, completed: int = 0) -> Iterator[T]:

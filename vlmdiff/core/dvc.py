@@ -14,6 +14,7 @@ import yaml
 from vlmdiff.core import git
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError, explained
+from vlmdiff.core.files import check_regular
 from vlmdiff.core.processes import run_child
 
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
@@ -99,6 +100,9 @@ def take_in(log: Log, remote: str | None) -> None:
         _move("pull", *map(str, absent), log=log)
     # The content of an import is its source's to say.
     own = [str(file) for file in files if file not in absent and "deps" not in yaml.safe_load(file.read_text())]
+    for file in own:
+        # DVC would wait for the writer of a pipe.
+        check_regular(Path(file).with_suffix(""))
     changed = json.loads(_ask("status", "--json", *own)) if own else {}
     if not changed:
         return

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from vlmdiff.core import workspace as w
@@ -37,16 +38,21 @@ def list_files(pattern: str, untracked: bool = False) -> list[str]:
     return _paths("ls-files", "-z", "--cached", *options, "--", pattern)
 
 
-def commit_workspace(branch: str, message: str) -> dict[str, str]:
+def commit_workspace(branch: str, message: str, allowed: Collection[str] = ()) -> dict[str, str]:
     """Commit the workspace on a branch of its own: tracked files as they are here, dvc.lock and .dvc files.
 
     What is checked out, the index and the files stay as they are. The branch is created if it does not exist. Else it
     gets one more commit, which merges HEAD if HEAD has commits that the branch has not. A workspace that the branch
     has already adds no commit. Returns what `code_revision` returns, and the branch.
 
-    Raises InputError if git fails, or the branch is checked out.
+    Raises InputError if git fails, `branch` is not the name of a branch, it is checked out, or it exists and neither
+    this function made it nor `allowed` names it.
     """
-    ref = f"refs/heads/{_git('check-ref-format', '--branch', branch)}"
+    # With --branch, git takes @{-1} for the branch that was checked out before.
+    if _git("check-ref-format", "--branch", branch) != branch:
+        raise InputError(f"{branch} is not the name of a branch (git check-ref-format): choose another branch")
+    # The second ref marks the branch as one of ours.
+    ref, mark = f"refs/heads/{branch}", f"refs/vlmdiff/{branch}"
     if where := _git("for-each-ref", "--format=%(worktreepath)", ref):
         raise InputError(f"branch {branch} is checked out in {where}: choose another branch")
     head = _git("rev-parse", "HEAD")
@@ -59,6 +65,11 @@ def commit_workspace(branch: str, message: str) -> dict[str, str]:
             _git("add", "--", *new, **index)
         tree = _git("write-tree", **index)
     tip = _git("for-each-ref", "--format=%(objectname)", ref)
+    if tip and branch not in allowed and not _git("for-each-ref", mark):
+        raise InputError(
+            f"branch {branch} exists, and this flow did not make it: choose another branch, or add it to "
+            "registry.branches in params.yaml"
+        )
     shared = _git("merge-base", tip, head) if tip else None
     # The one that contains the other's commits. None if each has commits of its own.
     newest = head if shared == (tip or None) else tip if shared == head else None
@@ -66,8 +77,9 @@ def commit_workspace(branch: str, message: str) -> dict[str, str]:
         parents = [option for parent in ([newest] if newest else [tip, head]) for option in ("-p", parent)]
         who = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in COMMITTER.items()}
         newest = _git("commit-tree", tree, *parents, "-m", message, **who)
-    # Fails if another process has moved the branch.
-    _git("update-ref", ref, newest, tip or "0" * len(head))
+    _git("update-ref", "--no-deref", mark, newest)
+    # Fails if another process has moved the branch. Of a name for another branch, it moves the name alone.
+    _git("update-ref", "--no-deref", ref, newest, tip or "0" * len(head))
     return {"git.revision": newest, "git.branch": branch, "git.changed": "nothing"}
 
 

@@ -76,7 +76,7 @@ class Prepare(Section):
     root: Path = Path("data/raw")
     validation_fraction: Fraction = 0.15
     test_fraction: Fraction = 0.2
-    max_pixels: Positive = 100_000_000
+    max_pixels: Positive = 62_500_000
     copies: Copies = "error"
     demo: Demo = Demo()
     table: Table = Table()
@@ -234,7 +234,7 @@ class VisionBackbone(Pretrained):
     without it to 0.5, which gives inputs in [-1, 1].
     """
 
-    image_size: Positive = 224
+    image_size: Annotated[int, Field(gt=0, le=8192)] = 224
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)] = (-1,)
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
@@ -422,7 +422,7 @@ class Pixels(Section):
     """The colours of the image at the model's resolution, averaged over `window` x `window` pixels."""
 
     kind: Literal["pixels"]
-    window: Positive = 3
+    window: Annotated[int, Field(gt=0, le=1023)] = 3
     weight: Annotated[float, Field(gt=0)] = 1.0
 
     @field_validator("window")
@@ -481,14 +481,14 @@ class Detection(Section):
     steps: Positive = 1
     spacing: Spacing = "trailing"
     solver: Solver = "ddim"
-    samples: Positive = 4
+    samples: Annotated[int, Field(gt=0, le=1000)] = 4
     captions: Literal["none", "image", "class"] = "none"
     guidance: Annotated[float, Field(ge=0)] = 1.0
     features: Annotated[tuple[Features, ...], Field(min_length=1)] = (Pixels(kind="pixels"), Latents(kind="latents"))
     retrieval: Retrieval | None = None
     deviation_floor: PositiveFloat | None = 0.5
     align_corners: bool = False
-    smoothing: Annotated[float, Field(ge=0)] = 3.0
+    smoothing: Annotated[float, Field(ge=0, le=1000)] = 3.0
     image_score: Literal["max", "top_percent", "pooled_max"] = "max"
     top_share: Fraction = 0.01
     false_alarm_rate: Fraction = 0.05
@@ -587,6 +587,8 @@ class Registry(Section):
     model_name: Annotated[str, Field(pattern=r"^[^/:]+$")] = "vlmdiff"
     experiment: str = "vlmdiff"
     tracking_uri: str = "sqlite:///mlflow.db"
+    # Git branches that exist and that the flow `retrain` may commit on, besides those that it has made.
+    branches: tuple[str, ...] = ()
 
 
 class Params(Section):

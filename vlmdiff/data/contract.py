@@ -1,5 +1,6 @@
 """The data contract: rules that a dataset must fulfil before training, checked by Great Expectations."""
 
+import html
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -126,7 +127,9 @@ def check_tables(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]
                 result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["path"]},
             )
             named = RunIdentifier(run_name=name)
-            outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": table}, run_id=named)
+            # Data Docs take text for HTML.
+            escaped = table.map(lambda value: html.escape(value) if isinstance(value, str) else value)
+            outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": escaped}, run_id=named)
             (judged,) = outcome.run_results.values()
             results = {c.meta["rule"]: found for found in judged.results if (c := found.expectation_config)}
             findings += [_finding(rule, results[rule.name]) for rule in rules]
@@ -141,7 +144,11 @@ def check_tables(name: str, tables: dict[str, tuple[pd.DataFrame, Sequence[Rule]
 def _finding(rule: Rule, result: gx.core.ExpectationValidationResult) -> Finding:
     if result.exception_info.get("raised_exception"):
         raise RuntimeError(f"the rule {rule.name!r} could not be checked: {result.exception_info['exception_message']}")
-    rows = sorted(result.result.get("unexpected_index_list") or (), key=lambda row: row["path"])
+    rows = [
+        {column: html.unescape(value) if isinstance(value, str) else value for column, value in row.items()}
+        for row in result.result.get("unexpected_index_list") or ()
+    ]
+    rows.sort(key=lambda row: row["path"])
     named = rows[:NAMED_FILES]
     others = [row[rule.settings["column"]] for row in named] if rule.pairs else []
     return Finding(

@@ -9,13 +9,14 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import read_json
 from vlmdiff.core.params import Prepare
 from vlmdiff.data.images import SUFFIXES, resolve
 from vlmdiff.data.manifest import SPLITS
@@ -120,7 +121,7 @@ def real_iad(root: Path, params: Prepare) -> Iterator[Record]:
     if not files:
         raise InputError(f"{root / jsons} has no CLASS.json. Set prepare.real_iad.jsons to their folder.")
     for file in files:
-        content = _parse(_RealIad, file)
+        content = read_json(file, _RealIad)
         for split in ("train", "test"):
             for i, row in enumerate(getattr(content, split)):
                 where = f"{file}, {split}.{i}"
@@ -144,7 +145,9 @@ def coco_ad(root: Path, params: Prepare) -> Iterator[Record]:
     and anomaly (0 or 1). This follows a description of the format; it is untested on the published files.
     """
     file = resolve(root, f"meta_20_{params.coco_ad.split}.json")
-    content = _parse(_CocoAd, file)
+    if not file.is_file():
+        raise InputError(f"{file} does not exist. This layout reads its images from it.")
+    content = read_json(file, _CocoAd)
     for split in ("train", "test"):
         for class_name, rows in getattr(content, split).items():
             for i, row in enumerate(rows):
@@ -188,11 +191,11 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _images(place: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in _entries(place)
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
+    found = sorted(path for path in _entries(place) if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    for path in found:
+        if not path.is_file():
+            raise InputError(f"{path} is not a regular file, and a link leads to none. Replace or remove it.")
+    return found
 
 
 def _entries(place: Path) -> Iterator[Path]:
@@ -358,18 +361,3 @@ class _CocoAd(BaseModel):
 
     train: dict[str, list[Row]]
     test: dict[str, list[Row]]
-
-
-Content = TypeVar("Content", bound=BaseModel)
-
-
-def _parse(model: type[Content], file: Path) -> Content:
-    """Return the content of a JSON file. Raises InputError with the file and the first invalid place in it."""
-    try:
-        return model.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{file} does not exist. This layout reads its images from it.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ", ".join([str(file), ".".join(str(part) for part in first["loc"])]) if first["loc"] else file
-        raise InputError(f"{where}: {first['msg']}. Restore the file.") from error

@@ -10,7 +10,7 @@ import pandas as pd
 
 from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import sha256
+from vlmdiff.core.files import open_regular, sha256
 from vlmdiff.core.params import Copies, Prepare
 from vlmdiff.data import cifar, demo, manifest, sources
 from vlmdiff.data.images import SUFFIXES, decode, resolve
@@ -177,7 +177,7 @@ def _look(file: Path, max_pixels: int) -> dict[str, str | int | None]:
     """Return an image's hash, size and mode, or the problem with it. Open the file once."""
     facts = {"image_id": UNREADABLE}
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             facts = {"image_id": sha256(stream)}
             stream.seek(0)
             image = decode(stream, max_pixels, name=str(file))

@@ -67,6 +67,9 @@ def _photographs_of(source: str, out: str, others: list[str]) -> Iterator[Photog
         for match in sorted(glob.glob(source, recursive=True)):
             # `**` matches each folder and the files in it.
             yield from _images(images_below(match) if os.path.isdir(match) else [match], out, others)
+    elif os.path.lexists(source):
+        # A pipe, or a link to nothing: reading it says what is wrong.
+        yield from _images([source], out, others)
     else:
         raise InputError(f"{source} does not exist: name a photograph, a folder, a pattern or a table")
 

@@ -1,20 +1,27 @@
 """Calibrate the threshold for alarms on normal images only."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import ConfigDict, Field
 from scipy import stats
+
+from vlmdiff.core.params import Fraction, Positive, PositiveFloat
+
+# The ranges of the fields below hold for what is read from a file.
+FROM_FILE = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Usual:
     """The median of values on normal images, and the distance from it to their 99 % quantile, which is positive."""
 
+    __pydantic_config__ = FROM_FILE
+
     median: float
-    tail: float
+    tail: PositiveFloat
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Usual":
@@ -39,21 +46,17 @@ class Calibration:
     the best F1 on the test images, or None if none of them had a defect.
     """
 
-    deviation: float
-    scales: list[float]
-    threshold: float
-    images: int
-    false_alarm_rate: float
-    f1_optimal: float | None = None
-    weight: float = 0.0
-    retrieval: Usual | None = None
-    tails: list[float] | None = None
+    __pydantic_config__ = FROM_FILE
 
-    @classmethod
-    def read(cls, facts: Mapping[str, Any]) -> "Calibration":
-        """Return the calibration of which `dataclasses.asdict` gave these facts."""
-        usual = facts.get("retrieval")
-        return replace(cls(**facts), retrieval=Usual(**usual) if usual else None)
+    deviation: PositiveFloat
+    scales: list[Annotated[float, Field(ge=0)]]
+    threshold: PositiveFloat
+    images: Positive
+    false_alarm_rate: Fraction
+    f1_optimal: Annotated[float, Field(ge=0, lt=1)] | None = None
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    retrieval: Usual | None = None
+    tails: list[PositiveFloat] | None = None
 
     @property
     def guarantee(self) -> float:

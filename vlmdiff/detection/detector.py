@@ -1,6 +1,5 @@
 """`Detector`: photographs in, scores, verdicts and anomaly maps out."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, repeat
@@ -9,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import model_validator
 from scipy import ndimage
 
 from vlmdiff.core.device import pick_device
 from vlmdiff.core.errors import InputError, explained
-from vlmdiff.core.files import write_json
-from vlmdiff.core.params import BackboneFeatures, Latents
+from vlmdiff.core.files import read_json, write_json
+from vlmdiff.core.params import BackboneFeatures, Latents, Section
 from vlmdiff.core.params import Detection as DetectionParams
 from vlmdiff.data.images import fit
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, image_scores, smooth
@@ -30,6 +30,36 @@ BANK = "bank.safetensors"
 # The kinds of evidence, in order.
 KINDS = "reconstruction", "retrieval"
 Photograph = np.ndarray | Image.Image
+
+
+class Settings(Section):
+    """The content of detector.json."""
+
+    detection: DetectionParams
+    calibration: Calibration
+    class_captions: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _each_kind_of_features_has_its_scale(self):
+        if len(self.calibration.scales) != len(self.detection.features):
+            raise ValueError("calibration.scales needs one value for each of detection.features")
+        return self
+
+    @model_validator(mode="after")
+    def _retrieval_is_calibrated(self):
+        asked, learned = self.detection.retrieval is not None, self.calibration.retrieval is not None
+        if asked != learned or len(self.calibration.tails or ()) != (len(KINDS) if asked else 0):
+            raise ValueError("calibration has `retrieval` and two `tails` if detection.retrieval is set, else neither")
+        return self
+
+    @classmethod
+    def read(cls, folder: Path) -> "Settings":
+        """Read a detector's settings. Raises InputError if the folder has none, or a value is out of range."""
+        if not (file := folder / SETTINGS).is_file():
+            raise InputError(
+                f"{folder} is not a detector's folder, it has no {SETTINGS}: name one that `vlmdiff evaluate` wrote"
+            )
+        return read_json(file, cls)
 
 
 @dataclass(frozen=True)
@@ -106,26 +136,32 @@ class Detector:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str = "auto") -> "Detector":
-        """Load what `save_pretrained` wrote. Raises InputError if the folder is not a detector's."""
+        """Load what `save_pretrained` wrote. Nothing in the folder runs, and nothing outside of it is read.
+
+        Raises InputError if the folder is not a detector's, or a value in it is out of range.
+        """
         folder = Path(folder)
-        settings = folder / SETTINGS
-        if not settings.is_file():
-            raise InputError(
-                f"{folder} is not a detector's folder, it has no {SETTINGS}: name one that `vlmdiff evaluate` wrote"
-            )
-        with explained(settings, "Run `vlmdiff evaluate` again, or restore the folder"):
-            facts = json.loads(settings.read_text())
-            for entry in facts["detection"]["features"]:
-                if entry["kind"] == "transformers":
-                    entry["model"] = str(folder / entry["model"])
-            params = DetectionParams.model_validate(facts["detection"])
-            calibration = Calibration.read(facts["calibration"])
+        settings = Settings.read(folder)
+        inside = {path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()}
+        features = []
+        for i, entry in enumerate(settings.detection.features):
+            if isinstance(entry, BackboneFeatures):
+                if entry.model not in inside:
+                    where = f"{folder / SETTINGS}, detection.features.{i}.model"
+                    raise InputError(f"{where}: {entry.model!r} is not a folder inside {folder}. Restore the folder.")
+                entry = entry.model_copy(update={"model": str(folder / entry.model), "revision": None})
+            features.append(entry)
+        params = settings.detection.model_copy(update={"features": tuple(features)})
         pipeline = load_pipeline(folder, pick_device(device))
         bank = None
         if params.retrieval:
-            bank = PatchBank.load(folder / BANK, params.retrieval.expected).to(pipeline.device)
+            if not isinstance(pipeline.vae, FeatureSpace):
+                where = f"{folder / SETTINGS}, detection.retrieval"
+                raise InputError(f"{where}: the first stage here is not a vision backbone. Restore the folder.")
+            size = sum(pipeline.vae.config.feature_channels)
+            bank = PatchBank.load(folder / BANK, params.retrieval.expected, size).to(pipeline.device)
         with explained(folder, "Run `vlmdiff evaluate` again, or restore the folder"):
-            return cls(pipeline, params, calibration, facts.get("class_captions"), bank)
+            return cls(pipeline, params, settings.calibration, settings.class_captions, bank)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write a `DiffusionPipeline` folder in safetensors, with the detector's settings, backbones and bank."""

@@ -91,11 +91,17 @@ class PatchBank:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
 
     @classmethod
-    def load(cls, file: Path, expected: float) -> "PatchBank":
-        """Read what `save` wrote. Raises InputError if the file is missing or is not a bank's."""
+    def load(cls, file: Path, expected: float, size: int) -> "PatchBank":
+        """Read what `save` wrote, for features of `size` numbers. Raises InputError if it is missing or not a bank."""
         try:
             tensors = load_file(file)
-            return cls(tensors["basis"], tensors["patches"], tensors["usual"], expected)
+            basis, patches, usual = (tensors[name] for name in ("basis", "patches", "usual"))
+            count = max(len(patches), 1)
+            if (basis.ndim, *patches.shape, *usual.shape) != (2, count, basis.shape[-1], count) or len(basis) != size:
+                raise ValueError("its tensors do not fit the features")
+            if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in (basis, patches, usual)):
+                raise ValueError("its tensors are not finite numbers")
+            return cls(basis, patches, usual, expected)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
 

@@ -176,7 +176,9 @@ def draw_histograms(rows: Rows, names: Sequence[str], columns: int = 4) -> str:
                 axis.bar(places, sign * np.array(counts), 1 / BINS, align="edge", color=colour)
             axis.axvline(0.5, color=INK, linewidth=0.8)
             axis.axhline(0, color=RULE, linewidth=0.8)
-            axis.set(title=name, xlim=(0, 1), xticks=(0, 0.5, 1))
+            # A dollar sign in a name is no formula.
+            axis.set_title(name, parse_math=False)
+            axis.set(xlim=(0, 1), xticks=(0, 0.5, 1))
             axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.yaxis.set_major_formatter(lambda tick, _: f"{abs(tick):g}")
             axis.tick_params(axis="x", labelbottom=True)

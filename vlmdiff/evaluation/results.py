@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
+from vlmdiff.core.text import plain
 from vlmdiff.evaluation.decision import DECISION, OF_CLASS, PER_CLASS_DECISION, POOLED, Decisions
 from vlmdiff.evaluation.metrics import METRICS, Results
 
@@ -17,13 +19,13 @@ RATED = [metric for metric in OF_CLASS if metric not in ("recall", "false_alarm_
 def results_table(results: Results) -> Table:
     """Return a table with one row per class and the mean over classes; a dash marks undefined metrics."""
     left_out = sorted({name for names in results.left_out.values() for name in names})
-    caption = f"- is not defined; the mean omits {', '.join(left_out)}" if left_out else None
+    caption = Text(plain(f"- is not defined; the mean omits {', '.join(left_out)}")) if left_out else None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     table.add_column("class", overflow="fold")
     for title in METRICS.values():
         table.add_column(title.replace(" ", "\n"), justify="right", no_wrap=True)
     for name, values in results.classes.items():
-        table.add_row(name, *_cells(values, METRICS))
+        table.add_row(Text(plain(name)), *_cells(values, METRICS))
     table.add_section()
     table.add_row("mean", *_cells(results.mean, METRICS), style="bold")
     return table
@@ -45,7 +47,7 @@ def decision_table(decisions: Decisions) -> Table:
         return [*shares, *_cells(metrics[key][name], RATED)]
 
     for name in metrics[PER_CLASS_DECISION]:
-        table.add_row(name, *cells(PER_CLASS_DECISION, name))
+        table.add_row(Text(plain(name)), *cells(PER_CLASS_DECISION, name))
     table.add_section()
     table.add_row("all together", *cells(POOLED, POOLED), style="bold")
     return table

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import write_json
+from vlmdiff.core.text import plain
 
 Relation = Literal["at least", "more than", "at most"]
 
@@ -111,7 +112,7 @@ class Verdict:
 
 def verdict_table(verdict: Verdict) -> Group:
     """Return the verdict for the terminal: the outcome, and one row per criterion."""
-    headline = Text(verdict.outcome, "bold green" if verdict.passed else "bold red")
+    headline = Text(plain(verdict.outcome), "bold green" if verdict.passed else "bold red")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("criterion", overflow="fold")
     for title in ("measured", "required"):
@@ -120,5 +121,5 @@ def verdict_table(verdict: Verdict) -> Group:
     for c in verdict.criteria:
         measured = "not defined" if math.isnan(c.measured) else f"{c.measured:.4f}"
         state = Text("passed", "green") if c.passed else Text("failed", "red")
-        table.add_row(c.name, measured, f"{c.relation} {c.required:g}", state)
+        table.add_row(Text(plain(c.name)), measured, f"{c.relation} {c.required:g}", state)
     return Group(headline, table)

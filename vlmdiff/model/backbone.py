@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
@@ -79,7 +78,10 @@ class Backbone:
         try:
             model = _load(params, torch.float32)
             mean, std = _normalization(params)
-        except (OSError, ValueError, SafetensorError) as error:
+        except InputError:
+            raise
+        # A damaged folder makes transformers raise anything.
+        except Exception as error:
             raise InputError(f"{params.model}: cannot load the vision model ({error}).") from error
         return cls(model.to(device), params, mean, std)
 
@@ -173,7 +175,8 @@ def _drop_blocks(model: PreTrainedModel, count: int, needed: int) -> None:
 
 
 def _load(params: VisionBackbone, dtype: torch.dtype | str) -> PreTrainedModel:
-    source = {"revision": params.revision, "trust_remote_code": False}
+    local = Path(params.model).is_dir()
+    source = {"revision": params.revision, "trust_remote_code": False, "local_files_only": local}
     config = AutoConfig.from_pretrained(params.model, **source)
     # For a model of images and text, such as CLIP, take the vision part.
     config = getattr(config, "vision_config", config)

@@ -64,7 +64,8 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         scaling_factor: float = 1.0,
     ):
         super().__init__()
-        self.network = AutoModel.from_config(AutoConfig.for_model(**backbone)).eval().requires_grad_(False)
+        network = AutoModel.from_config(AutoConfig.for_model(**backbone), trust_remote_code=False)
+        self.network = network.eval().requires_grad_(False)
         total = sum(feature_channels)
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("projection", torch.eye(total, latent_channels))

@@ -1,23 +1,28 @@
 """The latent space of a pipeline: an image autoencoder, or the features of a vision backbone."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL
 
-from vlmdiff.core.errors import InputError, explained
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import read_json
+from vlmdiff.core.params import Pretrained
 from vlmdiff.model.feature_space import FeatureSpace
+from vlmdiff.model.pretrained import load_network
 
 FirstStageModel = AutoencoderKL | FeatureSpace
 
 
 def load_first_stage(folder: Path) -> FirstStageModel:
-    """Load a saved first stage. Raises InputError if the folder holds none."""
+    """Load a saved first stage. Raises InputError if the folder holds none, or one of an unknown class."""
     if not (config := folder / "config.json").is_file():
         raise InputError(f"{folder} has no first stage. Run vlmdiff first_stage first.")
+    name = read_json(config, dict[str, Any]).get("_class_name")
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, FeatureSpace)}
-    with explained(folder, "Run vlmdiff first_stage again, or restore it by `dvc checkout`"):
-        return kinds[json.loads(config.read_text())["_class_name"]].from_pretrained(folder)
+    if name not in kinds:
+        raise InputError(f"{config} names the class {name!r}, not one of {', '.join(kinds)}. Restore the folder.")
+    return load_network(kinds[name], Pretrained(model=str(folder)))
 
 
 def downsampling(first_stage: FirstStageModel) -> int:

@@ -3,26 +3,71 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput, logging
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.core.errors import InputError, explained
-from vlmdiff.core.params import Solver, Spacing
+from vlmdiff.core.files import check_regular, read_json
+from vlmdiff.core.params import PositiveFloat, Pretrained, Solver, Spacing
+from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.first_stage import FirstStageModel
 from vlmdiff.model.normalization import Normalization
+from vlmdiff.model.pretrained import load, load_network
 from vlmdiff.model.reference import IMAGENET_MEAN, IMAGENET_STD, read_modules
 from vlmdiff.model.sampling import reconstruct
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 from vlmdiff.model.text import embed
 
+# By component and its name in model_index.json: the classes that load. A folder cannot name any other.
+CLASSES = {
+    "vae": {
+        ("diffusers", "AutoencoderKL"): AutoencoderKL,
+        ("vlmdiff.model.feature_space", "FeatureSpace"): FeatureSpace,
+    },
+    "text_encoder": {("transformers", "CLIPTextModel"): CLIPTextModel, (None, None): None},
+    "tokenizer": {("transformers", "CLIPTokenizer"): CLIPTokenizer, (None, None): None},
+    "unet": {("diffusers", "UNet2DConditionModel"): UNet2DConditionModel},
+    "sgn": {("vlmdiff.model.sgn", "SemanticGuidedNetwork"): SemanticGuidedNetwork, (None, None): None},
+    "scheduler": {("diffusers", "DDIMScheduler"): DDIMScheduler},
+}
+Component = tuple[str | None, str | None]
+
+
+class Index(BaseModel):
+    """The content of model_index.json."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    kind: Annotated[Literal["VLMDiffPipeline"], Field(alias="_class_name")]
+    version: Annotated[str, Field(alias="_diffusers_version")] = ""
+    origin: Annotated[str | None, Field(alias="_name_or_path")] = None
+    vae: Component
+    text_encoder: Component = (None, None)
+    tokenizer: Component = (None, None)
+    unet: Component
+    sgn: Component = (None, None)
+    scheduler: Component
+    image_size: Annotated[int, Field(gt=0, le=8192)]
+    image_mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+
+    @field_validator(*CLASSES)
+    @classmethod
+    def _is_known(cls, names: Component, info: ValidationInfo) -> Component:
+        known = CLASSES[str(info.field_name)]
+        if names not in known:
+            allowed = ", ".join(".".join(map(str, each)) for each in known if each[0])
+            raise ValueError(f"{names[0]}.{names[1]} does not load, only {allowed}")
+        return names
+
 
 def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline":
-    """Load a pipeline from its folder to `device`, without progress bars. Raises InputError if there is none."""
-    if not (Path(folder) / "model_index.json").is_file():
-        raise InputError(f"{folder} has no pipeline. Run `vlmdiff train` first")
+    """Load a pipeline as `from_pretrained` does, to `device`, without progress bars."""
     logging.disable_progress_bar()
     with explained(folder, "Run the stage that writes it again, or restore it by `dvc checkout`"):
         pipeline = VLMDiffPipeline.from_pretrained(folder)
@@ -71,6 +116,28 @@ class VLMDiffPipeline(DiffusionPipeline):
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, sgn=sgn, scheduler=scheduler
         )
         self.register_to_config(image_size=image_size, image_mean=tuple(image_mean), image_std=tuple(image_std))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, **given: Any) -> "VLMDiffPipeline":
+        """Load what `save_pretrained` wrote: weights from safetensors, in float32.
+
+        given: components, by the constructor's names, that replace those of the folder. Nothing in the folder runs: its
+        model_index.json is checked before anything loads, and only the classes in CLASSES load. Raises InputError if
+        the folder has no pipeline, or one that is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / "model_index.json").exists():
+            raise InputError(f"{folder} has no pipeline. Run `vlmdiff train` first")
+        for file in check_regular(folder):
+            # The libraries take text in place of an object for a name on the hub.
+            if file.suffix == ".json":
+                read_json(file, dict[str, Any])
+        index, source, components = read_json(folder / "model_index.json", Index), Pretrained(model=str(folder)), {}
+        for name, known in CLASSES.items():
+            kind = known[getattr(index, name)]
+            read = load_network if kind and issubclass(kind, torch.nn.Module) else load
+            components[name] = given[name] if name in given else kind and read(kind, source, name)
+        return cls(**components, image_size=index.image_size, image_mean=index.image_mean, image_std=index.image_std)
 
     @classmethod
     def from_reference(

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Pretrained
 
@@ -16,14 +18,25 @@ def check_pinned(source: Pretrained) -> None:
 def load(cls: type, source: Pretrained, subfolder: str = "", **options: Any) -> Any:
     """Load a tokenizer, scheduler or processor of diffusers or transformers from `source`.
 
-    Raises InputError if a name on the hub has no revision, or if loading fails.
+    Raises InputError if a name on the hub has no revision, if loading fails, or if a tokenizer has no vocabulary.
     """
     check_pinned(source)
+    where = f"{subfolder} of {source.model}" if subfolder else source.model
     try:
-        return cls.from_pretrained(source.model, revision=source.revision, subfolder=subfolder, **options)
-    except (OSError, ValueError) as error:
-        where = f"{subfolder} of {source.model}" if subfolder else source.model
+        loaded = cls.from_pretrained(
+            source.model,
+            revision=source.revision,
+            subfolder=subfolder,
+            local_files_only=Path(source.model).is_dir(),
+            **options,
+        )
+    # A damaged folder makes the libraries raise anything.
+    except Exception as error:
         raise InputError(f"cannot load {where} as {cls.__name__} ({error}).") from error
+    # Without its files, transformers makes a tokenizer of special tokens alone.
+    if isinstance(loaded, PreTrainedTokenizerBase) and len(loaded) <= len(loaded.all_special_ids):
+        raise InputError(f"cannot load {where} as {cls.__name__}: it has no vocabulary.")
+    return loaded
 
 
 def load_network(cls: type, source: Pretrained, subfolder: str = "", optional: tuple[str, ...] = ()) -> Any:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Params, load
+from vlmdiff.core.text import markdown
 from vlmdiff.data import manifest
 from vlmdiff.data.feedback import PLACES, Statement, give_feedback
 from vlmdiff.data.images import SUFFIXES, load_rgb, read_image, resolve
@@ -138,7 +139,7 @@ def show(image: np.ndarray, detection: Detection, similar: str | None, params: P
     columns[1].image(detection.reconstruction, "As if it were normal", width="stretch")
     if similar is not None:
         normal = load_rgb(resolve(params.prepare.image_root, similar), None, params.prepare.max_pixels)
-        columns[2].image(normal, f"Most similar normal image: {similar}", width="stretch")
+        columns[2].image(normal, f"Most similar normal image: {markdown(similar)}", width="stretch")
     if detection.regions:
         st.dataframe(region_rows(detection.scaled_regions(image.shape[1], image.shape[0])), hide_index=True)
 
@@ -169,9 +170,10 @@ def ask_for_feedback(upload, similar: str | None, params: Params) -> None:
         try:
             added = give_feedback([file], said, params, w.FEEDBACK)
         except InputError as error:
-            st.warning(str(error))
+            st.warning(markdown(str(error)))
             return
-    st.success(f"Added as {added[0]}. The next retrain uses it." if added else "The dataset has it already.")
+    new = f"Added as {markdown(str(added[0]))}. The next retrain uses it." if added else "The dataset has it already."
+    st.success(new)
 
 
 def page(folder: str, name: str) -> None:
@@ -186,12 +188,13 @@ def page(folder: str, name: str) -> None:
     try:
         image, detection = judge(upload.getvalue(), upload.name, folder, stamp, ask_for_caption(detector))
     except InputError as error:
-        st.error(str(error))
+        st.error(markdown(str(error)))
         st.stop()
     similar = most_similar(detector, image)
     show(image, detection, similar, params)
     ask_for_feedback(upload, similar, params)
-    st.caption(f"{upload.name}, sha256 {hashlib.sha256(upload.getvalue()).hexdigest()[:16]}; judged by {name}")
+    digest = hashlib.sha256(upload.getvalue()).hexdigest()[:16]
+    st.caption(f"{markdown(upload.name)}, sha256 {digest}; judged by {markdown(name)}")
 
 
 if __name__ == "__main__":

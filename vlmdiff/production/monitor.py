@@ -4,7 +4,6 @@ The mix of products may change from day to day, and scored images have no class.
 calibration, is assigned to the class with the nearest image statistics, and images are compared within that class.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,14 +14,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 from sklearn.covariance import ledoit_wolf
 
 from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.files import atomic_path, check_out, write_json
 from vlmdiff.core.params import Monitor, Params
+from vlmdiff.core.text import plain
 from vlmdiff.detection.calibration import Calibration
-from vlmdiff.detection.detector import SETTINGS
+from vlmdiff.detection.detector import Settings
 from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.decision import clopper_pearson
 from vlmdiff.evaluation.judging import REFERENCE
@@ -166,8 +167,7 @@ def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
     file = model / REFERENCE
     if not file.is_file():
         raise InputError(f"{model} has no {REFERENCE}, the list of its calibration images. Run `vlmdiff evaluate`")
-    with explained(model / SETTINGS, "Run `vlmdiff evaluate` again, or restore the folder"):
-        calibration = Calibration.read(json.loads((model / SETTINGS).read_text())["calibration"])
+    calibration = Settings.read(model).calibration
     with explained(file, "Run `vlmdiff evaluate` again, or restore the folder"):
         return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
 
@@ -362,7 +362,8 @@ def _alarms(
 
 def check_table(found: DriftCheck) -> Table:
     """Return the check for a terminal: the outcome, and its tests, the smallest corrected p first."""
-    table = Table("what", "then", "now", "p", "corrected", "as before", title=found.outcome, title_justify="left")
+    title = Text(plain(found.outcome))
+    table = Table("what", "then", "now", "p", "corrected", "as before", title=title, title_justify="left")
     for test in sorted(found.tests, key=lambda test: test.corrected):
         said = "yes" if test.passed else "[bold red]no"
         numbers = (f"{test.then:.4g}", f"{test.now:.4g}", f"{test.p:.2g}", f"{test.corrected:.2g}")
@@ -375,7 +376,8 @@ def class_table(found: DriftCheck) -> Table:
     table = Table("most like", "images", "alarms", "share", "95 % interval", "normal images, then")
     for one in found.classes:
         share, then = f"{one.alarms / one.images:.1%}", "-" if one.then is None else f"{one.then:.1%}"
-        table.add_row(one.class_name, str(one.images), str(one.alarms), share, f"{one.low:.1%} to {one.high:.1%}", then)
+        interval, name = f"{one.low:.1%} to {one.high:.1%}", Text(plain(one.class_name))
+        table.add_row(name, str(one.images), str(one.alarms), share, interval, then)
     return table
 
 

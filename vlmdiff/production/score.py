@@ -13,13 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import process_group
@@ -27,7 +26,8 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, check_out, sha256
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
-from vlmdiff.data.images import read_image
+from vlmdiff.core.text import plain
+from vlmdiff.data.images import BYTES, opened
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.decoded import Decoded
@@ -142,7 +142,7 @@ def scores_table(scored: Scored) -> Table:
     for title in ("score", "verdict", "regions"):
         table.add_column(title)
     for row in scored.rows:
-        path = escape(min(row["path"], os.path.relpath(row["path"]), key=len))
+        path = Text(plain(min(row["path"], os.path.relpath(row["path"]), key=len)))
         if row["error"] is not None:
             table.add_row(path, "", "[yellow]could not be read", "")
             continue
@@ -263,11 +263,13 @@ def _read(photograph: Photograph, size: int, max_pixels: int, draw: bool) -> Rea
     row: dict[str, Any] = {"path": photograph.path}
     row["bytes"], row["mtime_ns"] = _stamp(photograph.path)
     try:
+        if (row["bytes"] or 0) > BYTES * max_pixels:
+            raise InputError(f"{file} has {row['bytes']} bytes, more than an image may take: replace or remove it")
         row["image_id"] = sha256(file)
-        image = read_image(file, max_pixels)
+        with opened(file, max_pixels) as image:
+            return row | image_statistics(image), Decoded.of(image, size, draw)
     except (InputError, OSError) as error:
         return row | {"error": str(error)}, None
-    return row | image_statistics(np.asarray(image)), Decoded.of(image, size, draw)
 
 
 Item = TypeVar("Item")

@@ -11,6 +11,7 @@ import pandas as pd
 from vlmdiff.core import params as p
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.text import markdown
 from vlmdiff.data import manifest
 from vlmdiff.data.images import FORMATS
 from vlmdiff.detection.decoded import HEATMAP_SIDE
@@ -44,7 +45,7 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"text": _text, "number": _number}
+    environment.filters |= {"text": markdown, "number": _number}
     card = environment.get_template("model_card.md").render(
         name=params.registry.model_name,
         by_class=by_class,
@@ -108,11 +109,6 @@ def _parts(params: p.Params) -> Iterator[tuple[str, str, str, bool]]:
     for features in params.evaluate.detection.features:
         if isinstance(features, p.BackboneFeatures):
             yield part("features that compare image and reconstruction", features)
-
-
-def _text(value: str) -> str:
-    """Escape text for Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(str(value).split()))
 
 
 def _number(value: float | None, interval: list[float] | None = None) -> str:

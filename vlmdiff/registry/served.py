@@ -20,7 +20,8 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.data.images import read_image, resolve
+from vlmdiff.core.files import open_regular
+from vlmdiff.data.images import opened, resolve
 from vlmdiff.detection.decoded import Decoded
 from vlmdiff.detection.detector import Detection, Detector, batches
 
@@ -134,9 +135,8 @@ class Inspector(mlflow.pyfunc.PythonModel):
         else:
             name = f"row {number}: `path`"
             stream = self._open(name, path)
-        with stream:
-            photograph = read_image(stream, self.max_pixels, name)
-        return Decoded.of(photograph, self.detector.pipeline.config.image_size, draw)
+        with stream, opened(stream, self.max_pixels, name) as photograph:
+            return Decoded.of(photograph, self.detector.pipeline.config.image_size, draw)
 
     def _open(self, name: str, path: Any) -> BinaryIO:
         """Open a file below the root. Errors tell the client neither where the root is nor what lies outside."""
@@ -146,14 +146,12 @@ class Inspector(mlflow.pyfunc.PythonModel):
             raise InputError(f"{name} must be text, not {type(path).__name__}")
         try:
             file = resolve(self.root, path)
-            # Opening a pipe would wait for its writer.
-            if file.is_file():
-                return file.open("rb")
-        except InputError:
+        except (InputError, OSError, RuntimeError):  # also a name that is too long, and links in a circle
             raise InputError(f"{name} {path!r} leaves the folder that is served: give a path inside it") from None
-        except (OSError, RuntimeError):  # a name that is too long, no permission; links in a circle
-            pass
-        raise InputError(f"{name} {path!r} is not a file that can be read in the folder that is served")
+        try:
+            return open_regular(file)
+        except (InputError, OSError):
+            raise InputError(f"{name} {path!r} is not a file that can be read in the folder that is served") from None
 
 
 def _is_missing(value: Any) -> bool:

@@ -28,6 +28,7 @@ from vlmdiff.captions.endpoint import read_key
 from vlmdiff.core import params as p
 from vlmdiff.core.device import pick_device, resolve_precision
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.text import plain
 from vlmdiff.data import listing
 from vlmdiff.data.images import load_rgb
 from vlmdiff.model.pretrained import check_pinned
@@ -91,13 +92,13 @@ def report(rows: list[Requirement]) -> Group:
     table.add_column("ok", no_wrap=True)
     marks = {True: Text("yes", "green"), False: Text("no", "bold red"), None: Text("?", "yellow")}
     for row in rows:
-        table.add_row(Text(row.name), Text(row.found), Text(row.needed), marks[row.ok])
+        table.add_row(*(Text(plain(words)) for words in (row.name, row.found, row.needed)), marks[row.ok])
     missing = [row for row in rows if row.ok is False]
     # One thing may be missing in several places.
     named: dict[str, list[str]] = {}
     for row in missing:
         named.setdefault(row.advice, []).append(row.name)
-    lines = [Text(f"{', '.join(names)}: {advice}") for advice, names in named.items()]
+    lines = [Text(plain(f"{', '.join(names)}: {advice}")) for advice, names in named.items()]
     last = f"{len(missing)} check(s) failed" if missing else "everything needed is here"
     return Group(table, *lines, Text(last, "bold red" if missing else "green"))
 

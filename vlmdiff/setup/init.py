@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -19,9 +18,11 @@ from ruamel.yaml.error import MarkedYAMLError
 from vlmdiff.core import dvc, git
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_path
+from vlmdiff.core.files import atomic_path, check_regular
 from vlmdiff.core.params import Params, Prepare, load
+from vlmdiff.core.text import plain
 from vlmdiff.data import listing, manifest
+from vlmdiff.data.images import size_of
 from vlmdiff.data.layouts import LAYOUTS
 
 # Layouts with a list of their own come first: the list decides. The demo is generated, not found.
@@ -67,7 +68,8 @@ def look(root: Path, params: Prepare, layout: str | None) -> Found:
 
 def table(found: Found) -> Group:
     """Return what was found, one row a class: images by split, masks, sizes; and what changed since `prepare`."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{found.params.root}, layout {found.params.layout}")
+    title = Text(plain(f"{found.params.root}, layout {found.params.layout}"))
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
     shown.title_justify = "left"
     for title in ("class", "train", "validation", "test", "anomalous", "masks", "width × height"):
         shown.add_column(title, justify="left" if title in ("class", "width × height") else "right")
@@ -75,7 +77,8 @@ def table(found: Found) -> Group:
         anomalous = rows[rows["is_anomalous"]]
         counts = [str(int((rows["split"] == split).sum())) for split in ("train", "validation", "test")]
         masks = f"{anomalous['mask_path'].notna().sum()} of {len(anomalous)}"
-        shown.add_row(str(name), *counts, str(len(anomalous)), masks, _sizes(found.params.image_root, rows["path"]))
+        sizes = _sizes(found.params.image_root, rows["path"])
+        shown.add_row(Text(plain(str(name))), *counts, str(len(anomalous)), masks, sizes)
     lines = [f"{len(found.frame)} images of {found.frame['class_name'].nunique()} classes"]
     if w.MANIFEST.is_file():
         known = set(manifest.read(w.MANIFEST)["path"])
@@ -97,7 +100,7 @@ def table(found: Found) -> Group:
             f"{without.sum()} anomalous images have no mask: draw the masks, or set validate.masks: optional, "
             "gate.metric: image_auroc, and gate.floors for image_auroc"
         )
-    return Group(shown, *map(Text, lines))
+    return Group(shown, *(Text(plain(line)) for line in lines))
 
 
 def _sizes(root: Path, paths: pd.Series) -> str:
@@ -106,9 +109,8 @@ def _sizes(root: Path, paths: pd.Series) -> str:
     sizes, broken = [], 0
     for path in some:
         try:
-            with Image.open(root / path) as image:
-                sizes.append(image.size)
-        except (OSError, ValueError, Image.DecompressionBombError):
+            sizes.append(size_of(root / path))
+        except InputError:
             broken += 1
     if not sizes:
         return "none can be read" if root.joinpath(some[0]).exists() else "made by prepare"
@@ -222,6 +224,8 @@ def track(root: Path) -> str:
     """
     if root.is_absolute():
         return f"{root} is outside of this workspace: DVC records its hash, and does not copy or push it"
+    # DVC reads every file.
+    check_regular(root)
     if not Path(".dvc").is_dir():
         raise InputError("this folder is not under DVC: run `git init` and `dvc init`, then this command again")
     if in_git := git.list_files(str(root)):
