@@ -76,10 +76,12 @@ class Baseline:
 
 def farthest(points: torch.Tensor, count: int) -> torch.Tensor:
     """Return the indices of `count` points (N, D), each the farthest from those before it."""
-    chosen, distance = [0], (points - points[0]).square().sum(dim=1)
+    squares, chosen = points.square().sum(dim=1), [0]
+    distance = torch.full_like(squares, torch.inf)
     for _ in range(min(count, len(points)) - 1):
+        last = chosen[-1]
+        distance = torch.minimum(distance, squares + squares[last] - 2 * (points @ points[last]))
         chosen.append(int(distance.argmax()))
-        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(dim=1))
     return torch.tensor(chosen)
 
 
