@@ -18,12 +18,14 @@ from vlmdiff.core.params import Prepare, Validate
 from vlmdiff.core.text import markdown, plain
 from vlmdiff.data import manifest
 from vlmdiff.data.contract import check_dataset
+from vlmdiff.evaluation.decision import Decisions
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.evaluation.plots import draw_histograms
-from vlmdiff.evaluation.results import results_table
+from vlmdiff.evaluation.results import decision_table, results_table
 from vlmdiff.evaluation.verdict import Criterion, Override, Verdict, verdict_table
-from vlmdiff.production.monitor import DriftCheck, DriftTest, check_table
+from vlmdiff.production.monitor import ClassAlarms, DriftCheck, DriftTest, check_table, class_table
 from vlmdiff.production.score import Scored, scores_table
+from vlmdiff.setup.doctor import Requirement, report
 from vlmdiff.setup.init import Found, table
 
 ACTIVE = {"img", "script", "meta", "svg", "a", "iframe", "b", "strong", "em", "code", "h1", "table"}
@@ -33,6 +35,11 @@ def results(names) -> Results:
     return Results({name: dict.fromkeys(METRICS, 0.5) for name in names})
 
 
+def decisions(name: str) -> Decisions:
+    facts = {"class_name": name, "defect": None, "is_anomalous": False, "score": 0.1, "verdict": False}
+    return Decisions.of(pd.DataFrame([facts, {**facts, "defect": name, "is_anomalous": True}]))
+
+
 def verdict(name: str) -> Verdict:
     criterion = Criterion(f"au_pro of {name}", 0.5, "at least", 0.9, f"{name} is too low")
     return Verdict(3, 2, False, True, [criterion], Override(name, name))
@@ -40,7 +47,18 @@ def verdict(name: str) -> Verdict:
 
 def drift(name: str) -> DriftCheck:
     test = DriftTest("score", 1.0, 0.01, 0.01, False, 0.1, 0.2, f"in images like {name}")
-    return DriftCheck("drift", f"drift in the last 9 images: {name}", 9, 9, 0, 0, 0.01, [test])
+    return DriftCheck(
+        "drift",
+        f"drift in the last 9 images: {name}",
+        9,
+        9,
+        0,
+        0,
+        0.01,
+        [test],
+        0,
+        [ClassAlarms(name, 9, 1, 0.1, 0.4, 0.1)],
+    )
 
 
 def scored(name: str) -> Scored:
@@ -51,13 +69,16 @@ def scored(name: str) -> Scored:
 def found(name: str) -> Found:
     record = {"image_id": "0", "path": f"{name}/0.png", "class_name": name, "split": "train", "is_anomalous": False}
     frame = pd.DataFrame([{**record, "defect": None, "mask_path": None}])
-    return Found(Prepare(layout="folder", root=Path(name)), frame)
+    return Found(Prepare(layout="folder", root=Path(name)), frame, [(f"{name}/0.png", f"{name}/1.png")])
 
 
 TABLES = {
     "results": lambda name: results_table(results([name])),
     "verdict": lambda name: verdict_table(verdict(name)),
+    "decision": lambda name: decision_table(decisions(name)),
     "drift": lambda name: check_table(drift(name)),
+    "alarms by class": lambda name: class_table(drift(name)),
+    "doctor": lambda name: report([Requirement(name, name, name, False, name)]),
     "scores": lambda name: scores_table(scored(name)),
     "init": lambda name: table(found(name)),
 }
