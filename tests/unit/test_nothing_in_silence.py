@@ -43,21 +43,22 @@ def dataset(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("value", "kind", "words"),
     [
-        (np.full((8, 8), 255.0, np.float32), "from 0 to 255, and white is 1 in mode F"),
-        (np.full((8, 8), 1.01, np.float32), "and white is 1"),
-        (np.full((8, 8), np.nan, np.float32), "from nan to nan"),
-        (np.full((8, 8), -0.1, np.float32), "from -0.1 to 0"),
-        (np.full((8, 8), 255, np.uint16), "from 0 to 255, and white is 65535 in mode I;16"),
-        (np.full((8, 8), 4095, np.uint16), "from 0 to 4095"),
-        (np.full((8, 8), 200, np.int32), "from 0 to 200"),
-        (np.full((8, 8), 70_000, np.int32), "from 0 to 70000"),
+        (255.0, np.float32, "to 255, and white is 1 in mode F"),
+        (1.01, np.float32, "and white is 1"),
+        (np.nan, np.float32, "to nan"),
+        (-0.1, np.float32, "from -0.1"),
+        (255, np.uint16, "to 255, and white is 65535 in mode I;16"),
+        (4095, np.uint16, "to 4095"),
+        (200, np.int32, "to 200"),
+        (70_000, np.int32, "to 70000"),
     ],
-    ids=str,
 )
-def test_a_photograph_of_an_unknown_range_is_refused_and_not_judged_black_or_white(tmp_path, values, words) -> None:
-    Image.fromarray(values).save(tmp_path / "deep.tif")
+def test_a_photograph_of_an_unknown_range_is_refused_and_not_judged_black_or_white(
+    tmp_path, value, kind, words
+) -> None:
+    Image.fromarray(np.full((8, 8), value, kind)).save(tmp_path / "deep.tif")
     with pytest.raises(InputError, match=r"deep\.tif: its values reach") as caught:
         read_image(tmp_path / "deep.tif", LIMIT)
     assert words in str(caught.value) and "scale them" in str(caught.value)
