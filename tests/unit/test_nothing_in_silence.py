@@ -55,9 +55,7 @@ def dataset(tmp_path) -> Path:
         (70_000, np.int32, "to 70000"),
     ],
 )
-def test_a_photograph_of_an_unknown_range_is_refused_and_not_judged_black_or_white(
-    tmp_path, value, kind, words
-) -> None:
+def test_a_photograph_of_an_unknown_range_is_refused_and_not_judged_by_a_guess(tmp_path, value, kind, words) -> None:
     Image.fromarray(np.full((8, 8), value, kind)).save(tmp_path / "deep.tif")
     with pytest.raises(InputError, match=r"deep\.tif: its values reach") as caught:
         read_image(tmp_path / "deep.tif", LIMIT)
