@@ -210,7 +210,7 @@ def test_a_champion_is_judged_again_where_the_test_has_changed(workspace):
         weights.write_bytes(b"no weights")
     for cache in ("judged", "registry"):
         shutil.rmtree(workspace.path / ".cache" / cache)
-    workspace.vlmdiff("promote", again)
+    workspace.vlmdiff("promote", again, check=False)
     assert registry(workspace)["champion"] == "1"
     assert "could not be evaluated on these test images: version 1 cannot be loaded" in "".join(
         row["why"] for row in verdict(workspace)["criteria"]
@@ -229,7 +229,9 @@ def test_of_two_promotions_at_once_the_better_model_wins(workspace):
         subprocess.Popen(["vlmdiff", "promote", v], cwd=workspace.path, stdout=subprocess.DEVNULL)
         for v in versions[::-1]
     ]
-    assert [process.wait() for process in running] == [0, 0]
+    better, worse = (process.wait() for process in running)
+    # The worse one is refused if it comes second.
+    assert better == 0 and worse in (0, 1)
     assert registry(workspace)["champion"] == versions[1]
 
 
