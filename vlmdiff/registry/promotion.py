@@ -284,7 +284,7 @@ def _evaluation_on(params: Params, version: int, test_set: str) -> Path:
     detector_folder = _detector(params, version)
     try:
         detector = Detector.from_pretrained(detector_folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"version {version} cannot be loaded: {error}") from error
     say(f"evaluating version {version} on the current test images")
     judged = judge_images(detector, frame, params.prepare, read_captions(w.CAPTIONS), params.evaluate)
