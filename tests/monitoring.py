@@ -47,7 +47,7 @@ def write_scores(file: Path, rows: pd.DataFrame, model: Path | str, day: int = 1
     file.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(model, Path):
         model = f"sha256:{hashlib.sha256((model / 'detector.json').read_bytes()).hexdigest()[:16]}"
-    # Each photograph has a path, also where there is no file.
+    # Each row has a path, even if the file does not exist.
     names = rows["image_id"].fillna(rows.index.to_series().map("gone-{}".format))
     frame = rows.drop(columns="class_name").assign(path=names + ".png", model=model)
     frame["is_anomalous"] = (frame["score"] > 0.5).astype("boolean").where(frame["score"].notna())

@@ -63,6 +63,15 @@ def tiny_detector(**detection) -> Detector:
     return Detector(tiny_pipeline(), Detection(**settings))
 
 
+def save_tiny_detector(folder: Path) -> Path:
+    """Save `tiny_detector`, calibrated on noise, into `folder`, and return it."""
+    detector = tiny_detector(samples=1, steps=1)
+    noise = np.random.default_rng(1).integers(0, 256, (20, SIZE, SIZE, 3), dtype=np.uint8)
+    detector.calibrate(list(noise))
+    detector.save_pretrained(folder)
+    return folder
+
+
 def tiny_checkpoint(folder: Path, width: int = 32) -> Path:
     """A folder as Stable Diffusion 1.5's: the same classes and files, three resolutions, random weights."""
     torch.manual_seed(1)

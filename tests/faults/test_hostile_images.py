@@ -1,4 +1,4 @@
-"""Photographs that cost more than they look, and things that are no photographs, at every entrance."""
+"""Hostile photographs at every entrance: files that decode to far more than they weigh, and pipes and devices."""
 
 import base64
 import json
@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
 from tests.hostile import many_scans, png, tiff
-from tests.tiny import SIZE, tiny_detector
+from tests.tiny import save_tiny_detector
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Params, Prepare, Validate
 from vlmdiff.data import listing, manifest
@@ -131,11 +130,7 @@ def test_photographs_that_threads_read_at_once_take_together_no_more_than_one_ma
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder, generator = tmp_path_factory.mktemp("model"), np.random.default_rng(1)
-    detector = tiny_detector(samples=1, steps=1)
-    detector.calibrate(list(generator.integers(0, 256, (20, SIZE, SIZE, 3), dtype=np.uint8)))
-    detector.save_pretrained(folder)
-    return folder
+    return save_tiny_detector(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -223,7 +218,7 @@ def preparing(files: list[Path], model: Path) -> dict[str, str]:
     Path("raw/thing").mkdir(parents=True)
     shutil.move(files[0].parent, "raw/thing/good")
     data, found = Prepare(layout="folder", root=Path("raw")), {}
-    # What is no file stops the stage, as the next one would hash it.
+    # A pipe or a device stops the stage, because the next stage would hash it.
     for name in ("endless.png", "nothing.png", "pipe.png", "socket.png", "terminal.png"):
         with pytest.raises(InputError, match=name):
             listing.build(data, data.root)

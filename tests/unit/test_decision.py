@@ -139,7 +139,7 @@ def test_weights_are_repetitions(seed, weights):
     for key, rows in found.items():
         for name, row in rows.items():
             for metric, value in row.items():
-                # A group of which nothing was drawn is not listed.
+                # A group without a drawn image is not listed.
                 wanted = expected[key].get(name, {}).get(metric, math.nan)
                 assert value[0] == pytest.approx(wanted, nan_ok=True), (key, name, metric)
 

@@ -21,7 +21,7 @@ NO_FLOORS = Gate(floors={}, max_class_drop=None, max_false_alarm_rate=None, no_w
 
 
 def verdicts(**classes: tuple[int, int]) -> pd.DataFrame:
-    """Ten defective and ten normal images of each class, of which so many of each raise an alarm."""
+    """Ten defective and ten normal images of each class, and how many of each raise an alarm."""
     rows = []
     for name, alarms in (classes or {"nut": (10, 0)}).items():
         for is_anomalous, count in zip((True, False), alarms, strict=True):

@@ -12,7 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from tests.endpoint import Endpoint, completion, image_of
-from tests.tiny import SIZE, tiny_detector
+from tests.tiny import SIZE, save_tiny_detector
 from vlmdiff.captions.captioners import Describe, caption_images
 from vlmdiff.core.params import Caption, Evaluate, Params, Prepare, Validate
 from vlmdiff.data import listing
@@ -63,11 +63,7 @@ def encodings(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder, generator = tmp_path_factory.mktemp("model"), np.random.default_rng(1)
-    detector = tiny_detector(samples=1, steps=1)
-    detector.calibrate(list(generator.integers(0, 256, (20, SIZE, SIZE, 3), dtype=np.uint8)))
-    detector.save_pretrained(folder)
-    return folder
+    return save_tiny_detector(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def _sentences(name: str) -> Generator[None]:
 
 
 def _header(stream: BinaryIO) -> Image.Image:
-    """Return an image of which only the header is read."""
+    """Open an image and read only its header."""
     with warnings.catch_warnings():
         # _check_cost limits the size.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
