@@ -37,12 +37,15 @@ def prepare(params: p.Prepare, made: Path, out: Path) -> None:
     say(f"prepare: {len(frame)} images of {frame['class_name'].nunique()} classes in {out}")
 
 
-def validate(params: p.Validate, data: p.Prepare, manifest_file: Path, out: Path) -> None:
-    """Check the data contract, and write its result and Data Docs into `out`. Raises InputError if it is broken."""
+def validate(params: p.Validate, data: p.Prepare, model_size: int, manifest_file: Path, out: Path) -> None:
+    """Check the data contract, and write its result and Data Docs into `out`. Raises InputError if it is broken.
+
+    model_size: the model's resolution in pixels.
+    """
     from vlmdiff.data import contract, manifest
 
     frame = manifest.read(manifest_file)
-    contract.check_dataset(frame, data, params, out).raise_if_failed()
+    contract.check_dataset(frame, data, params, model_size, out).raise_if_failed()
 
 
 def caption(params: p.Caption, data: p.Prepare, manifest_file: Path, store: Path, out: Path, report: Path) -> None:
@@ -181,13 +184,15 @@ def evaluate(
         detector.fill_bank(track(images, "fill the bank", count), count, ours.batch_size)
     normal, prompts = list(read(held_out)), detector_captions(detector, held_out, texts)
     weighing = Weighing(detector, normal, held_out["class_name"].tolist(), prompts, ours.batch_size, ours.max_fpr)
-    scores = detector.calibrate(normal, ours.batch_size, prompts, weighing, in_bank=True)
+    names = held_out["path"]
+    scores = detector.calibrate(normal, ours.batch_size, prompts, weighing, in_bank=True, names=names)
     judged = judge_images(detector, frame, data, texts, ours)
     judged.tried = weighing.rows()
     detector.calibration = replace(detector.calibrated(), f1_optimal=judged.f1_optimal())
     with atomic_folder(detector_out) as temporary:
-        detector.save_pretrained(temporary)
         write_reference(temporary, held_out, scores, data)
+        # Last, with the hashes of all files.
+        detector.save_pretrained(temporary)
     with atomic_folder(out) as temporary:
         judged.write(temporary, folder_mb(detector_out), provenance(params, frame, manifest_file, captions))
 
@@ -195,7 +200,7 @@ def evaluate(
 # Each stage, and what it takes from the parameters and the workspace.
 STAGES: dict[str, tuple[Callable[..., None], Callable[[p.Params], tuple]]] = {
     "prepare": (prepare, lambda p: (p.prepare, w.MADE, w.MANIFEST)),
-    "validate": (validate, lambda p: (p.validate_, p.prepare, w.MANIFEST, w.DATA_REPORT)),
+    "validate": (validate, lambda p: (p.validate_, p.prepare, p.first_stage.image_size, w.MANIFEST, w.DATA_REPORT)),
     "caption": (caption, lambda p: (p.caption, p.prepare, w.MANIFEST, w.CAPTION_STORE, w.CAPTIONS, w.CAPTION_REPORT)),
     "first_stage": (
         first_stage,

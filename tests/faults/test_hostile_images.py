@@ -206,7 +206,7 @@ def validating_masks(files: list[Path], model: Path) -> dict[str, str]:
         rows.append({**facts, "path": f"{file.stem}{file.suffix}.bmp", "mask_path": file.name, **size})
     frame = pd.DataFrame(rows)[manifest.SCHEMA.names]
     data = Prepare(layout="folder", root=Path("raw"))
-    check_dataset(frame, data, Validate(), Path("report"))
+    check_dataset(frame, data, Validate(), 64, Path("report"))
     findings = json.loads(Path("report/validation.json").read_text())["findings"]
     (broken,) = [finding for finding in findings if finding["rule"] == "mask_file"]
     docs = " ".join(page.read_text() for page in Path("report/docs").rglob("*.html"))

@@ -14,6 +14,7 @@ import pytest
 
 from tests.tiny import SIZE, tiny_backbone, tiny_detector
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import HASHES
 from vlmdiff.core.params import BackboneFeatures
 from vlmdiff.detection.detector import Detector
 from vlmdiff.model.first_stage import load_first_stage
@@ -39,10 +40,10 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(made, tmp_path, monkeypatch) -> Path:
-    """A copy in the current folder, from which Python imports, as `python -m` does."""
+    """A copy in the current folder, from which Python imports, as `python -m` does, without hashes of its files."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return Path(shutil.copytree(made, "model"))
+    return Path(shutil.copytree(made, "model", ignore=shutil.ignore_patterns(HASHES)))
 
 
 def change(file: Path, *keys: str | int, to: object) -> None:

@@ -129,7 +129,7 @@ def docs(folder: Path, names) -> str:
         for i, name in enumerate(names)
     ]
     data = Prepare(layout="folder", root=folder)
-    result = check_dataset(pd.DataFrame(rows)[manifest.SCHEMA.names], data, Validate(), folder / "report")
+    result = check_dataset(pd.DataFrame(rows)[manifest.SCHEMA.names], data, Validate(), 64, folder / "report")
     broken = {finding.rule: finding for finding in result.findings if not finding.passed}
     assert broken["readable"].files == sorted(f"{name}.png" for name in names)[:10]
     return "".join(page.read_text() for page in sorted((folder / "report/docs").rglob("*.html")))

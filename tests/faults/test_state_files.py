@@ -10,6 +10,8 @@ from tests.conftest import Workspace
 from vlmdiff.core.errors import InputError
 
 HOWS = ("absent", "empty", "a quarter", "half", "three quarters", "garbage")
+# Of a model, which lists the hashes of its files.
+ONE_BYTE = "one byte"
 MODEL = ("--model", "models/detector")
 MONITOR = ("monitor", "scores", *MODEL, "--out", "drift")
 SCORE = ("score", "data/made/cable/test/good", *MODEL, "--out", "scored")
@@ -50,7 +52,10 @@ def damage(file: Path, how: str) -> None:
     whole = file.read_bytes()
     # DVC's own files are links to its cache, and not to be written through.
     file.unlink()
-    if how == "garbage":
+    if how == ONE_BYTE:
+        place = len(whole) // 2
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    elif how == "garbage":
         file.write_bytes(os.urandom(max(len(whole), 100)))
     elif how != "absent":
         share = {"empty": 0, "a quarter": 1, "half": 2, "three quarters": 3}[how]
@@ -62,7 +67,7 @@ def test_a_damaged_state_file_is_named_with_what_to_do_and_the_status_is_2(place
     file, kept = place.path / name, place.path.parent / "kept"
     shutil.copy(file, kept)
     wrong = []
-    for how in HOWS:
+    for how in (*HOWS, *([ONE_BYTE] if name.startswith(("models/vlmdiff", "models/detector")) else [])):
         if name == "params.yaml" and how in ("empty", "a quarter", "half", "three quarters"):
             continue  # a shorter file of parameters is a whole one: what it leaves out has defaults
         for command in FILES[name]:

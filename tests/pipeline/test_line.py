@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,7 +11,9 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,7 +23,10 @@ from PIL import Image
 
 from tests.processes import wait_for
 from vlmdiff.core.dvc import dvc_hash
+from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import HASHES
 from vlmdiff.evaluation.bootstrap import Resampled
+from vlmdiff.registry.served import Inspector
 
 
 def registry(workspace) -> dict:
@@ -289,6 +295,33 @@ def test_score_judges_by_the_champion_and_names_it(workspace, tmp_path):
     workspace.run("vlmdiff", "score", str(photograph), "--model", "models/detector", "--out", str(tmp_path / "b"))
     (other,) = pd.read_parquet(tmp_path / "b").to_dict("records")
     assert other["score"] == row["score"] and other["model"].startswith("sha256:")
+    # The copy in the cache is verified whenever it is loaded.
+    (weights,) = (workspace.path / ".cache/registry").rglob("unet/*.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    done = workspace.vlmdiff("score", str(photograph), "--out", str(tmp_path / "c"), check=False)
+    assert done.returncode == 2 and f"{weights.name} has changed since it was written" in done.stdout
+    assert not list((tmp_path / "c").glob("part-*"))
+
+
+@pytest.mark.usefixtures("empty_store")
+def test_one_flipped_byte_in_any_file_of_a_registered_version_is_refused_with_the_files_name(workspace, tmp_path):
+    uri, store = f"models:/vlmdiff/{register(workspace)}", f"sqlite:///{workspace.path}/mlflow.db"
+    folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "version"), tracking_uri=store))
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "registered_model_meta"]
+    names = {file.relative_to(folder).as_posix() for file in files}
+    assert names >= {"MLmodel", "requirements.txt", "code/vlmdiff/core/files.py", "artifacts/detector/detector.json"}
+    artifacts = {"detector": str(folder / "artifacts/detector")}
+    context = SimpleNamespace(artifacts=artifacts, model_config={"max_pixels": 10**6})
+    Inspector().load_context(context)
+    for file in files:
+        whole = file.read_bytes()
+        place = len(whole) // 2
+        file.write_bytes(whole[:place] + bytes([(whole[place : place + 1] or b"a")[0] ^ 1]) + whole[place + 1 :])
+        # A hash that has changed names the file that it no longer fits.
+        with pytest.raises(InputError, match="" if file.name == HASHES else re.escape(str(file))):
+            Inspector().load_context(context)
+        file.write_bytes(whole)
 
 
 @pytest.mark.usefixtures("empty_store")

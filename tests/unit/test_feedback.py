@@ -201,7 +201,7 @@ def test_what_validate_would_refuse_does_not_come_in(layout, form, words) -> Non
     # The contract agrees: the file in the dataset stops validate.
     file.rename(Path("data/raw", GOOD[layout], "new.tif"))
     frame = listing.build(load().prepare, load().prepare.root)
-    found = contract.check_dataset(frame, load().prepare, load().validate_, Path("report"))
+    found = contract.check_dataset(frame, load().prepare, load().validate_, 64, Path("report"))
     assert {"mode", "size"} & {finding.rule for finding in found.broken("error")}
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.data.images import fit, load_mask, load_rgb, read_image, resolve, to_rgb
+from vlmdiff.data.images import fit, load_rgb, read_image, resolve, to_rgb
+from vlmdiff.data.masks import load_mask
 
 LIMIT = 1_000_000
 
@@ -168,7 +169,7 @@ def test_a_rotated_photograph_stands_upright(tmp_path):
 
 def test_a_mask_is_cut_at_its_own_size_then_at_one_half(tmp_path):
     mask = np.zeros((4, 4), np.uint8)
-    mask[0, 0] = 255  # one of the four pixels that become one: a quarter
+    mask[0, 1] = 255  # one of the four pixels that become one: a quarter, and a part of what is beside it
     mask[2:, 2:] = 1  # any value above zero is anomalous
     mask[0:2, 2] = 255  # one half
     path = save(tmp_path / "mask.png", mask)

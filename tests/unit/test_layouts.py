@@ -20,8 +20,8 @@ from vlmdiff import stages
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Prepare, Validate
 from vlmdiff.data import listing, manifest
-from vlmdiff.data.images import load_mask
 from vlmdiff.data.layouts import LAYOUTS, Record
+from vlmdiff.data.masks import load_mask
 
 
 def images(root: Path, *names: str) -> None:
@@ -198,7 +198,7 @@ def test_visas_label_maps_pass_the_contract_and_mark_whatever_is_not_zero(tmp_pa
     params = Prepare(layout="visa", root=visa(tmp_path / "data"))
     frame = listing.build(params, params.root)
     demands = Validate(min_side=1, min_images={"train": 1, "validation": 1, "test": 2})
-    contract.check_dataset(frame, params, demands, tmp_path / "report").raise_if_failed()
+    contract.check_dataset(frame, params, demands, 16, tmp_path / "report").raise_if_failed()
     marked = load_mask(params.root / f"candle/{MASK}/000.png", 16, 1000)
     assert marked[:, :2].all() and not marked[:, 2:].any()
 

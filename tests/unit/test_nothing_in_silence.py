@@ -20,7 +20,8 @@ from vlmdiff import cli
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Prepare
 from vlmdiff.data import listing
-from vlmdiff.data.images import decode, load_mask, mask_values, read_image, resolve
+from vlmdiff.data.images import decode, read_image, resolve
+from vlmdiff.data.masks import load_mask, mask_values
 
 LIMIT = 10**8
 TRUTH = np.zeros((64, 64), bool)

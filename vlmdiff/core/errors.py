@@ -12,6 +12,10 @@ class InputError(Exception):
     """
 
 
+class ModelError(InputError):
+    """An error in a model: it gives a value that is not finite. A server of the model answers with status 500."""
+
+
 @contextlib.contextmanager
 def explained(path: Path | str, remedy: str) -> Generator[None]:
     """Raise InputError that names `path`, the reason and the remedy for whatever a library raises while reading it."""

@@ -20,6 +20,8 @@ from vlmdiff.core.errors import InputError
 
 T = TypeVar("T")
 _HOST = re.sub(r"\W", "_", socket.gethostname())
+# In a folder of a model or of a training's state: the SHA-256 of each file.
+HASHES = "sha256.json"
 
 
 # Folders in which this process has removed what killed processes left.
@@ -189,6 +191,39 @@ def sha256(file: Path | BufferedReader) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits. An open file is read from where it stands."""
     with open_regular(file) if isinstance(file, Path) else contextlib.nullcontext(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write HASHES into a folder: the SHA-256 of each file below it, by which `verify` knows a change.
+
+    Hidden files and compiled code do not count.
+    """
+    hashes = {name: sha256(file) for name, file in _named(folder).items() if name != HASHES}
+    write_json(folder / HASHES, hashes)
+
+
+def verify(folder: Path, remedy: str) -> bool:
+    """Compare a folder's files with the hashes that `seal` wrote. Return False if there are none.
+
+    Files that came later do not count. Raises InputError, with the remedy, for the first file that is missing or has
+    changed.
+    """
+    if not (folder / HASHES).exists():
+        return False
+    files = _named(folder)
+    for name, digest in read_json(folder / HASHES, dict[str, str]).items():
+        if name not in files:
+            raise InputError(f"{folder / name} is missing, and {HASHES} lists it. {remedy}.")
+        if sha256(files[name]) != digest:
+            raise InputError(f"{files[name]} has changed since it was written: {HASHES} has another hash. {remedy}.")
+    return True
+
+
+def _named(folder: Path) -> dict[str, Path]:
+    """Return the files below a folder by their paths in it, without hidden ones and compiled code."""
+    files = {file.relative_to(folder): file for file in check_regular(folder)}
+    left_out = re.compile(r"\.|__pycache__$")
+    return {name.as_posix(): file for name, file in files.items() if not any(map(left_out.match, name.parts))}
 
 
 def folder_mb(path: Path) -> float:

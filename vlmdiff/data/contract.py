@@ -163,10 +163,13 @@ def _finding(rule: Rule, result: gx.core.ExpectationValidationResult) -> Finding
     )
 
 
-def check_dataset(frame: pd.DataFrame, data: Prepare, params: Validate, out: Path) -> ContractResult:
-    """Check a manifest, its images and masks, and write the reports into the folder `out`."""
+def check_dataset(frame: pd.DataFrame, data: Prepare, params: Validate, model_size: int, out: Path) -> ContractResult:
+    """Check a manifest, its images and masks, and write the reports into the folder `out`.
+
+    model_size: the model's resolution in pixels, for which defects may be too small.
+    """
     image_root, max_pixels = data.image_root, data.max_pixels
-    table = frame.join(_look_at_masks(frame, image_root, max_pixels))
+    table = frame.join(_look_at_masks(frame, image_root, max_pixels, model_size))
     readable = frame["problem"].isna()
     learned = frame["split"].isin(["train", "validation"])
     table["readable"] = frame["problem"]
@@ -253,6 +256,12 @@ def image_rules(params: Validate, label_maps: bool) -> list[Rule]:
             "warning",
         ),
         none(
+            "mask_small",
+            "every defect marks at least half of a pixel at the model's resolution",
+            "Smaller ones count as a pixel and are hard to find: raise first_stage.image_size",
+            "warning",
+        ),
+        none(
             "near_duplicate",
             "no test image is a near-duplicate of a training or validation image",
             "Look at them: near-duplicates make the test too easy",
@@ -268,7 +277,7 @@ def image_rules(params: Validate, label_maps: bool) -> list[Rule]:
     return rules
 
 
-def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataFrame:
+def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int, model_size: int) -> pd.DataFrame:
     """Return what is wrong with the mask of each row, None if nothing is."""
     rows = []
     columns = list(frame[["mask_path", "is_anomalous", "width", "height", "problem"]].itertuples(index=False))
@@ -284,9 +293,9 @@ def _look_at_masks(frame: pd.DataFrame, root: Path, max_pixels: int) -> pd.DataF
         except InputError as error:
             found["mask_file"] = str(error)
             continue
-        found |= mask_faults(mask, None if problem else (width, height), is_anomalous, mask_path)
-    names = ["mask_exists", "mask_file", "mask_size", "mask_binary", "mask_empty", "mask_normal", "mask_large"]
-    return pd.DataFrame(rows, index=frame.index, columns=names, dtype=object)
+        found |= mask_faults(mask, None if problem else (width, height), is_anomalous, mask_path, model_size)
+    names = ("exists", "file", "size", "binary", "empty", "normal", "large", "small")
+    return pd.DataFrame(rows, index=frame.index, columns=[f"mask_{name}" for name in names], dtype=object)
 
 
 def _near_duplicates(frame: pd.DataFrame, root: Path, bits: int, max_pixels: int) -> pd.Series:

@@ -122,9 +122,8 @@ def _check_files(file: Path, said: Statement, params: Params, mask: Path | None)
     photograph = decode(file, params.prepare.max_pixels)
     found = image_faults(photograph.mode, *photograph.size, params.validate_)
     if mask is not None:
-        found |= mask_faults(
-            decode(mask, params.prepare.max_pixels), photograph.size, said.defect is not None, str(mask)
-        )
+        drawn, size = decode(mask, params.prepare.max_pixels), params.first_stage.image_size
+        found |= mask_faults(drawn, photograph.size, said.defect is not None, str(mask), size)
     if not found:
         return
     from vlmdiff.data.contract import image_rules  # Great Expectations takes seconds to import

@@ -320,24 +320,3 @@ def load_rgb(path: Path, size: int | None, max_pixels: int) -> np.ndarray:
     """Return a photograph, uint8 (H, W, 3), of its own size or, where `size` is given, of the model's."""
     image = read_image(path, max_pixels)
     return np.array(image) if size is None else fit(image, size)
-
-
-def mask_values(mask: Image.Image) -> np.ndarray:
-    """Return the values of a mask (H, W): zero where nothing is marked.
-
-    In a mask with transparency, what is drawn is marked, whatever its colour and that of the ground.
-    """
-    if mask.has_transparency_data:
-        alpha = np.asarray(mask.convert("RGBA"))[..., 3]
-        if alpha.min() < alpha.max():
-            return alpha
-    return np.asarray(mask if mask.mode.startswith(("I", "F")) else mask.convert("L"))
-
-
-def load_mask(path: Path, size: int, max_pixels: int) -> np.ndarray:
-    """Return a mask, bool (size, size): cut above zero at its own size, resized by area, then cut at one half."""
-    mask = mask_values(decode(path, max_pixels)) > 0
-    if mask.shape == (size, size):
-        return mask
-    share = Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
-    return np.asarray(share) >= 0.5

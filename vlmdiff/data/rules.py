@@ -5,7 +5,7 @@ from PIL import Image
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Validate
-from vlmdiff.data.images import mask_values
+from vlmdiff.data.masks import mask_values, shrink
 
 # A mask that marks a larger share of the image may be inverted.
 LARGE = 0.5
@@ -33,10 +33,13 @@ def image_faults(mode: str, width: int, height: int, params: Validate) -> dict[s
     return found
 
 
-def mask_faults(mask: Image.Image, size: tuple[int, int] | None, is_anomalous: bool, name: str) -> dict[str, str]:
+def mask_faults(
+    mask: Image.Image, size: tuple[int, int] | None, is_anomalous: bool, name: str, model_size: int
+) -> dict[str, str]:
     """Return what is wrong with a decoded mask, by rule of the contract.
 
-    size: width and height of its image, None if that cannot be read; name: what to call the mask.
+    size: width and height of its image, None if that cannot be read; name: what to call the mask; model_size: the
+    model's resolution in pixels.
     """
     found = {}
     if size is not None and mask.size != size:
@@ -48,6 +51,8 @@ def mask_faults(mask: Image.Image, size: tuple[int, int] | None, is_anomalous: b
     marked = bool(values.max() > 0)
     if is_anomalous and (share := np.mean(pixels > 0)) > LARGE:
         found["mask_large"] = f"{share:.0%} of the image"
+    if is_anomalous and (small := shrink(pixels > 0, model_size)[1]):
+        found["mask_small"] = f"{small} defects mark less than half of a pixel at {model_size} x {model_size}"
     if is_anomalous and not marked:
         found["mask_empty"] = name
     if marked and not is_anomalous:

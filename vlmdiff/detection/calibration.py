@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from scipy import stats
 
+from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Fraction, Positive, PositiveFloat
 
 # The ranges of the fields below hold for what is read from a file.
@@ -91,8 +92,11 @@ def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
     """Return the split conformal quantile of normal scores (n,): the ceil((n + 1)(1 - rate))-th smallest.
 
     A new normal image from the same source exceeds it with probability at most `false_alarm_rate` (Vovk et al., 2005).
-    With fewer than 1 / rate - 1 images, the result is the largest score, whose rate is 1 / (n + 1).
+    With fewer than 1 / rate - 1 images, the result is the largest score, whose rate is 1 / (n + 1). Raises InputError
+    if a score is not finite.
     """
+    if not np.isfinite(scores).all():
+        raise InputError("the score of a normal image is not a finite number, so there is no threshold")
     return float(np.sort(scores)[conformal_rank(len(scores), false_alarm_rate) - 1])
 
 

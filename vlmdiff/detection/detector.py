@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, repeat
+from itertools import count, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ from pydantic import model_validator
 from scipy import ndimage
 
 from vlmdiff.core.device import pick_device
-from vlmdiff.core.errors import InputError, explained
-from vlmdiff.core.files import read_json, write_json
+from vlmdiff.core.errors import InputError, ModelError, explained
+from vlmdiff.core.files import read_json, seal, write_json
 from vlmdiff.core.params import BackboneFeatures, Latents, Section
 from vlmdiff.core.params import Detection as DetectionParams
 from vlmdiff.data.images import fit
@@ -91,7 +91,12 @@ class Detection:
     evidence: np.ndarray | None = None
 
     def at(self, threshold: float) -> "Detection":
-        """Return the same photograph judged at another threshold: is_anomalous and the regions follow it."""
+        """Return the same photograph judged at another threshold: is_anomalous and the regions follow it.
+
+        Raises InputError if the threshold is not from 0 to 1.
+        """
+        if not 0 <= threshold <= 1:
+            raise InputError(f"the threshold is {threshold}: give a number from 0 to 1")
         is_anomalous = self.score > threshold
         # Where the score is not the map's maximum, a normal image's map may exceed the threshold.
         regions = find_regions(self.anomaly_map, threshold) if is_anomalous else []
@@ -138,7 +143,8 @@ class Detector:
     def from_pretrained(cls, folder: Path | str, device: str = "auto") -> "Detector":
         """Load what `save_pretrained` wrote. Nothing in the folder runs, and nothing outside of it is read.
 
-        Raises InputError if the folder is not a detector's, or a value in it is out of range.
+        Raises InputError if the folder is not a detector's, a value in it is out of range, or a file has changed since
+        it was written.
         """
         folder = Path(folder)
         settings = Settings.read(folder)
@@ -164,7 +170,10 @@ class Detector:
             return cls(pipeline, params, settings.calibration, settings.class_captions, bank)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write a `DiffusionPipeline` folder in safetensors, with the detector's settings, backbones and bank."""
+        """Write a `DiffusionPipeline` folder in safetensors, with the detector's settings, backbones and bank.
+
+        The hashes of all files in the folder are written too; `from_pretrained` refuses a file that has changed.
+        """
         folder = Path(folder)
         self.pipeline.save_pretrained(folder)
         detection = self.params.model_dump(mode="json")
@@ -181,6 +190,7 @@ class Detector:
         if self.bank is not None:
             self.bank.save(folder / BANK)
         write_json(folder / SETTINGS, facts)
+        seal(folder)
 
     def fill_bank(self, normal: Iterable[Photograph], count: int, batch_size: int = 32) -> None:
         """Keep patches of `count` normal images, where the parameters ask for retrieval.
@@ -194,7 +204,8 @@ class Detector:
             return
         if not isinstance(self.pipeline.vae, FeatureSpace):
             raise InputError("evaluate.detection.retrieval needs first_stage.kind: backbone: set it to null")
-        features = (unit_length(self._features(batch), self._layers) for batch in batches(normal, batch_size))
+        named = zip(normal, _names(None), strict=False)
+        features = (unit_length(self._features(batch), self._layers) for batch in batches(named, batch_size))
         with torch.no_grad():
             self.bank = PatchBank.fit(features, count, wanted.patches, wanted.expected, self.params.seed)
 
@@ -205,15 +216,16 @@ class Detector:
         captions: Sequence[str] | None = None,
         weigh: Callable[[np.ndarray], float] | None = None,
         in_bank: bool = False,
+        names: Iterable[str] | None = None,
     ) -> np.ndarray:
         """Learn what difference is normal from normal photographs that training does not see.
 
-        normal and captions: as for `detect`. weigh: returns the share of retrieval, given the evidence (N, 2, S, S) of
-        these photographs; without it, the share is that of the parameters, or one half. in_bank: the photographs are
+        normal, captions, names: as for `detect`. weigh: returns the share of retrieval, given the evidence (N, 2, S, S)
+        of these photographs; without it, the share is that of the parameters, or one half. in_bank: the photographs are
         the first in the bank, so each is judged without its own patches. Returns the photographs' scores (N,), as
         `detect` would give them for a photograph that the bank does not have.
         """
-        found = list(self._compare(normal, batch_size, captions, range(len(normal)) if in_bank else None))
+        found = list(self._compare(normal, batch_size, captions, range(len(normal)) if in_bank else None, names))
         deviation = float(np.sqrt(np.square(np.concatenate([batch.deviations for batch in found])).mean()))
         relative = np.concatenate([self._relative(batch, deviation) for batch in found])
         learned = Calibration(
@@ -235,6 +247,7 @@ class Detector:
             weight = asked if asked != "auto" else weigh(evidence) if weigh else 0.5
             learned = replace(learned, weight=weight)
         scores = self.image_scores(fuse(evidence, learned.weight))
+        self._check([name for batch in found for name in batch.names], "score", scores)
         threshold = conformal_threshold(scores, self.params.false_alarm_rate)
         self.calibration = replace(learned, threshold=threshold)
         return normalised(scores, threshold)
@@ -273,29 +286,40 @@ class Detector:
         return [known[name] for name in classes]
 
     def detect(
-        self, images: Sequence[Photograph], batch_size: int = 32, captions: Sequence[str] | None = None
+        self,
+        images: Sequence[Photograph],
+        batch_size: int = 32,
+        captions: Sequence[str] | None = None,
+        names: Iterable[str] | None = None,
     ) -> list[Detection]:
         """Judge photographs.
 
         images: arrays, uint8 (H, W, 3), or PIL images in any mode, of any size. captions: one for each image where the
         parameters say `captions: image` (its own) or `class` (`captions_of` its class), else None. The batch of an
-        image and its place there change its result by rounding at most. Raises InputError for an image of another
-        type, and where captions are missing or not wanted.
+        image and its place there change its result by rounding at most. names: what an error calls each image, by
+        default its number. Raises InputError for an image of another type, and where captions are missing or not
+        wanted; ModelError where the model gives a value that is not finite.
         """
         if captions is not None and len(captions) != len(images):
             raise InputError(f"{len(captions)} captions for {len(images)} images: give one for each image, or none")
-        return list(self.stream(images, batch_size, captions))
+        return list(self.stream(images, batch_size, captions, names))
 
     def stream(
-        self, images: Iterable[Photograph], batch_size: int = 32, captions: Iterable[str] | None = None
+        self,
+        images: Iterable[Photograph],
+        batch_size: int = 32,
+        captions: Iterable[str] | None = None,
+        names: Iterable[str] | None = None,
     ) -> Iterator[Detection]:
         """Judge photographs as `detect` does, with no more than one batch of them in memory."""
         calibration = self.calibrated()
-        for batch in self._compare(images, batch_size, captions):
+        for batch in self._compare(images, batch_size, captions, names=names):
             evidence = self._evidence(batch, calibration)
             raw = fuse(evidence, calibration.weight)
             scores = normalised(self.image_scores(raw), calibration.threshold)
             maps = normalised(raw, calibration.threshold)
+            self._check(batch.names, "score", scores)
+            self._check(batch.names, "anomaly map", maps)
             kinds = evidence if self.bank is not None else [None] * len(maps)
             for parts in zip(scores.tolist(), maps, batch.shown, kinds, strict=True):
                 score, anomaly_map, reconstruction, kind = parts
@@ -324,6 +348,7 @@ class Detector:
         batch_size: int,
         captions: Iterable[str] | None,
         without: Iterable[int] | None = None,
+        names: Iterable[str] | None = None,
     ) -> Iterator["_Compared"]:
         """Compare photographs with the mean of their samples, and with the bank, batch by batch."""
         params, size = self.params, self.pipeline.config.image_size
@@ -333,11 +358,11 @@ class Detector:
                 + ("a caption for each image" if captions is None else "images without captions")
             )
         pairs = zip(images, repeat(None), strict=False) if captions is None else zip(images, captions, strict=True)
-        numbers = None if without is None else iter(without)
+        numbers, called = None if without is None else iter(without), _names(names)
         for batch in batches(pairs, batch_size):
             x = torch.stack([to_tensor(image, size) for image, _ in batch]).to(self.pipeline.device)
             texts = None if captions is None else [caption for _, caption in batch]
-            distances = None
+            ours, distances = list(islice(called, len(batch))), None
             if self.bank is None:
                 clean = self.pipeline.encode_images(x)
             else:
@@ -353,6 +378,7 @@ class Detector:
                 # Where only latents are compared, one sample is decoded, to be shown.
                 if sample == 0 or self._decodes:
                     rebuilt = self.pipeline.decode_latents(latents)
+                    self._check(ours, "reconstruction", rebuilt.flatten(1).sum(dim=1).cpu().numpy())
                 if sample == 0:
                     shown = (rebuilt * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
                 samples.append([extract(rebuilt, latents) for extract, _ in self.spaces])
@@ -365,13 +391,28 @@ class Detector:
                 ]
                 maps.append(compare(before[i], mean, distance, size, params.align_corners))
             deviations = enlarge(torch.stack(expected).mean(dim=0), size, params.align_corners)
-            yield _Compared(torch.stack(maps, dim=1).cpu().numpy(), deviations.cpu().numpy(), distances, shown)
+            found = _Compared(ours, torch.stack(maps, dim=1).cpu().numpy(), deviations.cpu().numpy(), distances, shown)
+            for what in ("differences", "deviations", "distances"):
+                self._check(ours, what, getattr(found, what))
+            yield found
 
-    def _features(self, images: Sequence[Photograph]) -> torch.Tensor:
-        """Return the backbone's unprojected features (B, D, h, w) of photographs."""
+    def _check(self, names: Sequence[str], what: str, values: np.ndarray | None) -> None:
+        """Raise ModelError with the first image whose values (B, ...) are not all finite."""
+        if values is None or np.isfinite(values).all():
+            return
+        name = names[int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))]
+        raise ModelError(
+            f"{name}: the {what} by the model {self.pipeline.folder or ''} is not a finite number, so there is no "
+            "verdict. Restore the model's folder, or train it again."
+        )
+
+    def _features(self, named: Sequence[tuple[Photograph, str]]) -> torch.Tensor:
+        """Return the backbone's unprojected features (B, D, h, w) of photographs with their names."""
         size = self.pipeline.config.image_size
-        x = torch.stack([to_tensor(image, size) for image in images]).to(self.pipeline.device)
-        return self.pipeline.vae.features(self.pipeline.normalize(x))
+        x = torch.stack([to_tensor(image, size) for image, _ in named]).to(self.pipeline.device)
+        features = self.pipeline.vae.features(self.pipeline.normalize(x))
+        self._check([name for _, name in named], "features", features.flatten(1).sum(dim=1).cpu().numpy())
+        return features
 
     @property
     def _layers(self) -> Sequence[int]:
@@ -402,10 +443,11 @@ class Detector:
 class _Compared:
     """How far a batch of photographs lies from the means of their samples, and from the bank.
 
-    differences: (B, F, S, S), by kind of features; deviations: (B, S, S), expected there; distances: (B, h, w), None
-    without a bank; shown: uint8 (B, S, S, 3), one sample.
+    names: (B,); differences: (B, F, S, S), by kind of features; deviations: (B, S, S), expected there; distances:
+    (B, h, w), None without a bank; shown: uint8 (B, S, S, 3), one sample.
     """
 
+    names: list[str]
     differences: np.ndarray
     deviations: np.ndarray
     distances: np.ndarray | None
@@ -420,6 +462,11 @@ def fuse(evidence: np.ndarray, weight: float) -> np.ndarray:
 def normalised(values: np.ndarray, threshold: float) -> np.ndarray:
     """Return values from 0 on as float32 in [0, 1): the threshold becomes 0.5."""
     return (values / (values + threshold)).astype(np.float32)
+
+
+def _names(names: Iterable[str] | None) -> Iterator[str]:
+    """Yield what errors call images: their numbers where they have no names."""
+    return iter(names) if names is not None else map("image {}".format, count())
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

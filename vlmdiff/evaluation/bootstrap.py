@@ -19,8 +19,9 @@ import numpy as np
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, write_json
+from vlmdiff.data.masks import regions_of
 from vlmdiff.evaluation import binned
-from vlmdiff.evaluation.aupro import check_limit, regions_of
+from vlmdiff.evaluation.aupro import check_limit
 from vlmdiff.evaluation.metrics import DIGITS, METRICS, PER_CLASS
 from vlmdiff.evaluation.streaming import Counts, StreamingMetrics, bins_of
 
@@ -56,8 +57,11 @@ class Statistics:
         scores: Sequence[float],
         is_anomalous: Sequence[bool],
     ) -> "Statistics":
-        """Count maps and masks, as in `aupro`. Pixel metrics omit images whose mask is None (unknown)."""
-        pairs = list(zip(maps, masks, strict=True))
+        """Count maps and masks, as in `aupro`. Pixel metrics omit the images that `StreamingMetrics.add` omits."""
+        pairs = [
+            (anomaly_map, None if truth and not np.any(mask) else mask)
+            for anomaly_map, mask, truth in zip(maps, masks, is_anomalous, strict=True)
+        ]
         counted = StreamingMetrics()
         for index, (anomaly_map, mask) in enumerate(pairs):
             counted.add("", anomaly_map, mask, 0.0, name=str(index))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from vlmdiff.core.errors import InputError
@@ -64,6 +65,8 @@ def read_scores(file: Path) -> pd.DataFrame:
         missing = {"image_id", "class_name", "defect", "is_anomalous", "score", "verdict"} - set(scores.columns)
         if missing:
             raise ValueError(f"it has no column {min(missing)}")
+        if len(bad := scores[~np.isfinite(scores["score"])]):
+            raise ValueError(f"the score of image {bad['image_id'].iloc[0]} is not a finite number")
     except FileNotFoundError:
         raise InputError(f"{file} does not exist. Run `vlmdiff evaluate` first") from None
     except (ValueError, OSError) as error:

@@ -20,7 +20,8 @@ from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256, write_json
 from vlmdiff.core.params import Decision, Evaluate, Prepare
-from vlmdiff.data.images import load_mask, load_rgb, resolve
+from vlmdiff.data.images import load_rgb, resolve
+from vlmdiff.data.masks import load_mask
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
 from vlmdiff.detection.detector import KINDS, Detection, Detector
@@ -41,6 +42,8 @@ from vlmdiff.evaluation.report import (
 )
 
 TIMED = 10
+# Raised whenever masks are read otherwise: metrics by other masks are not compared.
+MASKS = 2
 # Beside the detector: statistics of the images that it was calibrated on.
 REFERENCE = "reference.parquet"
 
@@ -119,7 +122,7 @@ def judge_images(
     size = detector.pipeline.config.image_size
     prompts = detector_captions(detector, test, texts)
     images = _read(test["path"], data, size)
-    stream = iter(track(detector.stream(images, params.batch_size, prompts), "judge", len(test)))
+    stream = iter(track(detector.stream(images, params.batch_size, prompts, test["path"]), "judge", len(test)))
     hashed, latency = hash_test_set(frame, data, params.max_fpr), _latency_ms(detector, test, data, prompts)
     judged = Judged(detector, hashed, latency, params.decision)
     tables = []
@@ -209,12 +212,12 @@ def _test_images(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def hash_test_set(frame: pd.DataFrame, data: Prepare, max_fpr: float) -> str:
-    """Return a hash of the test images, their classes and labels, the bytes of their masks, and AU-PRO's limit."""
+    """Return a hash of the test images, their classes, labels and masks, how masks are read, and AU-PRO's limit."""
     rows = []
     for row in _test_images(frame).itertuples():
         digest = sha256(resolve(data.image_root, str(row.mask_path))) if row.mask_path else None
         rows.append(json.dumps([row.class_name, row.image_id, bool(row.is_anomalous), digest]))
-    return hashlib.sha256("\n".join([f"{max_fpr!r}", *sorted(rows)]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([f"{max_fpr!r} {MASKS}", *sorted(rows)]).encode()).hexdigest()
 
 
 def detector_captions(detector: Detector, rows: pd.DataFrame, texts: dict[str, str]) -> list[str] | None:
@@ -247,6 +250,6 @@ def _latency_ms(detector: Detector, test: pd.DataFrame, data: Prepare, prompts: 
     for i in range(min(len(test), TIMED + 1)):
         (image,) = _read(test["path"][i : i + 1], data, detector.pipeline.config.image_size)
         start = time.perf_counter()
-        detector.detect([image], captions=prompts and [prompts[i]])
+        detector.detect([image], captions=prompts and [prompts[i]], names=test["path"][i : i + 1])
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[1:] or times) if times else math.nan

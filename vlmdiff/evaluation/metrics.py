@@ -82,10 +82,11 @@ def evaluate_classes(
 ) -> Results:
     """Compute the metrics of N images from their classes, maps and masks (as in `aupro`), and image scores.
 
-    Higher scores are more anomalous. Pixel metrics omit images whose mask is None (unknown). `is_anomalous` is the
-    truth of whole images, by default whether the mask has an anomalous pixel; `ids` name the images in errors. Metrics
-    are defined as in scikit-learn, and NaN for a class without normal or without anomalous samples. Classes are sorted
-    by name. Raises InputError if a score or a map is not finite, or if the inputs differ in length or shape.
+    Higher scores are more anomalous. Pixel metrics omit images whose mask is None (unknown), and anomalous images whose
+    mask marks nothing: nobody knows where their defect is. `is_anomalous` is the truth of whole images, by default
+    whether the mask has an anomalous pixel; `ids` name the images in errors. Metrics are defined as in scikit-learn,
+    and NaN for a class without normal or without anomalous samples. Classes are sorted by name. Raises InputError if a
+    score or a map is not finite, or if the inputs differ in length or shape.
     """
     check_limit(max_fpr)
     ids = [f"image {index}" for index in range(len(class_names))] if ids is None else ids
@@ -100,7 +101,7 @@ def evaluate_classes(
 
     classes = {}
     for name, members in group(class_names).items():
-        known = {i: mask for i in members if (mask := masks[i]) is not None}
+        known = {i: mask for i in members if (mask := masks[i]) is not None and (np.any(mask) or not truth[i])}
         pixels = collect([maps[i] for i in known], list(known.values()), [ids[i] for i in known])
         pixel_ranking = rank(*pixels)
         anomalous, normal = scores[members][truth[members]], scores[members][~truth[members]]

@@ -14,8 +14,9 @@ import numpy as np
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path
+from vlmdiff.data.masks import regions_of
 from vlmdiff.evaluation import binned
-from vlmdiff.evaluation.aupro import check_limit, check_map, regions_of
+from vlmdiff.evaluation.aupro import check_limit, check_map
 from vlmdiff.evaluation.metrics import METRICS, Results
 
 # The bin of a float32 is its sign, its exponent within these limits and the first 13 bits of its mantissa: scores of a
@@ -85,8 +86,9 @@ class StreamingMetrics:
     ) -> None:
         """Count an image from its map (H, W) and mask, as in `aupro`, and its score.
 
-        Pixel metrics omit the image if its mask is None (unknown). `is_anomalous` is by default whether the mask has an
-        anomalous pixel. Raises InputError, with `name`, if a score is not finite or the shapes differ.
+        Pixel metrics omit the image if its mask is None (unknown), or marks nothing though the image is anomalous.
+        `is_anomalous` is by default whether the mask has an anomalous pixel. Raises InputError, with `name`, if a score
+        is not finite or the shapes differ.
         """
         if not math.isfinite(image_score):
             raise InputError(f"the score {name} is {image_score}. Every score must be finite.")
@@ -95,7 +97,7 @@ class StreamingMetrics:
             anomaly_map, mask = check_map(anomaly_map, mask, name)
         counts = self.classes[class_name]
         (counts.anomalous_images if truth else counts.normal_images)[bins_of(np.array([image_score]))] += 1
-        if mask is None:
+        if mask is None or (truth and not mask.any()):
             return
         bins = bins_of(anomaly_map)
         if not mask.any():

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,8 +12,9 @@ from diffusers.utils import BaseOutput, logging
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationInfo, field_validator
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError, explained
-from vlmdiff.core.files import check_regular, read_json
+from vlmdiff.core.files import HASHES, check_regular, read_json, seal, verify
 from vlmdiff.core.params import PositiveFloat, Pretrained, Solver, Spacing
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.first_stage import FirstStageModel
@@ -36,6 +38,9 @@ CLASSES = {
     "scheduler": {("diffusers", "DDIMScheduler"): DDIMScheduler},
 }
 Component = tuple[str | None, str | None]
+# The logarithm of the variance that the network expects lies within these bounds, as that of diffusers' autoencoders:
+# neither it nor its inverse overflows.
+LOG_VARIANCE = -30.0, 20.0
 
 
 class Index(BaseModel):
@@ -76,6 +81,22 @@ def load_pipeline(folder: Path | str, device: torch.device) -> "VLMDiffPipeline"
     return pipeline
 
 
+def verify_model(folder: Path) -> None:
+    """Raise InputError if a file of a model has changed since it was written. A model without hashes is announced."""
+    remedy = (
+        "Run the stage that writes the folder again, or restore it by `dvc checkout`. A copy in .cache/registry is "
+        "downloaded again after you remove it"
+    )
+    if not verify(folder, remedy):
+        _announce(folder)
+
+
+@cache
+def _announce(folder: Path) -> None:
+    """Say once that a model cannot be verified."""
+    say(f"warning: {folder} has no {HASHES}, as an earlier release wrote it: a file that has changed is not noticed")
+
+
 @dataclass
 class Reconstruction(BaseOutput):
     """images: (B, 3, S, S) in [0, 1]; latents: (B, C, h, w), scaled as the denoiser sees them.
@@ -112,6 +133,8 @@ class VLMDiffPipeline(DiffusionPipeline):
         image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
     ):
         super().__init__()
+        # Where the pipeline was loaded from, for messages.
+        self.folder: Path | None = None
         self.register_modules(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, sgn=sgn, scheduler=scheduler
         )
@@ -123,11 +146,12 @@ class VLMDiffPipeline(DiffusionPipeline):
 
         given: components, by the constructor's names, that replace those of the folder. Nothing in the folder runs: its
         model_index.json is checked before anything loads, and only the classes in CLASSES load. Raises InputError if
-        the folder has no pipeline, or one that is damaged.
+        the folder has no pipeline, or one that is damaged, or a file in it has changed since it was written.
         """
         folder = Path(folder)
         if not (folder / "model_index.json").exists():
             raise InputError(f"{folder} has no pipeline. Run `vlmdiff train` first")
+        verify_model(folder)
         for file in check_regular(folder):
             # The libraries take text in place of an object for a name on the hub.
             if file.suffix == ".json":
@@ -137,7 +161,14 @@ class VLMDiffPipeline(DiffusionPipeline):
             kind = known[getattr(index, name)]
             read = load_network if kind and issubclass(kind, torch.nn.Module) else load
             components[name] = given[name] if name in given else kind and read(kind, source, name)
-        return cls(**components, image_size=index.image_size, image_mean=index.image_mean, image_std=index.image_std)
+        loaded = cls(**components, image_size=index.image_size, image_mean=index.image_mean, image_std=index.image_std)
+        loaded.folder = folder
+        return loaded
+
+    def save_pretrained(self, save_directory: Path | str, **options: Any) -> None:
+        """Write the pipeline into a folder as diffusers does, and the hashes of all files there."""
+        super().save_pretrained(save_directory, **options)
+        seal(Path(save_directory))
 
     @classmethod
     def from_reference(
@@ -177,7 +208,9 @@ class VLMDiffPipeline(DiffusionPipeline):
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, S, S) in [0, 1]."""
         images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return self._normalization.inverse(images).clamp(0, 1)
+        images = self._normalization.inverse(images)
+        # Clamped, infinity would look like white or black.
+        return images.masked_fill(images.isinf(), torch.nan).clamp(0, 1)
 
     def encode_captions(self, captions: Sequence[str]) -> torch.Tensor:
         """Return text embeddings (B, L, D); L is the text encoder's length times the windows of the longest caption."""
@@ -203,7 +236,8 @@ class VLMDiffPipeline(DiffusionPipeline):
             mid_block_additional_residual=middle,
         ).sample
         channels = latents.shape[1]
-        return output[:, :channels], output[:, channels] if output.shape[1] > channels else None
+        log_variance = output[:, channels].clamp(*LOG_VARIANCE) if output.shape[1] > channels else None
+        return output[:, :channels], log_variance
 
     def predict_noise(
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, image: torch.Tensor

@@ -28,6 +28,7 @@ from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.decision import clopper_pearson
 from vlmdiff.evaluation.judging import REFERENCE
 from vlmdiff.evaluation.plots import draw_distributions
+from vlmdiff.model.pipeline import verify_model
 from vlmdiff.production.score import find_model, folder_name
 
 STATISTICS = ("brightness", "contrast", "sharpness", "red", "green", "blue", "width", "height")
@@ -132,6 +133,7 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
     ours = rows["model"].isin(names)
     newest = rows[ours].tail(last or params.monitor.last)
     readable = newest[newest["error"].isna()]
+    _check_finite(readable, scores, "path", "Run `vlmdiff score` again")
     unreadable, others = len(newest) - len(readable), int((~ours).sum())
     readable = readable.drop_duplicates("image_id", keep="last").reset_index(drop=True)
     found = check(readable, known, calibration, params.monitor, unreadable, others)
@@ -163,13 +165,27 @@ def read_scores(path: Path) -> pd.DataFrame:
 
 
 def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
-    """Read the calibration images of a detector, one row each. Raises InputError if its folder does not have them."""
+    """Read the calibration images of a detector, one row each.
+
+    Raises InputError if its folder does not have them, or a file in it has changed since it was written.
+    """
     file = model / REFERENCE
     if not file.is_file():
         raise InputError(f"{model} has no {REFERENCE}, the list of its calibration images. Run `vlmdiff evaluate`")
+    verify_model(model)
     calibration = Settings.read(model).calibration
     with explained(file, "Run `vlmdiff evaluate` again, or restore the folder"):
-        return pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED]), calibration
+        frame = pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED])
+    _check_finite(frame, file, "image_id", "Run `vlmdiff evaluate` again, or restore the folder")
+    return frame, calibration
+
+
+def _check_finite(frame: pd.DataFrame, file: Path, name: str, remedy: str) -> None:
+    """Raise InputError with the first row, by its column `name`, in which a compared value is not finite."""
+    finite = np.isfinite(frame[list(MEASURED)].to_numpy(np.float64, na_value=np.nan)).all(axis=1)
+    if not finite.all():
+        first = frame[name].iloc[int(np.argmin(finite))]
+        raise InputError(f"{file}: a value of {first} is not a finite number. {remedy}.")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import time
 from collections import deque
@@ -111,7 +112,8 @@ def score(
 
     Under `accelerate launch`, each process judges its share; the main process returns the result, the others None.
     Raises InputError, and writes nothing, if a source or the model is missing, the detector needs other captions, or
-    `out` holds other files or another model's scores, or another process writes to it.
+    `out` holds other files or another model's scores, or another process writes to it. Raises ModelError where the
+    model's score of a photograph is not finite; the rows before it are written.
     """
     check_out(out, lambda name: name.startswith("part-") or name == HEATMAPS)
     here = process_group()
@@ -222,10 +224,12 @@ def _pending(out: Path, photographs: list[Photograph], model: str) -> list[Photo
             raise InputError(f"{part} does not hold scores of this version ({error}): give another --out") from error
         if others := set(table["model"].to_pylist()) - {model}:
             raise InputError(f"{out} has scores by {others.pop()}, and this is {model}: give another --out")
-        stamps = zip(*(table[column].to_pylist() for column in ("path", "error", "bytes", "mtime_ns")), strict=True)
-        # What could not be read may be readable now: a share was away, a right or a limit has changed.
+        columns = (table[column].to_pylist() for column in ("path", "score", "bytes", "mtime_ns"))
+        # What could not be read may be readable now: a share was away, a right or a limit has changed. Earlier releases
+        # wrote scores that are not finite.
         stale = [
-            path in listed and (error is not None or _stamp(path) != tuple(stamp)) for path, error, *stamp in stamps
+            path in listed and (score is None or not math.isfinite(score) or _stamp(path) != tuple(stamp))
+            for path, score, *stamp in zip(*columns, strict=True)
         ]
         known.update(path for path, old in zip(table["path"].to_pylist(), stale, strict=True) if not old)
         if any(stale):
@@ -297,8 +301,9 @@ def _judge(
     """Yield the row of each photograph."""
     for batch in batches(photographs, BATCH):
         readable = [(row["path"], decoded.judged) for row, decoded in batch if decoded is not None]
-        texts = [captions[path] for path, _ in readable] if captions else None
-        found = iter(detector.detect([image for _, image in readable], captions=texts) if readable else ())
+        images, names = [image for _, image in readable], [path for path, _ in readable]
+        texts = [captions[name] for name in names] if captions else None
+        found = iter(detector.detect(images, captions=texts, names=names) if readable else ())
         for read, decoded in batch:
             row = read | {"model": model, "scored_at": datetime.now(UTC)}
             if decoded is not None:

@@ -23,6 +23,7 @@ from vlmdiff.captions.files import read_captions
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
 from vlmdiff.core.dvc import read_lock
+from vlmdiff.core.files import HASHES, seal
 from vlmdiff.core.git import code_revision
 from vlmdiff.core.params import Params
 from vlmdiff.data import manifest
@@ -146,6 +147,8 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
                 input_example=pd.DataFrame([example]),
                 pip_requirements=[f"{name}=={metadata.version(name)}" for name in ("mlflow", *REQUIREMENTS)],
             )
+            seal(Path(mlflow.artifacts.download_artifacts(model.model_uri, dst_path=str(Path(folder, "version")))))
+            MlflowClient().log_model_artifact(model.model_id, str(Path(folder, "version", HASHES)))
         mlflow.set_tag("model_uri", model.model_uri)
     return run.info.run_id, model.model_uri
 

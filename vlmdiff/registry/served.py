@@ -10,7 +10,7 @@ import math
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 
-from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import open_regular
+from vlmdiff.core.errors import InputError, ModelError
+from vlmdiff.core.files import open_regular, verify
 from vlmdiff.data.images import opened, resolve
 from vlmdiff.detection.decoded import Decoded
 from vlmdiff.detection.detector import Detection, Detector, batches
@@ -39,8 +39,15 @@ class Inspector(mlflow.pyfunc.PythonModel):
     """Photographs in, scores and verdicts out. The signature in packaging.py gives names and types."""
 
     def load_context(self, context) -> None:
-        """Read the weights and the environment. Raises InputError if a variable has a value that is not valid."""
-        self.detector = Detector.from_pretrained(context.artifacts["detector"])
+        """Read the weights and the environment.
+
+        Raises InputError if a file of the version has changed since it was registered, or a variable has a value that
+        is not valid.
+        """
+        folder = Path(context.artifacts["detector"])
+        # The code, the signature and the requirements too.
+        verify(folder.absolute().parent.parent, "Register the model again")
+        self.detector = Detector.from_pretrained(folder)
         self.max_pixels = context.model_config["max_pixels"]
         self.max_rows, self.root = _max_rows(), _image_root()
         self.judge, self.waiting = ThreadPoolExecutor(1), deque()
@@ -55,10 +62,13 @@ class Inspector(mlflow.pyfunc.PythonModel):
         A row has either `image`, a photograph's file as base64 or, from Python or Parquet, as bytes; or `path`,
         relative to the server's IMAGE_ROOT. A model that judges by captions also needs `caption`, or `class_name` where
         a class has one. params: `threshold`, by default 0.5, for which the false alarm rate is guaranteed; `heatmap`,
-        by default false. Raises MlflowException with a sentence that names the row; the server answers with status 400.
+        by default false. Raises MlflowException with a sentence that names the row; the server answers with status 400,
+        or 500 where the model gives a value that is not finite.
         """
         try:
             return self._judge(model_input, params or {})
+        except ModelError as error:
+            raise MlflowException(str(error)) from error
         except InputError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
@@ -80,7 +90,8 @@ class Inspector(mlflow.pyfunc.PythonModel):
         for batch in batches(zip(range(len(frame)), *columns, strict=True), BATCH):
             photographs = [self._read(number, image, path, draw) for number, image, path in batch]
             texts = captions and captions[len(rows) : len(rows) + len(batch)]
-            found = self._detect([photograph.judged for photograph in photographs], texts)
+            names = [f"row {number}" for number, *_ in batch]
+            found = self._detect([photograph.judged for photograph in photographs], texts, names)
             for photograph, detection in zip(photographs, found, strict=True):
                 rows.append(photograph.verdict(detection.at(threshold)))
                 if draw:
@@ -90,30 +101,41 @@ class Inspector(mlflow.pyfunc.PythonModel):
         names = ["score", "is_anomalous", "regions"]
         return pd.DataFrame(rows, columns=[*names, "heatmap"] if draw else names)
 
-    def _detect(self, images: list[np.ndarray], captions: list[str] | None) -> list[Detection]:
+    def _detect(self, images: list[np.ndarray], captions: list[str] | None, names: list[str]) -> list[Detection]:
         """Judge at most BATCH images. MLflow's server calls from many threads, but one thread judges: it takes together
         what waits, which is faster, and several threads with torch's own threads would compete for the cores.
         """
-        mine: Future[list[Detection]] = Future()
-        self.waiting.append((images, captions, mine))
+        mine = self._request(images, captions, names)
         self.judge.submit(self._detect_waiting)
         return mine.result()
+
+    def _request(self, images: list[np.ndarray], captions: list[str] | None, names: list[str]) -> Future:
+        mine: Future[list[Detection]] = Future()
+        self.waiting.append((images, captions, names, mine))
+        return mine
 
     def _detect_waiting(self) -> None:
         taken, size = [], 0
         while self.waiting and size + len(self.waiting[0][0]) <= BATCH:
             taken.append(self.waiting.popleft())
             size += len(taken[-1][0])
-        if not taken:  # an earlier call judged it too
-            return
+        if taken:  # else an earlier call judged it too
+            self._answer(taken)
+
+    def _answer(self, taken: list[tuple]) -> None:
+        images, captions, names, futures = zip(*taken, strict=True)
         try:
-            texts = [text for _, captions, _ in taken for text in captions or ()] or None
-            found = iter(self.detector.detect([i for images, _, _ in taken for i in images], BATCH, texts))
-            for images, _, future in taken:
-                future.set_result(list(islice(found, len(images))))
+            texts = [text for each in captions for text in each or ()] or None
+            found = iter(self.detector.detect([*chain(*images)], BATCH, texts, [*chain(*names)]))
+            for each, future in zip(images, futures, strict=True):
+                future.set_result(list(islice(found, len(each))))
         except Exception as error:
-            for _, _, future in taken:
-                future.set_exception(error)
+            if len(taken) == 1:
+                futures[0].set_exception(error)
+                return
+            # One request's error, which names its row, is no answer to the others.
+            for one in taken:
+                self._answer([one])
 
     def _captions(self, frame: pd.DataFrame) -> list[str] | None:
         kind = self.detector.params.captions

@@ -16,10 +16,10 @@ import vlmdiff
 from vlmdiff.core.console import say
 from vlmdiff.core.device import process_group, resolve_precision
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import atomic_folder, sha256, sync, write_json
+from vlmdiff.core.files import atomic_folder, seal, sha256, sync, verify, write_json
 from vlmdiff.core.params import Training
 
-STATE, FACTS, HASHES = "state.safetensors", "facts.json", "sha256.json"
+STATE, FACTS = "state.safetensors", "facts.json"
 # The file with the name of the newest checkpoint, written after it.
 NEWEST = "newest.json"
 DIGITS, KEPT = 9, 2
@@ -70,7 +70,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
         )
         # The lowest loss is infinite before the first validation.
         (temporary / FACTS).write_text(json.dumps(facts))
-        write_json(temporary / HASHES, {file: sha256(temporary / file) for file in (STATE, FACTS)})
+        seal(temporary)
         sync(temporary)
     sync(folder)
     write_json(folder / NEWEST, {"checkpoint": name})
@@ -91,12 +91,10 @@ def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         present.sort(key=lambda each: each.name == named, reverse=True)
     for each in present:
         try:
-            hashes = json.loads((each / HASHES).read_text())
-            for file in (STATE, FACTS):
-                if sha256(each / file) != hashes[file]:
-                    raise ValueError(f"{file} is not what was written")
+            if not verify(each, "Training goes on from the one before"):
+                raise ValueError("it has no hashes")
             return load_file(each / STATE), json.loads((each / FACTS).read_text())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (InputError, OSError, ValueError, KeyError, TypeError) as error:
             say(f"warning: the checkpoint {each} is damaged and passed over: {error}")
     return None
 
