@@ -97,7 +97,7 @@ class Detection:
         words = None
         if self.is_anomalous and self.normals and self.nearest and self.photograph is not None:
             words = self.normals.words(to_rgb(self.photograph), self.nearest.class_name)
-        verdict, path = "anomalous" if self.is_anomalous else "normal", self.nearest and self.nearest.path
+        verdict, path = "anomalous" if self.is_anomalous else "normal", self.nearest.path if self.nearest else None
         return explain(verdict, self.score, self.scaled_regions(*size), size, words, path)
 
     def at(self, threshold: float) -> "Detection":

@@ -106,11 +106,11 @@ def difference(caption: str, normal: Sequence[str]) -> str | None:
         return None
     count = Counter(ours)
     theirs.sort(key=lambda tokens: -2 * (Counter(tokens) & count).total() / (len(tokens) + len(ours)))
-    matches = [difflib.SequenceMatcher(None, tokens, ours, autojunk=False) for tokens in theirs[:COMPARED]]
-    closest = max(matches, key=lambda match: match.ratio())
+    matches = [(difflib.SequenceMatcher(None, tokens, ours, autojunk=False), tokens) for tokens in theirs[:COMPARED]]
+    closest, expected = max(matches, key=lambda match: match[0].ratio())
     if closest.ratio() < ALIKE:
         return None
-    expected, said = list(closest.a), []
+    said = []
     for kind, a0, a1, b0, b1 in closest.get_opcodes():
         if kind == "equal":
             continue

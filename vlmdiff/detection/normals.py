@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -68,7 +68,7 @@ class Normals:
             if features.ndim != 2 or len(features) != len(images) or not images or not features.isfinite().all():
                 raise ValueError("its features do not fit its images, or are not finite")
             return cls(images, features, json.loads(facts["described"]) is True)
-        except (OSError, KeyError, ValueError, ValidationError, SafetensorError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{file} does not list normal images ({error}). Run `vlmdiff evaluate` again.") from error
 
 

@@ -126,7 +126,7 @@ def score(
 
     `pandas.read_parquet(out)` reads the dataset: a row for each image, as in SCHEMA. A file that has not changed since
     it was judged is not judged again; one that has changed gets a new row. An image that cannot be read has a row with
-    its `error`, and is tried again by each run. Alarms and the most unusual of the others also get small pictures for the
+    its `error`, and is tried again by each run. Alarms and the most unusual of the others get small pictures for the
     inspector's page, in `out/_pictures`. heatmaps: also write a PNG of each alarm into `out/_heatmaps`. model: a
     detector's folder, by default the champion. class_name: the class of photographs whose table does not name one, for
     a detector that judges by the captions of classes.
