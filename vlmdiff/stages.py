@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 def prepare(params: p.Prepare, made: Path, out: Path) -> None:
     """List images, classes, splits and masks in the manifest `out`; write generated images into `made`."""
-    from vlmdiff.data import cifar, demo, listing, manifest
+    from vlmdiff.data import cifar, demo, layouts, listing, manifest
 
     with atomic_folder(made) as folder:
         if params.layout == "demo":
             demo.make_demo(folder, **params.demo.model_dump())
         elif params.layout == "cifar":
             cifar.unpack(params.root, folder, params.cifar.normal)
+        if params.image_root == made and (given := params.root / layouts.GIVEN).is_dir():
+            shutil.copytree(given, folder / layouts.GIVEN)
     frame = listing.build(params, params.image_root)
     manifest.write(frame, out)
     say(f"prepare: {len(frame)} images of {frame['class_name'].nunique()} classes in {out}")
