@@ -23,6 +23,7 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import load_rgb, resolve
 from vlmdiff.data.synthesised import synthesise
 from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.normals import Normal
 from vlmdiff.evaluation import aupro
 from vlmdiff.model.pipeline import load_pipeline
 
@@ -35,6 +36,7 @@ def main() -> None:
     pipeline = load_pipeline(w.PIPELINE, pick_device())
     size = pipeline.config.image_size
     normal = [load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in frame["path"]]
+    known = [Normal(*row) for row in training[["image_id", "path", "class_name"]].itertuples(index=False)]
     training = [load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in training["path"]]
     classes, texts = frame["class_name"].to_numpy(), read_captions(w.CAPTIONS)
     spoiled = list(synthesise(normal, classes.tolist()))
@@ -51,7 +53,7 @@ def main() -> None:
         prompts = None if detection.captions == "none" else [texts[frame["image_id"][row]] for row in rows]
         detector = Detector(pipeline, detection)
         if detection.retrieval:
-            detector.fill_bank(training, len(training))
+            detector.learn(training, known)
         detector.calibrate(normal, captions=prompts and prompts[: len(normal)])
         found = detector.detect(images, captions=prompts)
         maps, scores = np.stack([one.anomaly_map for one in found]), np.array([one.score for one in found])

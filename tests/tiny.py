@@ -10,6 +10,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from vlmdiff.core.params import AutoencoderFeatures, Detection, Pixels, TextEncoder, Train
 from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.normals import Normal
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.text import token_windows
 from vlmdiff.training.diffusion import build
@@ -63,10 +64,16 @@ def tiny_detector(**detection) -> Detector:
     return Detector(tiny_pipeline(), Detection(**settings))
 
 
+def named(count: int, caption: str | None = None) -> list[Normal]:
+    """What is known of `count` normal images of one class."""
+    return [Normal(f"{i:064x}", f"thing/good/{i}.png", "thing", caption) for i in range(count)]
+
+
 def save_tiny_detector(folder: Path) -> Path:
     """Save `tiny_detector`, calibrated on noise, into `folder`, and return it."""
     detector = tiny_detector(samples=1, steps=1)
     noise = np.random.default_rng(1).integers(0, 256, (20, SIZE, SIZE, 3), dtype=np.uint8)
+    detector.learn(list(noise), named(len(noise), "A grey thing."), described=True)
     detector.calibrate(list(noise))
     detector.save_pretrained(folder)
     return folder

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 def prepare(params: p.Prepare, made: Path, out: Path) -> None:
     """List images, classes, splits and masks in the manifest `out`; write generated images into `made`."""
-    from vlmdiff.data import cifar, demo, listing, manifest
+    from vlmdiff.data import cifar, demo, layouts, listing, manifest
 
     with atomic_folder(made) as folder:
         if params.layout == "demo":
             demo.make_demo(folder, **params.demo.model_dump())
         elif params.layout == "cifar":
             cifar.unpack(params.root, folder, params.cifar.normal)
+        if params.image_root == made and (given := params.root / layouts.GIVEN).is_dir():
+            shutil.copytree(given, folder / layouts.GIVEN)
     frame = listing.build(params, params.image_root)
     manifest.write(frame, out)
     say(f"prepare: {len(frame)} images of {frame['class_name'].nunique()} classes in {out}")
@@ -153,12 +155,15 @@ def evaluate(
 
     params: the parameters of all stages, which the report lists.
     """
+    import pandas as pd
+
     from vlmdiff.captions.files import read_captions
     from vlmdiff.core.device import pick_device
     from vlmdiff.data import manifest
     from vlmdiff.data.images import load_rgb, resolve
     from vlmdiff.detection.class_captions import class_captions
     from vlmdiff.detection.detector import Detector
+    from vlmdiff.detection.normals import Normal
     from vlmdiff.evaluation.judging import captions_of, detector_captions, judge_images, write_reference
     from vlmdiff.evaluation.report import provenance
     from vlmdiff.evaluation.weighing import Weighing
@@ -178,10 +183,11 @@ def evaluate(
     def read(rows: "pd.DataFrame") -> Iterator[np.ndarray]:
         return (load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in rows["path"])
 
-    if ours.detection.retrieval:
-        # Held-out images first: each is judged without its own patches, and new images by all normal ones.
-        images, count = chain(read(held_out), read(training)), len(held_out) + len(training)
-        detector.fill_bank(track(images, "fill the bank", count), count, ours.batch_size)
+    # Held-out images first: each is judged without its own patches, and new images by all normal ones.
+    columns = zip(*(pd.concat([held_out, training])[name] for name in ("image_id", "path", "class_name")), strict=True)
+    known = [Normal(image_id, path, name, texts.get(image_id)) for image_id, path, name in columns]
+    images = track(chain(read(held_out), read(training)), "learn what is normal", len(known))
+    detector.learn(images, known, ours.batch_size, described=params.caption.captioner.kind == "describe")
     normal, prompts = list(read(held_out)), detector_captions(detector, held_out, texts)
     weighing = Weighing(detector, normal, held_out["class_name"].tolist(), prompts, ours.batch_size, ours.max_fpr)
     names = held_out["path"]

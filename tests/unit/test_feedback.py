@@ -7,15 +7,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from vlmdiff import stages
 from vlmdiff.cli import app
+from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import sha256
 from vlmdiff.core.params import load
-from vlmdiff.data import contract, listing
+from vlmdiff.data import contract, listing, manifest
+from vlmdiff.data.excluded import decide
+from vlmdiff.data.feedback import Statement, answers, give_feedback, withdraw
 
 GOOD = {"folder": "bottle/good", "mvtec_ad": "bottle/train/good"}
 SPLIT = {"folder": "bottle/crack", "mvtec_ad": "bottle/test/crack"}
@@ -276,11 +282,110 @@ def test_an_unknown_class_is_refused_with_the_known_ones(layout) -> None:
     assert "no class 'botle', only bottle" in str(result.exception)
 
 
-def test_a_layout_that_is_a_list_is_refused_with_those_that_are_folders(layout) -> None:
-    Path("params.yaml").write_text(yaml.safe_dump({"prepare": {"layout": "visa"}}))
-    refused("normal", photograph(Path("a.png"), 20), words=("prepare.layout is visa", "folder and mvtec_ad"))
-
-
 def test_data_that_dvc_tracks_by_itself_is_to_be_added_again(layout) -> None:
     Path("data/raw.dvc").write_text("outs: []\n")
     assert f"`dvc add {os.path.join('data', 'raw')}`" in give("normal", photograph(Path("a.png"), 20))
+
+
+def small_demo(root: Path) -> dict:
+    return {"demo": {"train": 2, "test_good": 1, "test_per_defect": 1, "size": 64}}
+
+
+def small_btad(root: Path) -> dict:
+    for i, name in enumerate(("train/ok/0.png", "train/ok/1.png", "test/ok/0.png", "test/ko/1.png")):
+        photograph(root / "bottle" / name, i)
+    return {}
+
+
+def small_table(root: Path) -> dict:
+    for i in range(4):
+        photograph(root / f"{i}.png", i)
+    rows = ["path,class_name,label", *(f"{i}.png,bottle,{'normal' if i < 3 else 'anomaly'}" for i in range(4))]
+    (root / "images.csv").write_text("\n".join(rows))
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("name", "fill", "class_name"),
+    [("demo", small_demo, "cable"), ("btad", small_btad, "bottle"), ("table", small_table, "bottle")],
+)
+def test_a_layout_without_a_place_for_feedback_has_it_in_a_folder_of_its_own(
+    tmp_path, monkeypatch, name, fill, class_name
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data/raw").mkdir(parents=True)
+    Path("params.yaml").write_text(yaml.safe_dump({"prepare": {"layout": name, **fill(Path("data/raw"))}}))
+    params = load()
+
+    def prepare() -> pd.DataFrame:
+        stages.prepare(params.prepare, w.MADE, w.MANIFEST)
+        return manifest.read(w.MANIFEST).set_index("image_id")
+
+    def say(*arguments) -> str:
+        result = CliRunner().invoke(app, ["feedback", *map(str, arguments), "--class-name", class_name, "--by", "Ada"])
+        if result.exception:
+            raise result.exception
+        return result.output
+
+    before = prepare()
+    good, bad = photograph(Path("a.png"), 20), photograph(Path("b.png"), 21)
+    say("normal", good)
+    say("anomalous", bad, "--defect", "crack", "--mask", mask(Path("m.png")))
+    after = prepare()
+    assert set(before.index) < set(after.index)
+    normal, defective = after.loc[sha256(good)], after.loc[sha256(bad)]
+    assert normal["split"] in ("train", "validation") and normal["class_name"] == class_name
+    assert (defective["split"], defective["defect"]) == ("test", "crack") and "masks" in defective["mask_path"]
+    # Images that the stage makes are images of the dataset too.
+    known = Path(params.prepare.image_root, before[before["is_anomalous"]]["path"].iloc[0])
+    with pytest.raises(InputError, match="is in the dataset already"):
+        say("normal", known)
+    with pytest.raises(InputError, match=r"no class 'botle', only .*" + class_name):
+        give_feedback([good], Statement("botle", None, "Ada"), params, w.FEEDBACK)
+    # What was said can be taken back.
+    withdraw(sha256(bad), "Grace Hopper", params, w.FEEDBACK)
+    assert not list(Path("data/raw").rglob(f"{sha256(bad)[:16]}*")) and set(answers(w.FEEDBACK)) == {sha256(good)}
+
+
+def test_what_was_said_can_be_taken_back_and_said_again(layout) -> None:
+    file, drawn = photograph(Path("a.png"), 20), mask(Path("m.png"))
+    before = tree()
+    give("anomalous", file, "--defect", "crack", "--mask", drawn)
+    taken = withdraw(sha256(file), "Grace Hopper", load(), w.FEEDBACK)
+    assert (taken["truth"], taken["by"]) == ("anomalous", "Ada Lovelace")
+    assert tree() - {str(w.FEEDBACK)} == before - {str(w.FEEDBACK)} and not answers(w.FEEDBACK)
+    with pytest.raises(InputError, match="nothing to take back"):
+        withdraw(sha256(file), "Grace Hopper", load(), w.FEEDBACK)
+    give("normal", file)
+    rows = [json.loads(line) for line in w.FEEDBACK.read_text().splitlines()]
+    assert [(row["truth"], row["by"]) for row in rows] == [
+        ("anomalous", "Ada Lovelace"),
+        ("withdrawn", "Grace Hopper"),
+        ("normal", "Ada Lovelace"),
+    ]
+    # Images that feedback did not add stay.
+    trained_on = Path("data/raw", GOOD[layout], "1.png")
+    give("normal", trained_on)
+    withdraw(sha256(trained_on), "Grace Hopper", load(), w.FEEDBACK)
+    assert trained_on.exists()
+
+
+def test_the_second_of_two_who_disagree_learns_what_the_first_said(layout) -> None:
+    file = photograph(Path("a.png"), 20)
+    give("normal", file)
+    refused("anomalous", file, words=("Ada Lovelace said at", "that it is normal"))
+
+
+def test_an_excluded_image_is_left_out_and_nothing_is_deleted(layout) -> None:
+    path = Path(GOOD[layout], "1.png")
+    image_id = sha256(Path("data/raw", path))
+    before, files = set(records()), tree()
+    decide([(image_id, str(path))], True, "a scratch", "Ada Lovelace", Path("data/raw"))
+    assert set(records()) == before - {image_id}
+    assert tree() == files | {"data/raw/excluded.jsonl"}
+    (row,) = (json.loads(line) for line in Path("data/raw/excluded.jsonl").read_text().splitlines())
+    assert (row["why"], row["by"], row["path"]) == ("a scratch", "Ada Lovelace", str(path)) and row["when"]
+    decide([(image_id, str(path))], False, "only dust", "Grace Hopper", Path("data/raw"))
+    assert set(records()) == before
+    with pytest.raises(InputError, match="who decides, and why"):
+        decide([(image_id, str(path))], True, " ", "Ada Lovelace", Path("data/raw"))

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.neighbors import NearestNeighbors
 
 from tests.backbones import GIVEN
-from tests.tiny import tiny_pipeline
+from tests.tiny import named, tiny_pipeline
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Detection, FirstStage, Latents, Retrieval, Train
 from vlmdiff.detection.detector import Detector, fuse
@@ -72,7 +72,7 @@ def test_calibration_by_images_of_the_bank_is_that_by_new_ones(detector):
     images = photographs(20, seed=1)
     fresh = detector.calibration.threshold
     again = Detector(detector.pipeline, detector.params)
-    again.fill_bank([*images, *photographs(8, seed=0)], 28)
+    again.learn([*images, *photographs(8, seed=0)], named(28))
     again.calibrate(images, weigh=lambda evidence: 0.7, in_bank=True)
     blind = Detector(detector.pipeline, detector.params, bank=again.bank)
     blind.calibrate(images, weigh=lambda evidence: 0.7)
@@ -147,7 +147,7 @@ def detector(saved, tmp_path_factory):
         steps=1, samples=1, features=(Latents(kind="latents"),), retrieval=Retrieval(patches=200), smoothing=1.0
     )
     detector = Detector(pipeline, detection)
-    detector.fill_bank(photographs(8, seed=0), 8)
+    detector.learn(photographs(8, seed=0), named(8))
     detector.calibrate(photographs(20, seed=1), weigh=lambda evidence: 0.7)
     return detector
 
@@ -187,4 +187,4 @@ def test_a_saved_detector_has_its_bank_and_judges_alike(detector, tmp_path):
 def test_an_autoencoder_has_no_features_to_retrieve():
     detector = Detector(tiny_pipeline(), Detection(retrieval=Retrieval(), features=(Latents(kind="latents"),)))
     with pytest.raises(InputError, match=r"first_stage\.kind: backbone"):
-        detector.fill_bank([], 0)
+        detector.learn([], [])

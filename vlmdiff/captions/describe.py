@@ -20,7 +20,7 @@ NUMBERS += ["eleven", "twelve"]
 
 def describe(image: Image.Image) -> str:
     """Return the caption of an RGB image of any size. Equal images give equal captions."""
-    image = _working_size(image)
+    image = working_size(image)
     lab = to_lab(np.asarray(image.filter(ImageFilter.MedianFilter(3))))
     lightness = ndimage.gaussian_filter(to_lab(np.asarray(image))[..., 0], 0.7)
     names = name_colours(lab)
@@ -35,7 +35,8 @@ def describe(image: Image.Image) -> str:
     return _upper(f"{_parts(names, parts)} on {_article(ground)} background.")
 
 
-def _working_size(image: Image.Image) -> Image.Image:
+def working_size(image: Image.Image) -> Image.Image:
+    """Return an image at the size at which it is described. Describing that gives the same caption."""
     scale = SIDE / max(image.size)
     size = [max(SIDE // 8, round(side * scale)) for side in image.size]
     return image.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR)

@@ -1,10 +1,8 @@
 """What a person says of photographs: normal ones join the training data, anomalous ones the test data."""
 
 import glob
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -14,18 +12,22 @@ from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, sha256
 from vlmdiff.core.locks import hold
-from vlmdiff.core.params import Params
+from vlmdiff.core.params import Params, Prepare
+from vlmdiff.data import log as logs
+from vlmdiff.data import manifest
 from vlmdiff.data.images import SUFFIXES, decode
-from vlmdiff.data.layouts import GOOD
+from vlmdiff.data.layouts import GIVEN, GOOD
 from vlmdiff.data.rules import check_name, image_faults, mask_faults
 
-# By layout, under a class's folder: where normal training images lie, defective ones, and their masks.
+# By layout, under a class's folder: where normal training images lie, defective ones, and their masks. The other
+# layouts have such classes in the root's folder GIVEN, in layout `folder`.
 PLACES = {
     "folder": (GOOD, "{defect}", "masks/{defect}/{stem}{suffix}"),
     "mvtec_ad": (f"train/{GOOD}", "test/{defect}", "ground_truth/{defect}/{stem}_mask{suffix}"),
 }
 NAME_LENGTH = 16
 KEYS = ("image_id", "truth", "class_name", "defect")
+WITHDRAWN = "withdrawn"
 # Seconds to wait for another person's feedback.
 LIMIT = 60.0
 
@@ -45,29 +47,56 @@ def give_feedback(
     """Copy photographs into `prepare.root`, append a line for each to `log`, and return the new files.
 
     Their names are hashes of their contents, so that the same feedback twice adds nothing. mask: of one defective
-    photograph. Everything is checked before anything is copied. Raises InputError if the layout is not in PLACES,
-    the dataset does not have the class, a photograph or a mask breaks the data contract, a photograph is in the dataset
-    elsewhere or with another mask, or a mask is required and missing.
+    photograph. Everything is checked before anything is copied. Raises InputError if the dataset does not have the
+    class, a photograph or a mask breaks the data contract, a photograph is in the dataset elsewhere or with another
+    mask, or a mask is required and missing.
     """
-    root, layout = params.prepare.root, params.prepare.layout
-    if layout not in PLACES:
-        raise InputError(f"prepare.layout is {layout}: only {' and '.join(PLACES)}, folders of images, take feedback")
     _check_statement(said, len(files), mask, params.validate_.masks == "required")
     # Two people at once would each miss what the other adds.
-    with hold(w.FEEDBACK_LOCK, f"the feedback of {root}", LIMIT):
+    with hold(w.FEEDBACK_LOCK, f"the feedback of {params.prepare.root}", LIMIT):
         return _take(files, said, params, log, mask)
 
 
+def withdraw(image_id: str, by: str, params: Params, log: Path) -> dict[str, Any]:
+    """Take back what was last said of a photograph: remove the files that feedback added, and log who did.
+
+    Returns the row of the log that no longer holds. Raises InputError if there is none.
+    """
+    with hold(w.FEEDBACK_LOCK, f"the feedback of {params.prepare.root}", LIMIT):
+        rows = logs.read(log, KEYS)
+        last = logs.latest(rows).get(image_id)
+        if last is None or last["truth"] == WITHDRAWN:
+            raise InputError("nobody has said what this photograph shows, so there is nothing to take back")
+        place, folder, masks = _places(params.prepare, last["class_name"], last["defect"])
+        drawn = place / masks.format(defect=last["defect"], stem=image_id[:NAME_LENGTH], suffix=".*")
+        # Only what feedback named.
+        for file in [*folder.glob(f"{image_id[:NAME_LENGTH]}.*"), *drawn.parent.glob(drawn.name)]:
+            file.unlink()
+        logs.append(log, rows, [{**{key: last[key] for key in KEYS}, "truth": WITHDRAWN}], by)
+        return last
+
+
+def answers(log: Path) -> dict[str, dict[str, Any]]:
+    """Return, by image, what was last said of it: the keys KEYS, `by` and `when`. What was taken back is not there."""
+    return {key: row for key, row in logs.latest(logs.read(log, KEYS)).items() if row["truth"] != WITHDRAWN}
+
+
+def _places(data: Prepare, class_name: str, defect: str | None) -> tuple[Path, Path, str]:
+    """Return a class's folder, that of its photographs of this kind, and the pattern of their masks in the first."""
+    root = data.root if data.layout in PLACES else data.root / GIVEN
+    normal, defective, masks = PLACES.get(data.layout, PLACES["folder"])
+    place = root / class_name
+    return place, place / (normal if defect is None else defective.format(defect=defect)), masks
+
+
 def _take(files: Sequence[Path], said: Statement, params: Params, log: Path, mask: Path | None) -> list[Path]:
-    root = params.prepare.root
-    normal, defective, masks = PLACES[params.prepare.layout]
-    place = _class_folder(root, said.class_name, normal)
-    folder = place / (normal if said.defect is None else defective.format(defect=said.defect))
+    _check_class(params.prepare, said.class_name)
+    place, folder, masks = _places(params.prepare, said.class_name, said.defect)
     for file in files:
         _check_files(file, said, params, mask)
-    logged = _read_log(log)
+    logged = logs.read(log, KEYS)
     hashes = {file: sha256(file) for file in files}
-    known, added = _find_copies(root, hashes, folder), []
+    known, added = _find_copies(params.prepare, hashes, folder, logs.latest(logged)), []
     for file, image_id in hashes.items():
         target = known.get(image_id, folder / f"{image_id[:NAME_LENGTH]}{file.suffix.lower()}")
         if mask is not None:
@@ -79,7 +108,12 @@ def _take(files: Sequence[Path], said: Statement, params: Params, log: Path, mas
             _copy(file, target)
             known[image_id] = target
             added.append(target)
-    _append(log, logged, said, hashes.values())
+    if params.prepare.layout not in PLACES:
+        # Layout `folder` needs it in each class.
+        (place / GOOD).mkdir(parents=True, exist_ok=True)
+    truth = "normal" if said.defect is None else "anomalous"
+    rows = [(image_id, truth, said.class_name, said.defect) for image_id in dict.fromkeys(hashes.values())]
+    logs.append(log, logged, [dict(zip(KEYS, row, strict=True)) for row in rows], said.by)
     return added
 
 
@@ -104,14 +138,21 @@ def _check_name(name: str, what: str) -> None:
         raise InputError(f"the {what} {name!r} would be a hidden folder: use another name")
 
 
-def _class_folder(root: Path, name: str, normal: str) -> Path:
+def _check_class(data: Prepare, name: str) -> None:
+    """Raise InputError if the dataset does not have the class."""
+    root = data.root
+    if data.layout not in PLACES:
+        known = sorted(set(manifest.read(w.MANIFEST)["class_name"]))
+        if name not in known:
+            raise InputError(f"the dataset has no class {name!r}, only {', '.join(known)}")
+        return
+    normal, _, _ = PLACES[data.layout]
     if not (root / name / normal).is_dir():
         known = sorted(path.relative_to(root).parts[0] for path in root.glob(f"*/{normal}") if path.is_dir())
         raise InputError(
             f"{root} has no class {name!r}, only {', '.join(known) or 'none'}; to begin a new class, make its folder: "
             f"mkdir -p {root / name / normal}"
         )
-    return root / name
 
 
 def _check_files(file: Path, said: Statement, params: Params, mask: Path | None) -> None:
@@ -149,57 +190,44 @@ def _refuse_another_mask(drawn: Path, mask: Path, photograph: Path) -> None:
             raise InputError(f"{photograph} has another mask already, {present}: remove that file if it is wrong")
 
 
-def _find_copies(root: Path, hashes: dict[Path, str], folder: Path) -> dict[str, Path]:
+def _find_copies(
+    data: Prepare, hashes: dict[Path, str], folder: Path, said: dict[str, dict[str, Any]]
+) -> dict[str, Path]:
     """Return, by hash, the images in `folder` that are the same as these files.
 
-    Raises InputError if the dataset has one of them elsewhere.
+    said: what was said last, by hash. Raises InputError if the dataset has one of the files elsewhere.
     """
     wanted = {image_id: file for file, image_id in hashes.items()}
     sizes = {file.stat().st_size for file in hashes}
     found: dict[str, Path] = {}
-    for path in sorted(root.rglob("*")):
+    for path in _images_of(data):
         # Only files of the same size can have the same hash.
         if path.suffix.lower() in SUFFIXES and path.is_file() and path.stat().st_size in sizes:
             image_id = sha256(path)
             if image_id in wanted and path.parent != folder:
+                row = said.get(image_id, {"truth": WITHDRAWN})
+                by = (
+                    ""
+                    if row["truth"] == WITHDRAWN
+                    else f" ({row['by']} said at {row['when']} that it is {row['truth']})"
+                )
                 raise InputError(
-                    f"{wanted[image_id]} is in the dataset already, as {path}, and cannot be in {folder} too: remove "
-                    "that file if it is wrong there"
+                    f"{wanted[image_id]} is in the dataset already, as {path}{by}, and cannot be in {folder} too: "
+                    "remove that file if it is wrong there"
                 )
             if image_id in wanted:
                 found.setdefault(image_id, path)
     return found
 
 
+def _images_of(data: Prepare) -> Iterator[Path]:
+    yield from sorted(data.root.rglob("*"))
+    if data.image_root != data.root:
+        # What `prepare` made, without its copies of what lies in the root.
+        copies = data.image_root / GIVEN
+        yield from (path for path in sorted(data.image_root.rglob("*")) if not path.is_relative_to(copies))
+
+
 def _copy(file: Path, target: Path) -> None:
     with atomic_path(target) as temporary:
         copyfile(file, temporary)
-
-
-def _read_log(log: Path) -> list[dict[str, Any]]:
-    """Return the rows of the log, without a last line that a kill cut off. Raises InputError for any other damage."""
-    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({key: row[key] for key in (*KEYS, "by", "when")})
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                say(f"warning: {log}: the last line was cut off and is removed: {line.decode(errors='replace')}")
-            elif line.strip():
-                raise InputError(
-                    f"{log}, line {number}: not a line of feedback ({error!r}): fix or remove it"
-                ) from None
-    return rows
-
-
-def _append(log: Path, rows: list[dict[str, Any]], said: Statement, image_ids: Iterable[str]) -> None:
-    """Add a row for each photograph, except where the log says the same already, and write the log whole."""
-    logged = {tuple(row[key] for key in KEYS) for row in rows}
-    truth = "normal" if said.defect is None else "anomalous"
-    record = {"by": said.by, "when": datetime.now(UTC).isoformat(timespec="seconds")}
-    new = [(image_id, truth, said.class_name, said.defect) for image_id in dict.fromkeys(image_ids)]
-    rows = rows + [dict(zip(KEYS, row, strict=True)) | record for row in new if row not in logged]
-    with atomic_path(log) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

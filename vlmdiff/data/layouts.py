@@ -23,6 +23,8 @@ from vlmdiff.data.manifest import SPLITS
 from vlmdiff.data.rules import check_name
 
 GOOD = "good"
+# In the root of a layout that has no place of its own for what people say of new images: these, in layout `folder`.
+GIVEN = "feedback"
 
 
 class Record(NamedTuple):
@@ -41,7 +43,7 @@ class Record(NamedTuple):
 
 def mvtec_ad(root: Path, params: Prepare, good: str = GOOD) -> Iterator[Record]:
     """Read CLASS/train/good, CLASS/test/{good,DEFECT} and CLASS/ground_truth/DEFECT/STEM_mask.png (MVTec-AD, MPDD)."""
-    for folder in _folders(root):
+    for folder in _classes(root, params):
         if not (folder / "train" / good).is_dir():
             raise InputError(
                 f"{folder} has no train/{good}. Layout {params.layout} needs CLASS/train/{good} and CLASS/test/*."
@@ -62,7 +64,7 @@ def btad(root: Path, params: Prepare) -> Iterator[Record]:
 
 def mvtec_3d(root: Path, params: Prepare) -> Iterator[Record]:
     """Read the photos CLASS/{train,validation,test}/KIND/{rgb,gt}/STEM.png, not the depths in xyz (MVTec 3D-AD)."""
-    for folder in _folders(root):
+    for folder in _classes(root, params):
         if not (folder / "train" / GOOD / "rgb").is_dir():
             raise InputError(
                 f"{folder} has no train/{GOOD}/rgb. Layout mvtec_3d needs CLASS/train/{GOOD}/rgb, CLASS/test/*/rgb."
@@ -160,6 +162,15 @@ def coco_ad(root: Path, params: Prepare) -> Iterator[Record]:
                 yield _listed(root, where, row.img_path, class_name, split, row.anomaly, defect, row.mask_path)
 
 
+def given(root: Path, params: Prepare) -> Iterator[Record]:
+    """Read what people said of new images, where the layout has no place of its own for it."""
+    if params.layout not in ("folder", "mvtec_ad") and (root / GIVEN).is_dir():
+        for record in folder(root / GIVEN, params):
+            mask = record.mask_path and f"{GIVEN}/{record.mask_path}"
+            split = "test" if record.is_anomalous else "train"
+            yield record._replace(path=f"{GIVEN}/{record.path}", mask_path=mask, split=split)
+
+
 Layout = Callable[[Path, Prepare], Iterator[Record]]
 LAYOUTS: dict[str, Layout] = {
     # The prepare stage makes these two, in MVTec-AD's layout.
@@ -184,6 +195,10 @@ def _found(root: Path, class_name: str, split: str | None, kind: str, good: str,
     mask: Path | None = masks.pop((kind, image.stem), None)
     path, mask_path = image.relative_to(root).as_posix(), mask.relative_to(root).as_posix() if mask else None
     return Record(path, class_name, split, kind != good, None if kind == good else kind, mask_path)
+
+
+def _classes(root: Path, params: Prepare) -> list[Path]:
+    return [path for path in _folders(root) if path.name != GIVEN or params.layout == "mvtec_ad"]
 
 
 def _folders(place: Path) -> list[Path]:

@@ -13,8 +13,9 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import open_regular, sha256
 from vlmdiff.core.params import Copies, Prepare
 from vlmdiff.data import cifar, demo, manifest, sources
+from vlmdiff.data.excluded import FILE, excluded
 from vlmdiff.data.images import SUFFIXES, decode, resolve
-from vlmdiff.data.layouts import GOOD, LAYOUTS, Record
+from vlmdiff.data.layouts import GOOD, LAYOUTS, Record, given
 
 NAMED = 10
 # The hash of a file that cannot be opened.
@@ -24,7 +25,8 @@ UNREADABLE = "0" * 64
 def build(params: Prepare, root: Path) -> pd.DataFrame:
     """List, hash and decode every image under `root`. The columns are those of SCHEMA, the rows are sorted by path.
 
-    An unreadable image is listed with its `problem`; the data contract judges it. Of images with the same bytes and the
+    Images that people excluded are left out. An unreadable image is listed with its `problem`; the data contract judges
+    it. Of images with the same bytes and the
     same label, those after the first are left out with a warning; in two splits, if `copies` says so. If the dataset
     has no splits, all anomalous images and the share `test_fraction` of each class's normal images form the test split.
     If a class has no validation split, the share `validation_fraction` of its normal training images, at least one,
@@ -42,7 +44,9 @@ def build(params: Prepare, root: Path) -> pd.DataFrame:
         [{**record._asdict(), **facts} for record, facts in zip(records, looked, strict=True)],
         columns=manifest.SCHEMA.names,
     )
-    frame = _without_copies(frame, params.copies)
+    left_out = frame["image_id"].isin(excluded(params.root))
+    _warn(frame, left_out, f"as {params.root / FILE} says", "note")
+    frame = _without_copies(frame[~left_out], params.copies)
     _split(frame, params)
     return manifest.with_none(frame)
 
@@ -81,7 +85,7 @@ def _paths(records: Iterable[Record]) -> Iterator[str]:
 def _records(params: Prepare, root: Path) -> list[Record]:
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Set prepare.root to the dataset's folder.")
-    records = sorted(LAYOUTS[params.layout](root, params), key=lambda record: record.path)
+    records = sorted([*LAYOUTS[params.layout](root, params), *given(root, params)], key=lambda record: record.path)
     if not records:
         raise InputError(f"{root} has no images in layout {params.layout}. See vlmdiff/data/layouts.py.")
     classes: dict[str, str] = {}
@@ -139,23 +143,23 @@ def _without_copies(frame: pd.DataFrame, copies: Copies) -> pd.DataFrame:
     # The contract shows files that cannot be read and rows that are listed twice, each of them.
     fit = frame["problem"].isna() & ~frame.duplicated("path", keep=False)
     again = fit & frame[fit].duplicated([*label, "split"]).reindex(frame.index, fill_value=False)
-    _warn(frame, again, "the same bytes as another image of the same split")
+    _warn(frame, again, "with the same bytes as another image of the same split")
     frame = frame[~again]
     if copies != "error":
         order = (
             frame["split"].map(manifest.SPLITS.index, na_action="ignore").sort_values(ascending=copies == "keep_train")
         )
         later = frame.loc[order.index].duplicated(label).reindex(frame.index) & fit.reindex(frame.index)
-        _warn(frame, later, f"the same bytes as an image of another split (prepare.copies: {copies})")
+        _warn(frame, later, f"with the same bytes as an image of another split (prepare.copies: {copies})")
         frame = frame[~later]
     return frame.reset_index(drop=True)
 
 
-def _warn(frame: pd.DataFrame, left_out: pd.Series, why: str) -> None:
+def _warn(frame: pd.DataFrame, left_out: pd.Series, why: str, kind: str = "warning") -> None:
     if left_out.any():
         paths = frame.loc[left_out, "path"]
         more = " …" if len(paths) > NAMED else ""
-        say(f"warning: {len(paths)} images are left out, with {why}: {', '.join(paths[:NAMED])}{more}")
+        say(f"{kind}: {len(paths)} images are left out, {why}: {', '.join(paths[:NAMED])}{more}")
 
 
 def _split(frame: pd.DataFrame, params: Prepare) -> None:

@@ -1,7 +1,9 @@
 """`Detector`: photographs in, scores, verdicts and anomaly maps out."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import count, islice, repeat
 from pathlib import Path
 
@@ -9,24 +11,25 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import model_validator
-from scipy import ndimage
 
 from vlmdiff.core.device import pick_device
 from vlmdiff.core.errors import InputError, ModelError, explained
 from vlmdiff.core.files import read_json, seal, write_json
 from vlmdiff.core.params import BackboneFeatures, Latents, Section
 from vlmdiff.core.params import Detection as DetectionParams
-from vlmdiff.data.images import fit
+from vlmdiff.data.images import fit, to_rgb
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, image_scores, smooth
 from vlmdiff.detection.calibration import Calibration, Usual, conformal_threshold
+from vlmdiff.detection.explain import Region, explain, find_regions
 from vlmdiff.detection.features import spaces
+from vlmdiff.detection.normals import Normal, Normals, pooled
 from vlmdiff.detection.retrieval import PatchBank, unit_length
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
 
 SETTINGS = "detector.json"
-BANK = "bank.safetensors"
+BANK, NORMALS = "bank.safetensors", "normals.safetensors"
 # The kinds of evidence, in order.
 KINDS = "reconstruction", "retrieval"
 Photograph = np.ndarray | Image.Image
@@ -63,24 +66,13 @@ class Settings(Section):
 
 
 @dataclass(frozen=True)
-class Region:
-    """A connected part of the map above the threshold: its box (x1, y1 exclusive), area in pixels, highest value."""
-
-    x0: int
-    y0: int
-    x1: int
-    y1: int
-    area: int
-    peak: float
-
-
-@dataclass(frozen=True)
 class Detection:
     """What a detector says of one photograph. Score, map and peaks are in [0, 1); the threshold is 0.5.
 
     anomaly_map: float32 (S, S); reconstruction: uint8 (S, S, 3), the photograph as if it were normal. S is the model's
     resolution, to which the photograph is resized. evidence: (E, S, S), what the map is made of, see
-    `Detector.evidence`; None for a detector that has one kind only.
+    `Detector.evidence`; None for a detector that has one kind only. photograph: as it was given; size: its own width
+    and height. nearest: the most similar normal training image, None for a detector that remembers none.
     """
 
     score: float
@@ -89,6 +81,24 @@ class Detection:
     regions: list[Region]
     reconstruction: np.ndarray
     evidence: np.ndarray | None = None
+    photograph: Photograph | None = field(default=None, repr=False)
+    size: tuple[int, int] | None = None
+    nearest: Normal | None = None
+    normals: Normals | None = field(default=None, repr=False)
+
+    @cached_property
+    def explanation(self) -> str:
+        """The verdict, the regions in the photograph's own pixels, and what is different from normal images, in words.
+
+        An alarm takes some milliseconds more where the dataset's captions are descriptions: the photograph is described
+        too.
+        """
+        size = self.size or self.anomaly_map.shape[::-1]
+        words = None
+        if self.is_anomalous and self.normals and self.nearest and self.photograph is not None:
+            words = self.normals.words(to_rgb(self.photograph), self.nearest.class_name)
+        verdict, path = "anomalous" if self.is_anomalous else "normal", self.nearest.path if self.nearest else None
+        return explain(verdict, self.score, self.scaled_regions(*size), size, words, path)
 
     def at(self, threshold: float) -> "Detection":
         """Return the same photograph judged at another threshold: is_anomalous and the regions follow it.
@@ -106,7 +116,14 @@ class Detection:
         """Return the regions in the photograph's own pixels, `width` x `height`."""
         x, y = width / self.anomaly_map.shape[1], height / self.anomaly_map.shape[0]
         return [
-            Region(round(r.x0 * x), round(r.y0 * y), round(r.x1 * x), round(r.y1 * y), round(r.area * x * y), r.peak)
+            replace(
+                r,
+                x0=round(r.x0 * x),
+                y0=round(r.y0 * y),
+                x1=round(r.x1 * x),
+                y1=round(r.y1 * y),
+                area=round(r.area * x * y),
+            )
             for r in self.regions
         ]
 
@@ -115,7 +132,7 @@ class Detector:
     """A pipeline, how its reconstructions are compared with the photographs, and what is normal for it.
 
     class_captions: a caption for each class, for a detector whose parameters say `captions: class`. bank: patches of
-    normal images, for one whose parameters say `retrieval`; `fill_bank` makes it.
+    normal images, for one whose parameters say `retrieval`. normals: the images that it remembers. `learn` makes both.
     """
 
     def __init__(
@@ -125,6 +142,7 @@ class Detector:
         calibration: Calibration | None = None,
         class_captions: Mapping[str, str] | None = None,
         bank: PatchBank | None = None,
+        normals: Normals | None = None,
     ):
         size = pipeline.config.image_size
         if params.image_score == "pooled_max" and size < SMALLEST_POOLED:
@@ -136,6 +154,7 @@ class Detector:
         self.calibration = calibration
         self.class_captions = class_captions
         self.bank = bank
+        self.normals = normals
         self.spaces = spaces(params.features, pipeline)
         self._decodes = any(not isinstance(features, Latents) for features in params.features)
 
@@ -166,8 +185,10 @@ class Detector:
                 raise InputError(f"{where}: the first stage here is not a vision backbone. Restore the folder.")
             size = sum(pipeline.vae.config.feature_channels)
             bank = PatchBank.load(folder / BANK, params.retrieval.expected, size).to(pipeline.device)
+        # Detectors of earlier releases remember none.
+        normals = Normals.load(folder / NORMALS) if (folder / NORMALS).exists() else None
         with explained(folder, "Run `vlmdiff evaluate` again, or restore the folder"):
-            return cls(pipeline, params, settings.calibration, settings.class_captions, bank)
+            return cls(pipeline, params, settings.calibration, settings.class_captions, bank, normals)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write a `DiffusionPipeline` folder in safetensors, with the detector's settings, backbones and bank.
@@ -189,25 +210,40 @@ class Detector:
         }
         if self.bank is not None:
             self.bank.save(folder / BANK)
+        if self.normals is not None:
+            self.normals.save(folder / NORMALS)
         write_json(folder / SETTINGS, facts)
         seal(folder)
 
-    def fill_bank(self, normal: Iterable[Photograph], count: int, batch_size: int = 32) -> None:
-        """Keep patches of `count` normal images, where the parameters ask for retrieval.
+    @torch.no_grad()
+    def learn(
+        self, normal: Iterable[Photograph], images: Sequence[Normal], batch_size: int = 32, described: bool = False
+    ) -> None:
+        """Remember normal images, and keep patches of them where the parameters ask for retrieval.
 
-        Images by which `calibrate` is to learn may be among them, if they come first and in the same order.
+        images: what is known of each. Those by which `calibrate` is to learn may be among them, if they come first and
+        in the same order. described: their captions are those of `describe`, so that the caption of a new image can be
+        compared with them.
 
-        Raises InputError for fewer than two images, or if the first stage is not a vision backbone.
+        Raises InputError if retrieval has fewer than two images, or a first stage that is no vision backbone.
         """
-        wanted = self.params.retrieval
-        if wanted is None:
-            return
-        if not isinstance(self.pipeline.vae, FeatureSpace):
+        wanted, features = self.params.retrieval, []
+        if wanted is not None and not isinstance(self.pipeline.vae, FeatureSpace):
             raise InputError("evaluate.detection.retrieval needs first_stage.kind: backbone: set it to null")
-        named = zip(normal, _names(None), strict=False)
-        features = (unit_length(self._features(batch), self._layers) for batch in batches(named, batch_size))
-        with torch.no_grad():
-            self.bank = PatchBank.fit(features, count, wanted.patches, wanted.expected, self.params.seed)
+
+        def patches() -> Iterator[torch.Tensor]:
+            for batch in batches(zip(normal, _names(None), strict=False), batch_size):
+                clean, backbone = self._encode(self._tensors([image for image, _ in batch]))
+                kept = pooled(clean)
+                self._check([name for _, name in batch], "features", kept.numpy())
+                features.append(kept)
+                yield unit_length(backbone, self._layers) if wanted is not None and backbone is not None else clean
+
+        if wanted is None:
+            deque(patches(), 0)
+        else:
+            self.bank = PatchBank.fit(patches(), len(images), wanted.patches, wanted.expected, self.params.seed)
+        self.normals = Normals(images, torch.cat(features), described)
 
     def calibrate(
         self,
@@ -321,9 +357,14 @@ class Detector:
             self._check(batch.names, "score", scores)
             self._check(batch.names, "anomaly map", maps)
             kinds = evidence if self.bank is not None else [None] * len(maps)
-            for parts in zip(scores.tolist(), maps, batch.shown, kinds, strict=True):
-                score, anomaly_map, reconstruction, kind = parts
-                yield Detection(score, False, anomaly_map, [], reconstruction, kind).at(0.5)
+            nearest = self.normals.nearest(batch.features) if self.normals else [None] * len(maps)
+            for parts in zip(scores.tolist(), maps, batch.shown, kinds, batch.images, nearest, strict=True):
+                score, anomaly_map, reconstruction, kind, image, normal = parts
+                size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+                found = Detection(
+                    score, False, anomaly_map, [], reconstruction, kind, image, size, normal, self.normals
+                )
+                yield found.at(0.5)
 
     def reconstruct(
         self, latents: torch.Tensor, images: torch.Tensor, seed: int, captions: Sequence[str] | None = None
@@ -360,15 +401,12 @@ class Detector:
         pairs = zip(images, repeat(None), strict=False) if captions is None else zip(images, captions, strict=True)
         numbers, called = None if without is None else iter(without), _names(names)
         for batch in batches(pairs, batch_size):
-            x = torch.stack([to_tensor(image, size) for image, _ in batch]).to(self.pipeline.device)
+            given = [image for image, _ in batch]
+            x = self._tensors(given)
             texts = None if captions is None else [caption for _, caption in batch]
             ours, distances = list(islice(called, len(batch))), None
-            if self.bank is None:
-                clean = self.pipeline.encode_images(x)
-            else:
-                # The backbone runs once for both kinds of evidence.
-                features = self.pipeline.vae.features(self.pipeline.normalize(x))
-                clean = self.pipeline.vae.project(features) * self.pipeline.vae.config.scaling_factor
+            clean, features = self._encode(x)
+            if self.bank is not None and features is not None:
                 left_out = None if numbers is None else list(islice(numbers, len(batch)))
                 distances = self.bank(unit_length(features, self._layers), left_out).cpu().numpy()
             before = [extract(x, clean) for extract, _ in self.spaces]
@@ -391,7 +429,8 @@ class Detector:
                 ]
                 maps.append(compare(before[i], mean, distance, size, params.align_corners))
             deviations = enlarge(torch.stack(expected).mean(dim=0), size, params.align_corners)
-            found = _Compared(ours, torch.stack(maps, dim=1).cpu().numpy(), deviations.cpu().numpy(), distances, shown)
+            differences = torch.stack(maps, dim=1).cpu().numpy()
+            found = _Compared(ours, differences, deviations.cpu().numpy(), distances, shown, given, pooled(clean))
             for what in ("differences", "deviations", "distances"):
                 self._check(ours, what, getattr(found, what))
             yield found
@@ -406,13 +445,19 @@ class Detector:
             "verdict. Restore the model's folder, or train it again."
         )
 
-    def _features(self, named: Sequence[tuple[Photograph, str]]) -> torch.Tensor:
-        """Return the backbone's unprojected features (B, D, h, w) of photographs with their names."""
+    def _tensors(self, images: Sequence[Photograph]) -> torch.Tensor:
         size = self.pipeline.config.image_size
-        x = torch.stack([to_tensor(image, size) for image, _ in named]).to(self.pipeline.device)
+        return torch.stack([to_tensor(image, size) for image in images]).to(self.pipeline.device)
+
+    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return latents (B, C, h, w) of images and, for retrieval, the backbone's unprojected features (B, D, h, w).
+
+        The backbone runs once for both.
+        """
+        if self.params.retrieval is None:
+            return self.pipeline.encode_images(x), None
         features = self.pipeline.vae.features(self.pipeline.normalize(x))
-        self._check([name for _, name in named], "features", features.flatten(1).sum(dim=1).cpu().numpy())
-        return features
+        return self.pipeline.vae.project(features) * self.pipeline.vae.config.scaling_factor, features
 
     @property
     def _layers(self) -> Sequence[int]:
@@ -444,7 +489,8 @@ class _Compared:
     """How far a batch of photographs lies from the means of their samples, and from the bank.
 
     names: (B,); differences: (B, F, S, S), by kind of features; deviations: (B, S, S), expected there; distances:
-    (B, h, w), None without a bank; shown: uint8 (B, S, S, 3), one sample.
+    (B, h, w), None without a bank; shown: uint8 (B, S, S, 3), one sample; images: as given; features: (B, F), for
+    `Normals`.
     """
 
     names: list[str]
@@ -452,6 +498,8 @@ class _Compared:
     deviations: np.ndarray
     distances: np.ndarray | None
     shown: np.ndarray
+    images: list[Photograph]
+    features: torch.Tensor
 
 
 def fuse(evidence: np.ndarray, weight: float) -> np.ndarray:
@@ -474,17 +522,6 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
-
-
-def find_regions(anomaly_map: np.ndarray, threshold: float = 0.5) -> list[Region]:
-    """Return the 8-connected parts of a map (H, W) above the threshold, the highest peak first."""
-    labels, _ = ndimage.label(anomaly_map > threshold, np.ones((3, 3)))
-    regions = []
-    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        inside = labels[rows, columns] == label
-        peak = float(anomaly_map[rows, columns][inside].max())
-        regions.append(Region(columns.start, rows.start, columns.stop, rows.stop, int(inside.sum()), peak))
-    return sorted(regions, key=lambda region: -region.peak)
 
 
 def to_tensor(image: Photograph, size: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import math
 import os
 import time
@@ -14,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
@@ -32,7 +35,7 @@ from vlmdiff.data.images import BYTES, opened
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.decoded import Decoded
-from vlmdiff.detection.detector import SETTINGS, Detector, batches
+from vlmdiff.detection.detector import SETTINGS, Detection, Detector, batches
 
 BATCH = 32
 # How many photographs are read while the model judges others, and by how many threads.
@@ -40,10 +43,17 @@ AHEAD, READERS = 32, 4
 # A part is written after this many images or seconds: a kill loses no more than that.
 PART_ROWS, PART_SECONDS = 256, 60.0
 # Readers of Parquet datasets ignore names that begin with an underscore or a dot.
-HEATMAPS, LOCK = "_heatmaps", ".lock"
+HEATMAPS, PICTURES, LOCK = "_heatmaps", "_pictures", ".lock"
 SHOWN = 20
+# Of a part's photographs that raise no alarm, so many have pictures for the inspector's page: the most unusual ones.
+PICTURED = 32
 
-REGION = pa.struct([*((name, pa.int32()) for name in ("x0", "y0", "x1", "y1", "area")), ("peak", pa.float64())])
+REGION = pa.struct(
+    [
+        *((name, pa.int32()) for name in ("x0", "y0", "x1", "y1", "area")),
+        *((name, pa.float64()) for name in ("peak", "share")),
+    ]
+)
 SCHEMA = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),  # absolute
@@ -51,6 +61,8 @@ SCHEMA = pa.schema(
         pa.field("score", pa.float64()),  # in [0, 1), 0.5 is the threshold; null if there is an error
         pa.field("is_anomalous", pa.bool_()),
         pa.field("regions", pa.list_(REGION)),  # in the photograph's own pixels, x1 and y1 exclusive
+        pa.field("explanation", pa.string()),  # the verdict, the regions, and what differs from normal images, in words
+        pa.field("nearest", pa.string()),  # the most similar normal training image: its path in the dataset
         pa.field("heatmap", pa.string()),  # of an alarm, relative to the dataset's folder
         pa.field("model", pa.string(), nullable=False),
         pa.field("error", pa.string()),  # why the photograph could not be read
@@ -61,6 +73,15 @@ SCHEMA = pa.schema(
         pa.field("bytes", pa.int64()),
         pa.field("mtime_ns", pa.int64()),
         pa.field("scored_at", pa.timestamp("us", "UTC"), nullable=False),
+    ]
+)
+
+# A file of `_pictures` has the name of the part that it belongs to.
+PICTURE_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("map", pa.binary()),  # PNG, 8-bit grey: the anomaly map times 255, at the model's resolution
+        pa.field("reconstruction", pa.binary()),  # JPEG, as if the photograph were normal
     ]
 )
 
@@ -106,7 +127,8 @@ def score(
 
     `pandas.read_parquet(out)` reads the dataset: a row for each image, as in SCHEMA. A file that has not changed since
     it was judged is not judged again; one that has changed gets a new row. An image that cannot be read has a row with
-    its `error`, and is tried again by each run. heatmaps: also write a PNG of each alarm into `out/_heatmaps`. model: a
+    its `error`, and is tried again by each run. Alarms and the most unusual of the others get small pictures for the
+    inspector's page, in `out/_pictures`. heatmaps: also write a PNG of each alarm into `out/_heatmaps`. model: a
     detector's folder, by default the champion. class_name: the class of photographs whose table does not name one, for
     a detector that judges by the captions of classes.
 
@@ -115,7 +137,7 @@ def score(
     `out` holds other files or another model's scores, or another process writes to it. Raises ModelError where the
     model's score of a photograph is not finite; the rows before it are written.
     """
-    check_out(out, lambda name: name.startswith("part-") or name == HEATMAPS)
+    check_out(out, lambda name: name.startswith("part-") or name in (HEATMAPS, PICTURES))
     here = process_group()
     folder, name, photographs = _from_main(here, lambda: (*find_model(model, params), find_photographs(sources, out)))
     detector = Detector.from_pretrained(folder, str(here.device))
@@ -125,9 +147,7 @@ def score(
         new = _from_main(here, lambda: _pending(out, photographs, name))
         began = time.perf_counter()
         own = new[here.process_index :: here.num_processes]
-        read = partial(
-            _read, size=detector.pipeline.config.image_size, max_pixels=params.prepare.max_pixels, draw=heatmaps
-        )
+        read = partial(_read, detector=detector, max_pixels=params.prepare.max_pixels, draw=heatmaps)
         rows = _judge(detector, _ahead(read, own), captions, name, out)
         _write_parts(track(rows, "score", len(own)) if here.is_main_process else rows, len(own), out, here)
         here.wait_for_everyone()
@@ -214,7 +234,7 @@ def _parts(out: Path) -> list[Path]:
 
 def _pending(out: Path, photographs: list[Photograph], model: str) -> list[Photograph]:
     """Return the photographs that have no row, after removing the rows of files that have changed or have an error."""
-    for left in out.glob(".part-*.tmp"):
+    for left in (*out.glob(".part-*.tmp"), *out.glob(f"{PICTURES}/.part-*.tmp")):
         left.unlink()
     listed, known = {photograph.path for photograph in photographs}, set()
     for part in _parts(out):
@@ -242,6 +262,7 @@ def _remove_rows(part: Path, table: pa.Table, stale: list[bool], out: Path) -> N
         (out / picture).unlink(missing_ok=True)
     if all(stale):
         part.unlink()
+        (out / PICTURES / part.name).unlink(missing_ok=True)
         return
     times = part.stat()
     with atomic_path(part) as temporary:
@@ -261,7 +282,7 @@ def _stamp(path: str) -> tuple[int | None, int | None]:
 Read = tuple[dict[str, Any], Decoded | None]
 
 
-def _read(photograph: Photograph, size: int, max_pixels: int, draw: bool) -> Read:
+def _read(photograph: Photograph, detector: Detector, max_pixels: int, draw: bool) -> Read:
     """Return the columns of a photograph's row that need no model, and the photograph where it can be read."""
     file = Path(photograph.path)
     row: dict[str, Any] = {"path": photograph.path}
@@ -271,7 +292,7 @@ def _read(photograph: Photograph, size: int, max_pixels: int, draw: bool) -> Rea
             raise InputError(f"{file} has {row['bytes']} bytes, more than an image may take: replace or remove it")
         row["image_id"] = sha256(file)
         with opened(file, max_pixels) as image:
-            return row | image_statistics(image), Decoded.of(image, size, draw)
+            return row | image_statistics(image), Decoded.of(image, detector, draw)
     except (InputError, OSError) as error:
         return row | {"error": str(error)}, None
 
@@ -298,7 +319,7 @@ def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
 def _judge(
     detector: Detector, photographs: Iterable[Read], captions: dict[str, str], model: str, out: Path
 ) -> Iterator[dict[str, Any]]:
-    """Yield the row of each photograph."""
+    """Yield the row of each photograph, with its pictures."""
     for batch in batches(photographs, BATCH):
         readable = [(row["path"], decoded.judged) for row, decoded in batch if decoded is not None]
         images, names = [image for _, image in readable], [path for path, _ in readable]
@@ -308,7 +329,7 @@ def _judge(
             row = read | {"model": model, "scored_at": datetime.now(UTC)}
             if decoded is not None:
                 detection = next(found)
-                row |= decoded.verdict(detection)
+                row |= decoded.verdict(detection) | pictures(detection)
                 if detection.is_anomalous and decoded.shown is not None:
                     # The photograph's name, and a hash of its path, since names may be the same.
                     digest = hashlib.sha256(row["path"].encode()).hexdigest()
@@ -316,6 +337,27 @@ def _judge(
                     with atomic_path(out / row["heatmap"]) as temporary:
                         decoded.heatmap(detection).save(temporary, format="PNG")
             yield row
+
+
+def pictures(detection: Detection) -> dict[str, bytes]:
+    """Return the columns of PICTURE_SCHEMA of a photograph, except its id."""
+    level, rebuilt = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.rint(255 * detection.anomaly_map).astype(np.uint8)).save(level, "PNG", compress_level=1)
+    Image.fromarray(detection.reconstruction).save(rebuilt, "JPEG", quality=90)
+    return {"map": level.getvalue(), "reconstruction": rebuilt.getvalue()}
+
+
+def write_part(rows: list[dict[str, Any]], out: Path, number: int) -> None:
+    """Write rows of photographs as a part of the dataset `out`, and their pictures beside it."""
+    # Names sort by the time of writing.
+    name = f"part-{time.time_ns()}-{number}.parquet"
+    judged = sorted((row for row in rows if "map" in row), key=lambda row: (not row["is_anomalous"], -row["score"]))
+    kept = judged[: sum(row["is_anomalous"] for row in judged) + PICTURED]
+    # Before the rows: a row that is there has its pictures.
+    with atomic_path(out / PICTURES / name) as temporary:
+        pq.write_table(pa.Table.from_pylist(kept, PICTURE_SCHEMA), temporary)
+    with atomic_path(out / name) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
 
 
 def _write_parts(rows: Iterable[dict[str, Any]], total: int, out: Path, here: PartialState) -> None:
@@ -326,9 +368,7 @@ def _write_parts(rows: Iterable[dict[str, Any]], total: int, out: Path, here: Pa
     def flush() -> None:
         nonlocal part, done, last
         if part:
-            # Names sort by the time of writing.
-            with atomic_path(out / f"part-{time.time_ns()}-{here.process_index}.parquet") as temporary:
-                pq.write_table(pa.Table.from_pylist(part, SCHEMA), temporary)
+            write_part(part, out, here.process_index)
             done, part, last = done + len(part), [], time.monotonic()
             if here.is_main_process:
                 say(f"score: {done * here.num_processes} of about {total * here.num_processes} images")

@@ -41,13 +41,16 @@ REQUIREMENTS = (
     *("matplotlib", "pillow", "pydantic", "pyyaml", "rich"),
 )
 REGION = Object(
-    [Property(name, DataType.long) for name in ("x0", "y0", "x1", "y1", "area")] + [Property("peak", DataType.double)]
+    [Property(name, DataType.long) for name in ("x0", "y0", "x1", "y1", "area")]
+    + [Property(name, DataType.double) for name in ("peak", "share")]
 )
 OUTPUTS = Schema(
     [
         ColSpec(DataType.double, "score"),
         ColSpec(DataType.boolean, "is_anomalous"),
         ColSpec(Array(REGION), "regions"),
+        ColSpec(DataType.string, "explanation"),
+        ColSpec(DataType.string, "nearest", required=False),
         ColSpec(DataType.string, "heatmap", required=False),
     ]
 )

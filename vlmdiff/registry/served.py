@@ -56,8 +56,9 @@ class Inspector(mlflow.pyfunc.PythonModel):
     # pyrefly: ignore[bad-override]
     def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return a row for each photograph: `score` in [0, 1); `is_anomalous`, whether it is above `threshold`;
-        `regions`, where the map exceeds it, in the photograph's own pixels; and on request a `heatmap`, base64 of a PNG
-        of at most 1024 pixels a side.
+        `regions`, where the map exceeds it, in the photograph's own pixels; `explanation`, all that in words;
+        `nearest`, the path in the dataset of the most similar normal training image; and on request a `heatmap`, base64
+        of a PNG of at most 1024 pixels a side.
 
         A row has either `image`, a photograph's file as base64 or, from Python or Parquet, as bytes; or `path`,
         relative to the server's IMAGE_ROOT. A model that judges by captions also needs `caption`, or `class_name` where
@@ -98,7 +99,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
                     buffer = io.BytesIO()
                     photograph.heatmap(detection).save(buffer, "PNG")
                     rows[-1]["heatmap"] = base64.b64encode(buffer.getvalue()).decode()
-        names = ["score", "is_anomalous", "regions"]
+        names = ["score", "is_anomalous", "regions", "explanation", "nearest"]
         return pd.DataFrame(rows, columns=[*names, "heatmap"] if draw else names)
 
     def _detect(self, images: list[np.ndarray], captions: list[str] | None, names: list[str]) -> list[Detection]:
@@ -158,7 +159,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
             name = f"row {number}: `path`"
             stream = self._open(name, path)
         with stream, opened(stream, self.max_pixels, name) as photograph:
-            return Decoded.of(photograph, self.detector.pipeline.config.image_size, draw)
+            return Decoded.of(photograph, self.detector, draw)
 
     def _open(self, name: str, path: Any) -> BinaryIO:
         """Open a file below the root. Errors tell the client neither where the root is nor what lies outside."""

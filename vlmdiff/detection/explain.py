@@ -1,0 +1,157 @@
+"""Say a verdict in words: how unusual, where, how that differs from normal images, and which one is the most similar.
+
+`explain` makes the sentences for Python, `score`, the served model and the inspector's page.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+# Regions that a sentence lists, and differences between captions.
+LISTED = 3
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Words that say nothing without the next one.
+SMALL = frozenset(["a", "an", "and", "at", "in", "of", "on", "or", "the", "to", "with"])
+# Normal captions that are compared word by word: those that share the most words.
+COMPARED = 8
+# Captions less alike than this differ in too much to list.
+ALIKE = 0.5
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected part of the map above the threshold: its box (x1, y1 exclusive), area in pixels, and highest value.
+
+    share: its part, from 0 to 1, of the evidence: of what exceeds the threshold anywhere in the map.
+    """
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+    area: int
+    peak: float
+    share: float = 1.0
+
+
+def find_regions(anomaly_map: np.ndarray, threshold: float = 0.5) -> list[Region]:
+    """Return the 8-connected parts of a map (H, W) above the threshold, the highest peak first."""
+    labels, _ = ndimage.label(anomaly_map > threshold, np.ones((3, 3)))
+    # On the scale of the evidence itself, where the map's 0.5 is 1 (`detector.normalised`).
+    evidence = anomaly_map / (1 - anomaly_map.astype(np.float64))
+    excess = np.where(labels > 0, evidence - threshold / max(1 - threshold, 1e-12), 0)
+    total = max(float(excess.sum()), 1e-12)
+    regions = []
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        inside = labels[rows, columns] == label
+        peak = float(anomaly_map[rows, columns][inside].max())
+        share = float(excess[rows, columns][inside].sum()) / total
+        regions.append(Region(columns.start, rows.start, columns.stop, rows.stop, int(inside.sum()), peak, share))
+    return sorted(regions, key=lambda region: -region.peak)
+
+
+def explain(
+    verdict: str,
+    score: float,
+    regions: Sequence[Region],
+    size: tuple[int, int],
+    words: str | None = None,
+    nearest: str | None = None,
+    product: str | None = None,
+    p_value: float | None = None,
+    normal_images: int | None = None,
+) -> str:
+    """Return what is known of a photograph, as sentences.
+
+    verdict: `normal`, `anomalous`, or another word; regions: in pixels of the photograph, whose width and height are
+    `size`; words: from `difference`; nearest: the path of the most similar normal training image; p_value: among
+    `normal_images` normal images of the product.
+    """
+    said = [f"{verdict[:1].upper()}{verdict[1:]}, score {score:.3f}."]
+    if product is not None:
+        said.append(f"Product: {product}.")
+    if p_value is not None:
+        of_how_many = "" if normal_images is None else f"{normal_images} "
+        of_product = "" if product is None else " of this product"
+        said.append(f"More unusual than {100 * (1 - p_value):.1f} % of {of_how_many}normal images{of_product}.")
+    if regions:
+        # The same order and the same words whatever the order of equal peaks.
+        largest = sorted(regions, key=lambda region: (-region.share, region.y0, region.x0))[:LISTED]
+        listed = [f"{region.area} px {_place(region, size)} ({_percent(region.share)})" for region in largest]
+        listed[0] = listed[0].replace("%)", "% of the evidence)")
+        more = "" if len(regions) <= LISTED else ", the largest"
+        noun = "region" if len(regions) == 1 else "regions"
+        said.append(f"{_number(len(regions)).capitalize()} {noun}{more}: {_enumerated(listed)}.")
+    if words is not None:
+        said.append(f"In words: {words}.")
+    if nearest is not None:
+        said.append(f"Most similar normal training image: {nearest}.")
+    return " ".join(said)
+
+
+def difference(caption: str, normal: Sequence[str]) -> str | None:
+    """Return how a photograph's caption differs from the most similar of its product's normal captions.
+
+    For example "eight parts expected, seven seen". None if there are no normal captions, one of them is the same, or
+    none is alike.
+    """
+    ours = _tokens(caption)
+    theirs = list(dict.fromkeys(tuple(_tokens(text)) for text in normal))
+    if not theirs or tuple(ours) in theirs:
+        return None
+    count = Counter(ours)
+    theirs.sort(key=lambda tokens: -2 * (Counter(tokens) & count).total() / (len(tokens) + len(ours)))
+    matches = [(difflib.SequenceMatcher(None, tokens, ours, autojunk=False), tokens) for tokens in theirs[:COMPARED]]
+    closest, expected = max(matches, key=lambda match: match[0].ratio())
+    if closest.ratio() < ALIKE:
+        return None
+    said = []
+    for kind, a0, a1, b0, b1 in closest.get_opcodes():
+        if kind == "equal":
+            continue
+        a, b = " ".join(expected[a0:a1]), " ".join(ours[b0:b1])
+        if kind == "replace":
+            # The next word says what is counted or described.
+            noun = f" {expected[a1]}" if a1 < len(expected) and expected[a1] not in SMALL else ""
+            said.append(f"{a}{noun} expected, {b} seen")
+        else:
+            said.append(f"{a} expected, not seen" if kind == "delete" else f"{b} seen, not expected")
+    more = f" and {len(said) - LISTED} more" if len(said) > LISTED else ""
+    return "; ".join(said[:LISTED]) + more
+
+
+def _tokens(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.casefold())
+
+
+def _number(count: int) -> str:
+    return NUMBERS[count] if count < len(NUMBERS) else str(count)
+
+
+def _percent(share: float) -> str:
+    # 100 % means all of it, 0 % none.
+    return f"{min(max(round(100 * share), 1), 99 if share < 1 - 1e-6 else 100)} %"
+
+
+def _place(region: Region, size: tuple[int, int]) -> str:
+    x, y = ((a + b) / 2 / side for a, b, side in ((region.x0, region.x1, size[0]), (region.y0, region.y1, size[1])))
+    across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+    down = "upper" if y < 1 / 3 else "lower" if y > 2 / 3 else ""
+    match down, across:
+        case "", "":
+            return "in the centre"
+        case "", _:
+            return f"at the {across}"
+        case _, "":
+            return f"at the {'top' if down == 'upper' else 'bottom'}"
+        case _:
+            return f"at the {down} {across}"
+
+
+def _enumerated(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
