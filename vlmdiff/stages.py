@@ -190,8 +190,15 @@ def evaluate(
     detector.learn(images, known, ours.batch_size, described=params.caption.captioner.kind == "describe")
     normal, prompts = list(read(held_out)), detector_captions(detector, held_out, texts)
     weighing = Weighing(detector, normal, held_out["class_name"].tolist(), prompts, ours.batch_size, ours.max_fpr)
-    names = held_out["path"]
-    scores = detector.calibrate(normal, ours.batch_size, prompts, weighing, in_bank=True, names=names)
+    scores = detector.calibrate(
+        normal,
+        ours.batch_size,
+        prompts,
+        weighing,
+        in_bank=True,
+        names=held_out["path"],
+        products=held_out["class_name"].tolist(),
+    )
     judged = judge_images(detector, frame, data, texts, ours)
     judged.tried = weighing.rows()
     detector.calibration = replace(detector.calibrated(), f1_optimal=judged.f1_optimal())

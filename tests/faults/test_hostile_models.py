@@ -153,7 +153,13 @@ def test_a_backbone_outside_of_the_folder_is_refused(model, path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("threshold", value) for value in (-1, 0, float("nan"), float("inf"), "high", None, [1])],
+        *[("threshold", value) for value in (float("nan"), float("inf"), "high", None, [1])],
+        *[
+            ("products", value)
+            for value in ({}, {"": {}}, {"": {"images": 1, "levels": [0.0], "spreads": [0.0]}}, [], 1)
+        ],
+        *[("slope", value) for value in (0, -1, float("nan"))],
+        *[("normal", value) for value in ([float("nan")], 1.0)],
         *[("deviation", value) for value in (-1, 0, float("nan"), float("inf"))],
         *[("scales", value) for value in ([-1.0], [float("nan")], [float("inf")], [], [1.0, 1.0], 1.0, None)],
         *[("images", value) for value in (0, -5, 2.5, "many")],
@@ -245,3 +251,13 @@ def test_a_list_of_calibration_images_that_is_no_table_is_named(model):
     (model / "reference.parquet").write_text("no table")
     with pytest.raises(InputError, match=r"reference\.parquet is damaged"):
         read_reference(model)
+
+
+@pytest.mark.parametrize("threshold", [-1, 0, float("nan"), float("inf"), "high"])
+def test_a_threshold_of_an_earlier_release_that_is_not_above_zero_is_refused(model, threshold):
+    facts = json.loads((model / "detector.json").read_text())
+    for key in ("products", "slope", "normal"):
+        del facts["calibration"][key]
+    facts["calibration"]["threshold"] = threshold
+    (model / "detector.json").write_text(json.dumps(facts))
+    refused(model, r"detector\.json.* calibration.*(threshold|Infinity|NaN)")

@@ -151,7 +151,7 @@ def test_a_detector_with_the_references_parameters_gives_the_references_map(gold
     photograph = np.zeros((256, 256, 3), np.uint8)
     detector.calibrate([photograph])
     (found,) = detector.detect([photograph])
-    layers, (scale,), threshold = 2, detector.calibration.scales, detector.calibration.threshold
+    layers, (scale,), threshold = 2, detector.calibration.scales, detector.calibration.map_threshold("")
     odds = lambda score: np.float64(score) / (1 - np.float64(score))  # noqa: E731
     agree("map", layers * scale * threshold * odds(found.anomaly_map), golden["amap_smoothed"])
     agree("score", layers * scale * threshold * odds(found.score), golden["amap_image_score"])

@@ -70,9 +70,9 @@ def test_evaluate_calibrates_and_judges_with_the_captions(line, tmp_path, kind):
         captions = detector.captions_of(rows["class_name"])
     again = Detector(detector.pipeline, detector.params, class_captions=detector.class_captions)
     again.calibrate(normal, captions=captions)
-    assert again.calibration.threshold == pytest.approx(detector.calibration.threshold, rel=1e-4)
+    assert again.calibration.scales == pytest.approx(detector.calibration.scales, rel=1e-4)
     again.calibrate(normal, captions=["something else"] * len(normal))
-    assert again.calibration.threshold != pytest.approx(detector.calibration.threshold, rel=1e-4)
+    assert again.calibration.scales != pytest.approx(detector.calibration.scales, rel=1e-4)
 
 
 def test_evaluate_names_the_image_that_has_no_caption(line, tmp_path):

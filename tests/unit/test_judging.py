@@ -101,9 +101,8 @@ def test_verdicts_of_the_model_are_found_regions_where_the_map_exceeds_the_thres
     frame = listing.build(photographs, photographs.root)
     detector = Detector(tiny_pipeline(), Detection(samples=1))
     detector.calibrate([np.array(Image.open(photographs.root / path)) for path in frame["path"]])
-    threshold = detector.calibrated().threshold
-    for factor, alarms in ((1e-9, True), (1e9, False)):
-        detector.calibration = replace(detector.calibrated(), threshold=threshold * factor)
+    for threshold, alarms in ((-1e3, True), (1e3, False)):
+        detector.calibration = replace(detector.calibrated(), threshold=threshold)
         scores = judge_images(detector, frame, photographs, {}, Evaluate(examples=0)).scores
         assert (scores["verdict"] == alarms).all()
         assert [found for row in scores["regions_found"] for found in row] == [alarms] * 4

@@ -157,7 +157,7 @@ def test_both_kinds_of_evidence_make_the_map(detector):
     for one in found:
         assert one.evidence.shape == (2, GIVEN, GIVEN) and (one.evidence >= 0).all()
         raw = fuse(one.evidence[None], 0.7)[0]
-        threshold = detector.calibration.threshold
+        threshold = detector.calibration.map_threshold("")
         np.testing.assert_allclose(one.anomaly_map, raw / (raw + threshold), rtol=1e-5)
 
 

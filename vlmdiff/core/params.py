@@ -491,6 +491,8 @@ class Detection(Section):
     smoothing: Annotated[float, Field(ge=0, le=1000)] = 3.0
     image_score: Literal["max", "top_percent", "pooled_max"] = "max"
     top_share: Fraction = 0.01
+    score_smoothing: Annotated[float, Field(ge=0, le=1000)] | None = None
+    review: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     false_alarm_rate: Fraction = 0.05
     seed: int = 0
 

@@ -1,12 +1,14 @@
 """Calibrate the threshold for alarms on normal images only."""
 
+import bisect
 import math
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import ConfigDict, Field
-from scipy import stats
+from scipy import optimize, special, stats
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Fraction, Positive, PositiveFloat
@@ -35,29 +37,168 @@ class Usual:
         return np.logaddexp(0, 4 * (values - self.median) / self.tail) / 4
 
 
+# Of a constant statistic.
+SMALLEST = 1e-6
+# Degrees of freedom of what is assumed of products that are all alike.
+MOST = 20.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the statistics of a product's normal images are distributed.
+
+    images: how many; levels, spreads: the mean and the standard deviation of each statistic's logarithm. threshold: the
+    standardised score above which an image of the product is anomalous; None where that of all products holds.
+    """
+
+    __pydantic_config__ = FROM_FILE
+
+    images: Positive
+    levels: list[float]
+    spreads: list[PositiveFloat]
+    threshold: float | None = None
+
+    def scores(self, values: np.ndarray) -> np.ndarray:
+        """Return standardised scores (B,) of logarithms (B, Q): that of the most unusual statistic."""
+        return ((values - np.array(self.levels)) / np.array(self.spreads)).max(axis=1)
+
+
+class Prior:
+    """What the variances (K, Q) of the products together say of each, by their degrees of freedom (K,).
+
+    The empirical Bayes estimate of Smyth (2004, doi 10.2202/1544-6115.1027): the more alike the products' variances
+    are, the more that of one is drawn towards the others'.
+    """
+
+    def __init__(self, variances: np.ndarray, freedom: np.ndarray):
+        half, variances = freedom[:, None] / 2, np.maximum(variances, SMALLEST**2)
+        logs = np.log(variances) - special.digamma(half) + np.log(half)
+        alike = len(logs) < 2
+        # How much more the logarithms differ than those of equal variances would.
+        more = np.zeros(logs.shape[1]) if alike else logs.var(axis=0, ddof=1) - special.polygamma(1, half).mean(axis=0)
+        degrees = np.array([MOST if extra <= special.polygamma(1, MOST / 2) else _degrees(extra) for extra in more])
+        # One product alone says nothing of others.
+        self.freedom = np.zeros(logs.shape[1]) if alike else degrees
+        self.variance = np.exp(logs.mean(axis=0) + special.digamma(degrees / 2) - np.log(degrees / 2))
+
+    def scale(self, values: np.ndarray) -> Scale:
+        """Return the scale of a product by logarithms (n, Q), n at least 1.
+
+        The variance is that of a new image: the level is not known exactly either.
+        """
+        n = len(values)
+        own = values.var(axis=0, ddof=1) if n > 1 else self.variance
+        freedom = max(n - 1, 1e-9)
+        variance = (freedom * own + self.freedom * self.variance) / (freedom + self.freedom) * (1 + 1 / n)
+        return Scale(n, values.mean(axis=0).tolist(), np.maximum(np.sqrt(variance), SMALLEST).tolist())
+
+
+def _degrees(more: float) -> float:
+    """Return the degrees of freedom whose log variances vary that much, by trigamma(degrees / 2) = more."""
+    # SciPy's annotation covers its full_output too.
+    # pyrefly: ignore[bad-return]
+    return 2 * optimize.brentq(lambda x: special.polygamma(1, x) - more, 1e-4, MOST)
+
+
+def standardise(values: np.ndarray, classes: Sequence[str]) -> tuple[dict[str, Scale], np.ndarray]:
+    """Return the scale of each product, and standardised scores (N,).
+
+    values: logarithms (N, Q) of the statistics of normal images; classes: their products. Each score is by the scale
+    that the other images give, so that it is distributed as that of a new image.
+    """
+    of, names = np.array(classes), sorted(set(classes))
+    members = {name: np.flatnonzero(of == name) for name in names}
+    several = [i for i in members.values() if len(i) > 1]
+    if several:
+        variances = np.stack([values[i].var(axis=0, ddof=1) for i in several])
+        prior = Prior(variances, np.array([len(i) - 1.0 for i in several]))
+    else:
+        prior = Prior(values.var(axis=0)[None], np.ones(1))
+    scores = np.zeros(len(of))
+    for i in members.values():
+        for one in i:
+            # An image without another of its product is compared with all others.
+            if len(others := np.setdiff1d(i if len(i) > 1 else np.arange(len(of)), [one])):
+                scores[one] = prior.scale(values[others]).scores(values[one : one + 1])[0]
+    return {name: prior.scale(values[i]) for name, i in members.items()}, scores
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """The typical values of normal images, and the threshold on the combined, smoothed map.
+    """What is usual for normal images, by product, and the score above which an image is anomalous.
 
-    `deviation` is the root mean square of the deviations that the network expects. `scales` holds the mean difference
-    of each kind of features. `images` is the number of normal images used, `false_alarm_rate` the largest share of
-    normal images that may be called anomalous. `weight` is the share of retrieval in the evidence, `retrieval` how its
-    distances are distributed and `tails` the scales of reconstruction and retrieval; a detector without a bank of
-    patches has neither. `f1_optimal` is the score in [0, 1), with the threshold at 0.5, that had
-    the best F1 on the test images, or None if none of them had a defect.
+    deviation: the root mean square of the deviations that the network expects. scales: the mean difference of each kind
+    of features. threshold: a standardised score (`Scale.scores`). images: the number of normal images,
+    false_alarm_rate: the largest share of normal images that may be called anomalous. weight: the share of retrieval in
+    the evidence, retrieval: how its distances are distributed, tails: the scales of reconstruction and retrieval; a
+    detector without a bank of patches has neither. products: by name. slope: what a standard deviation adds to a
+    score's log odds. normal: the standardised scores of the normal images, sorted. f1_optimal: the score in [0, 1),
+    with the threshold at 0.5, that had the best F1 on the test images, or None if none of them had a defect.
     """
 
     __pydantic_config__ = FROM_FILE
 
     deviation: PositiveFloat
     scales: list[Annotated[float, Field(ge=0)]]
-    threshold: PositiveFloat
+    threshold: float
     images: Positive
     false_alarm_rate: Fraction
     f1_optimal: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     retrieval: Usual | None = None
     tails: list[PositiveFloat] | None = None
+    products: dict[str, Scale] = field(default_factory=dict)
+    slope: PositiveFloat = 1.0
+    normal: list[float] = field(default_factory=list)
+
+    @classmethod
+    def one_threshold(cls, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of a file of an earlier release, which had one threshold on the map for all products."""
+        threshold = facts.get("threshold")
+        if "products" in facts or not isinstance(threshold, int | float):
+            return facts
+        if not 0 < threshold < math.inf:
+            raise ValueError("calibration.threshold must be a number above 0")
+        scale = {"images": facts.get("images", 1), "levels": [math.log(threshold)], "spreads": [1.0]}
+        return facts | {"threshold": 0.0, "products": {"": scale}}
+
+    def learn(self, values: np.ndarray, classes: Sequence[str]) -> tuple["Calibration", np.ndarray]:
+        """Return this calibration with the products and the threshold, and the scores (N,) of the images.
+
+        values: logarithms (N, Q) of the statistics of normal images, the map's last; classes: their products.
+        """
+        products, normal = standardise(values, classes)
+        threshold = conformal_threshold(normal, self.false_alarm_rate)
+        # With fewer images, a product's own threshold would be its most unusual image.
+        enough = math.ceil(round(2 / self.false_alarm_rate, 9))
+        for name, scale in products.items():
+            if len(products) > 1 and scale.images >= enough:
+                own = conformal_threshold(normal[np.array(classes) == name], self.false_alarm_rate)
+                products[name] = replace(scale, threshold=own)
+        # Of the map: scores are about as far from 0.5 as the map is.
+        slope = float(np.mean([scale.spreads[-1] for scale in products.values()]))
+        learned = replace(self, threshold=threshold, products=products, slope=slope, normal=np.sort(normal).tolist())
+        return learned, learned.odds(normal, classes)
+
+    def limit(self, product: str) -> float:
+        """Return the standardised score above which an image of a product is anomalous."""
+        own = self.products[product].threshold
+        return self.threshold if own is None else own
+
+    def map_threshold(self, product: str) -> float:
+        """Return the value above which a place of the map of an image of a product is anomalous."""
+        scale = self.products[product]
+        return math.exp(scale.levels[-1] + scale.spreads[-1] * self.limit(product))
+
+    def odds(self, standardised: np.ndarray, products: Sequence[str]) -> np.ndarray:
+        """Return scores in [0, 1] of standardised ones (B,): 0.5 at the limit of the image's product."""
+        limits = np.array([self.limit(product) for product in products])
+        return special.expit(self.slope * (standardised - limits))
+
+    def p_value(self, standardised: float) -> float | None:
+        """Return the share of normal images that are as unusual, itself included; None if their scores are unknown."""
+        n = len(self.normal)
+        return (1 + n - bisect.bisect_left(self.normal, standardised)) / (n + 1) if n else None
 
     @property
     def guarantee(self) -> float:

@@ -45,6 +45,9 @@ class Decoded:
         return {
             "score": detection.score,
             "is_anomalous": detection.is_anomalous,
+            "verdict": detection.verdict,
+            "product": detection.product,
+            "p_value": detection.p_value,
             "regions": [asdict(region) for region in regions],
             "explanation": detection.explanation,
             "nearest": detection.nearest and detection.nearest.path,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import count, islice, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from vlmdiff.core.params import BackboneFeatures, Latents, Section
 from vlmdiff.core.params import Detection as DetectionParams
 from vlmdiff.data.images import fit, to_rgb
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, image_scores, smooth
-from vlmdiff.detection.calibration import Calibration, Usual, conformal_threshold
+from vlmdiff.detection.calibration import Calibration, Usual
 from vlmdiff.detection.explain import Region, explain, find_regions
 from vlmdiff.detection.features import spaces
-from vlmdiff.detection.normals import Normal, Normals, pooled
+from vlmdiff.detection.normals import Normal, Normals
+from vlmdiff.detection.products import appearance
 from vlmdiff.detection.retrieval import PatchBank, unit_length
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.feature_space import FeatureSpace
@@ -30,6 +32,8 @@ from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
 
 SETTINGS = "detector.json"
 BANK, NORMALS = "bank.safetensors", "normals.safetensors"
+# The part of the map's maximum from which an alarm marks places, if none is above the threshold.
+PEAK = 0.95
 # The kinds of evidence, in order.
 KINDS = "reconstruction", "retrieval"
 Photograph = np.ndarray | Image.Image
@@ -41,6 +45,13 @@ class Settings(Section):
     detection: DetectionParams
     calibration: Calibration
     class_captions: dict[str, str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_releases(cls, facts: Any) -> Any:
+        if isinstance(facts, dict) and isinstance(calibration := facts.get("calibration"), dict):
+            return facts | {"calibration": Calibration.one_threshold(calibration)}
+        return facts
 
     @model_validator(mode="after")
     def _each_kind_of_features_has_its_scale(self):
@@ -55,6 +66,17 @@ class Settings(Section):
             raise ValueError("calibration has `retrieval` and two `tails` if detection.retrieval is set, else neither")
         return self
 
+    @model_validator(mode="after")
+    def _each_product_has_its_statistics(self):
+        detection = self.detection
+        parts = len(detection.features) + (detection.retrieval is not None)
+        several = parts + (1 if detection.score_smoothing in (None, detection.smoothing) else 2)
+        lengths = {len(row) for one in self.calibration.products.values() for row in (one.levels, one.spreads)}
+        # Detectors of earlier releases, and those with one kind of evidence, judge by the map alone.
+        if not self.calibration.products or lengths not in ({1}, {several}):
+            raise ValueError("calibration.products needs a level and a spread of each statistic of each product")
+        return self
+
     @classmethod
     def read(cls, folder: Path) -> "Settings":
         """Read a detector's settings. Raises InputError if the folder has none, or a value is out of range."""
@@ -67,7 +89,12 @@ class Settings(Section):
 
 @dataclass(frozen=True)
 class Detection:
-    """What a detector says of one photograph. Score, map and peaks are in [0, 1); the threshold is 0.5.
+    """What a detector says of one photograph. Score, map and peaks are in [0, 1]; the threshold is 0.5.
+
+    product: the recognised or given one; None if the photograph shows none that is known, which counts as anomalous,
+    since nothing says that it is normal. p_value: the share of `normal_images` held-out normal images, with this one,
+    that are as unusual; None for a detector that does not know. review: half the width of the band of scores around the
+    threshold whose verdict is `review`.
 
     anomaly_map: float32 (S, S); reconstruction: uint8 (S, S, 3), the photograph as if it were normal. S is the model's
     resolution, to which the photograph is resized. evidence: (E, S, S), what the map is made of, see
@@ -81,6 +108,11 @@ class Detection:
     regions: list[Region]
     reconstruction: np.ndarray
     evidence: np.ndarray | None = None
+    product: str | None = None
+    p_value: float | None = None
+    normal_images: int | None = None
+    review: float = 0.0
+    threshold: float = 0.5
     photograph: Photograph | None = field(default=None, repr=False)
     size: tuple[int, int] | None = None
     nearest: Normal | None = None
@@ -97,8 +129,30 @@ class Detection:
         words = None
         if self.is_anomalous and self.normals and self.nearest and self.photograph is not None:
             words = self.normals.words(to_rgb(self.photograph), self.nearest.class_name)
-        verdict, path = "anomalous" if self.is_anomalous else "normal", self.nearest.path if self.nearest else None
-        return explain(verdict, self.score, self.scaled_regions(*size), size, words, path)
+        path, count = self.nearest.path if self.nearest else None, self.normal_images
+        regions, product = self.scaled_regions(*size), self.product or None
+        return explain(self.verdict, self.score, regions, size, words, path, product, self.p_value, count)
+
+    @property
+    def verdict(self) -> str:
+        """`normal`, `anomalous`, `review` or `unknown product`."""
+        if self.product is None:
+            return "unknown product"
+        if self.review and abs(self.score - self.threshold) <= self.review:
+            return "review"
+        return "anomalous" if self.is_anomalous else "normal"
+
+    @property
+    def marked(self) -> np.ndarray:
+        """The places that the verdict marks, bool (S, S): none of a normal image, and at least one of an alarm."""
+        if not self.is_anomalous:
+            return np.zeros(self.anomaly_map.shape, bool)
+        return self.anomaly_map > self._level
+
+    @property
+    def _level(self) -> float:
+        # An image may be unusual by one kind of evidence where the map, which has all of them, is below its threshold.
+        return min(self.threshold, PEAK * float(self.anomaly_map.max()))
 
     def at(self, threshold: float) -> "Detection":
         """Return the same photograph judged at another threshold: is_anomalous and the regions follow it.
@@ -107,10 +161,10 @@ class Detection:
         """
         if not 0 <= threshold <= 1:
             raise InputError(f"the threshold is {threshold}: give a number from 0 to 1")
-        is_anomalous = self.score > threshold
+        is_anomalous = self.product is None or self.score > threshold
+        found = replace(self, is_anomalous=is_anomalous, threshold=threshold)
         # Where the score is not the map's maximum, a normal image's map may exceed the threshold.
-        regions = find_regions(self.anomaly_map, threshold) if is_anomalous else []
-        return replace(self, is_anomalous=is_anomalous, regions=regions)
+        return replace(found, regions=find_regions(self.anomaly_map, found._level) if is_anomalous else [])
 
     def scaled_regions(self, width: int, height: int) -> list[Region]:
         """Return the regions in the photograph's own pixels, `width` x `height`."""
@@ -234,7 +288,7 @@ class Detector:
         def patches() -> Iterator[torch.Tensor]:
             for batch in batches(zip(normal, _names(None), strict=False), batch_size):
                 clean, backbone = self._encode(self._tensors([image for image, _ in batch]))
-                kept = pooled(clean)
+                kept = appearance(clean)
                 self._check([name for _, name in batch], "features", kept.numpy())
                 features.append(kept)
                 yield unit_length(backbone, self._layers) if wanted is not None and backbone is not None else clean
@@ -253,28 +307,36 @@ class Detector:
         weigh: Callable[[np.ndarray], float] | None = None,
         in_bank: bool = False,
         names: Iterable[str] | None = None,
+        products: Sequence[str] | None = None,
     ) -> np.ndarray:
         """Learn what difference is normal from normal photographs that training does not see.
 
         normal, captions, names: as for `detect`. weigh: returns the share of retrieval, given the evidence (N, 2, S, S)
         of these photographs; without it, the share is that of the parameters, or one half. in_bank: the photographs are
-        the first in the bank, so each is judged without its own patches. Returns the photographs' scores (N,), as
-        `detect` would give them for a photograph that the bank does not have.
+        the first in the bank, so each is judged without its own patches. products: what each shows; without them, all
+        are of one. Returns the photographs' scores (N,), as `detect` would give them for a photograph that is new to
+        it.
+
+        Raises InputError if there are several products and `learn` has not seen them all.
         """
+        products = [""] * len(normal) if products is None else list(products)
+        if len(set(products)) > 1 and not set(products) <= set(self.normals.products.names if self.normals else ()):
+            raise InputError("several products are calibrated only after `learn` has seen images of each of them")
         found = list(self._compare(normal, batch_size, captions, range(len(normal)) if in_bank else None, names))
         deviation = float(np.sqrt(np.square(np.concatenate([batch.deviations for batch in found])).mean()))
         relative = np.concatenate([self._relative(batch, deviation) for batch in found])
         learned = Calibration(
             deviation=deviation,
             scales=relative.mean(axis=(0, 2, 3)).tolist(),
-            threshold=1.0,
+            threshold=0.0,
             images=len(relative),
             false_alarm_rate=self.params.false_alarm_rate,
         )
         if self.bank is not None:
             distances = np.concatenate([batch.distances for batch in found if batch.distances is not None])
             learned = replace(learned, retrieval=Usual.of(distances))
-        evidence = np.concatenate([self._evidence(batch, learned) for batch in found])
+        parts = np.concatenate([self._parts(batch, learned) for batch in found])
+        evidence = self._evidence(parts, learned)
         if self.bank is not None and self.params.retrieval:
             tails = [Usual.of(maps).tail for maps in evidence.swapaxes(0, 1)]
             evidence /= np.array(tails, np.float32)[:, None, None]
@@ -282,11 +344,10 @@ class Detector:
             asked = self.params.retrieval.weight
             weight = asked if asked != "auto" else weigh(evidence) if weigh else 0.5
             learned = replace(learned, weight=weight)
-        scores = self.image_scores(fuse(evidence, learned.weight))
-        self._check([name for batch in found for name in batch.names], "score", scores)
-        threshold = conformal_threshold(scores, self.params.false_alarm_rate)
-        self.calibration = replace(learned, threshold=threshold)
-        return normalised(scores, threshold)
+        statistics = self._statistics(parts, fuse(evidence, learned.weight), learned)
+        self._check([name for batch in found for name in batch.names], "score", statistics)
+        self.calibration, scores = learned.learn(statistics, products)
+        return scores
 
     def evidence(
         self,
@@ -302,7 +363,7 @@ class Detector:
         """
         calibration = self.calibrated()
         found = self._compare(images, batch_size, captions, without)
-        return np.concatenate([self._evidence(batch, calibration) for batch in found])
+        return np.concatenate([self._evidence(self._parts(batch, calibration), calibration) for batch in found])
 
     def image_scores(self, maps: np.ndarray) -> np.ndarray:
         """Return the scores (B,) of anomaly maps (B, S, S), by the parameters' `image_score`."""
@@ -327,18 +388,20 @@ class Detector:
         batch_size: int = 32,
         captions: Sequence[str] | None = None,
         names: Iterable[str] | None = None,
+        products: Iterable[str | None] | None = None,
     ) -> list[Detection]:
         """Judge photographs.
 
         images: arrays, uint8 (H, W, 3), or PIL images in any mode, of any size. captions: one for each image where the
         parameters say `captions: image` (its own) or `class` (`captions_of` its class), else None. The batch of an
         image and its place there change its result by rounding at most. names: what an error calls each image, by
-        default its number. Raises InputError for an image of another type, and where captions are missing or not
-        wanted; ModelError where the model gives a value that is not finite.
+        default its number. products: what each image shows, where it is known; otherwise it is recognised. Raises
+        InputError for an image of another type, and where captions are missing or not wanted; ModelError where the
+        model gives a value that is not finite.
         """
         if captions is not None and len(captions) != len(images):
             raise InputError(f"{len(captions)} captions for {len(images)} images: give one for each image, or none")
-        return list(self.stream(images, batch_size, captions, names))
+        return list(self.stream(images, batch_size, captions, names, products))
 
     def stream(
         self,
@@ -346,25 +409,57 @@ class Detector:
         batch_size: int = 32,
         captions: Iterable[str] | None = None,
         names: Iterable[str] | None = None,
+        products: Iterable[str | None] | None = None,
     ) -> Iterator[Detection]:
         """Judge photographs as `detect` does, with no more than one batch of them in memory."""
-        calibration = self.calibrated()
+        calibration, given = self.calibrated(), repeat(None) if products is None else iter(products)
         for batch in self._compare(images, batch_size, captions, names=names):
-            evidence = self._evidence(batch, calibration)
+            parts = self._parts(batch, calibration)
+            evidence = self._evidence(parts, calibration)
             raw = fuse(evidence, calibration.weight)
-            scores = normalised(self.image_scores(raw), calibration.threshold)
-            maps = normalised(raw, calibration.threshold)
-            self._check(batch.names, "score", scores)
+            values = self._statistics(parts, raw, calibration)
+            self._check(batch.names, "score", values)
+            nearest, known = self._products(batch.features, list(islice(given, len(raw))))
+            standardised = np.array(
+                [calibration.products[p].scores(row[None])[0] for p, row in zip(nearest, values, strict=True)]
+            )
+            scores = calibration.odds(standardised, nearest)
+            maps = normalised(raw, np.array([calibration.map_threshold(p) for p in nearest])[:, None, None])
             self._check(batch.names, "anomaly map", maps)
-            kinds = evidence if self.bank is not None else [None] * len(maps)
-            nearest = self.normals.nearest(batch.features) if self.normals else [None] * len(maps)
-            for parts in zip(scores.tolist(), maps, batch.shown, kinds, batch.images, nearest, strict=True):
-                score, anomaly_map, reconstruction, kind, image, normal = parts
-                size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+            similar = self.normals.nearest(batch.features) if self.normals else [None] * len(maps)
+            for i, image in enumerate(batch.images):
                 found = Detection(
-                    score, False, anomaly_map, [], reconstruction, kind, image, size, normal, self.normals
+                    score=float(scores[i]),
+                    is_anomalous=False,
+                    anomaly_map=maps[i],
+                    regions=[],
+                    reconstruction=batch.shown[i],
+                    evidence=evidence[i] if self.bank is not None else None,
+                    product=nearest[i] if known[i] else None,
+                    p_value=calibration.p_value(standardised[i]),
+                    normal_images=len(calibration.normal) or None,
+                    review=self.params.review,
+                    photograph=image,
+                    size=image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0]),
+                    nearest=similar[i],
+                    normals=self.normals,
                 )
                 yield found.at(0.5)
+
+    def _products(self, features: torch.Tensor, given: Sequence[str | None]) -> tuple[list[str], list[bool]]:
+        """Return the product by which each image is judged, and whether the image shows it.
+
+        features: (B, F) of `appearance`. Raises InputError for a given product that is not known.
+        """
+        known = self.calibrated().products
+        if unknown := sorted({name for name in given if name is not None} - known.keys()):
+            raise InputError(f"this detector does not know the product {unknown[0]!r}, only {', '.join(sorted(known))}")
+        if self.normals is None or known.keys() == {""}:
+            only = next(iter(known))
+            return [name or only for name in given], [True] * len(given)
+        names, near = self.normals.products(features.numpy())
+        told = [name is not None for name in given]
+        return [a or b for a, b in zip(given, names, strict=True)], (near | np.array(told, bool)).tolist()
 
     def reconstruct(
         self, latents: torch.Tensor, images: torch.Tensor, seed: int, captions: Sequence[str] | None = None
@@ -430,7 +525,7 @@ class Detector:
                 maps.append(compare(before[i], mean, distance, size, params.align_corners))
             deviations = enlarge(torch.stack(expected).mean(dim=0), size, params.align_corners)
             differences = torch.stack(maps, dim=1).cpu().numpy()
-            found = _Compared(ours, differences, deviations.cpu().numpy(), distances, shown, given, pooled(clean))
+            found = _Compared(ours, differences, deviations.cpu().numpy(), distances, shown, given, appearance(clean))
             for what in ("differences", "deviations", "distances"):
                 self._check(ours, what, getattr(found, what))
             yield found
@@ -468,20 +563,49 @@ class Detector:
         floor = self.params.deviation_floor
         return batch.differences if floor is None else batch.differences / (batch.deviations / typical + floor)[:, None]
 
-    def _evidence(self, batch: "_Compared", calibration: Calibration) -> np.ndarray:
-        """Return maps (B, E, S, S): the reconstruction's, each kind of features on its normal scale, then the bank's.
+    def _parts(self, batch: "_Compared", calibration: Calibration) -> np.ndarray:
+        """Return maps (B, P, S, S), not yet smoothed: each kind of features on its normal scale, then the bank's."""
+        relative = self._relative(batch, calibration.deviation)
+        weights = np.array([features.weight for features in self.params.features])
+        maps = relative * (weights / np.maximum(calibration.scales, 1e-12))[:, None, None].astype(relative.dtype)
+        if batch.distances is None or calibration.retrieval is None:
+            return maps
+        small = torch.from_numpy(calibration.retrieval.positive(batch.distances))
+        found = enlarge(small, maps.shape[-1], self.params.align_corners).numpy()
+        return np.concatenate([maps, found[:, None].astype(maps.dtype)], axis=1)
+
+    def _evidence(self, parts: np.ndarray, calibration: Calibration) -> np.ndarray:
+        """Return maps (B, E, S, S): the reconstruction's, over all kinds of features, and the bank's if there is one.
 
         Both are smoothed, and divided by their tails if the calibration has these.
         """
-        relative = self._relative(batch, calibration.deviation)
-        weights = np.array([features.weight for features in self.params.features])
-        weights = weights / np.maximum(calibration.scales, 1e-12)
-        maps = [np.einsum("bfhw,f->bhw", relative, weights)]
-        if batch.distances is not None and calibration.retrieval is not None:
-            small = torch.from_numpy(calibration.retrieval.positive(batch.distances))
-            maps.append(enlarge(small, relative.shape[-1], self.params.align_corners).numpy())
-        maps = smooth(np.stack(maps, axis=1), self.params.smoothing)
+        maps = smooth(self._kinds(parts), self.params.smoothing)
         return maps if calibration.tails is None else maps / np.array(calibration.tails, maps.dtype)[:, None, None]
+
+    def _kinds(self, parts: np.ndarray) -> np.ndarray:
+        """Return maps (B, E, S, S) by kind of evidence, of parts (B, P, S, S)."""
+        count = len(self.params.features)
+        return np.concatenate([parts[:, :count].sum(axis=1, keepdims=True), parts[:, count:]], axis=1)
+
+    def _statistics(self, parts: np.ndarray, raw: np.ndarray, calibration: Calibration) -> np.ndarray:
+        """Return the logarithms (B, Q) of what an image is judged by: the score of each part and of the map, the last.
+
+        parts: (B, P, S, S), from `_parts`; raw: (B, S, S), the map, from `fuse`. What stands out in one kind of
+        evidence alone may drown in the map, which has all of them.
+        """
+        found, params = [raw], self.params
+        fine = params.smoothing if params.score_smoothing is None else params.score_smoothing
+        # Detectors of earlier releases judge by the map alone.
+        if not calibration.products or len(next(iter(calibration.products.values())).levels) > 1:
+            smoothed = smooth(parts, fine)
+            if fine != params.smoothing:
+                kinds = self._kinds(smoothed)
+                tails = 1 if calibration.tails is None else np.array(calibration.tails, kinds.dtype)[:, None, None]
+                found = [fuse(kinds / tails, calibration.weight), *found]
+            if parts.shape[1] > 1 or fine != params.smoothing:
+                found = [*smoothed.swapaxes(0, 1), *found]
+        scores = np.stack([self.image_scores(np.ascontiguousarray(maps)) for maps in found], axis=1)
+        return np.log(np.maximum(scores.astype(np.float64), 1e-12))
 
 
 @dataclass(frozen=True)
@@ -507,8 +631,8 @@ def fuse(evidence: np.ndarray, weight: float) -> np.ndarray:
     return evidence[:, 0] if evidence.shape[1] == 1 else (1 - weight) * evidence[:, 0] + weight * evidence[:, 1]
 
 
-def normalised(values: np.ndarray, threshold: float) -> np.ndarray:
-    """Return values from 0 on as float32 in [0, 1): the threshold becomes 0.5."""
+def normalised(values: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """Return values (B, S, S) from 0 on as float32 in [0, 1): the thresholds (B, 1, 1) become 0.5."""
     return (values / (values + threshold)).astype(np.float32)
 
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
@@ -15,9 +14,7 @@ from safetensors.torch import save_file
 from vlmdiff.captions.describe import describe
 from vlmdiff.core.errors import InputError
 from vlmdiff.detection.explain import difference
-
-# Images are compared by latents on a grid of this side.
-GRID = 4
+from vlmdiff.detection.products import Products
 
 
 @dataclass(frozen=True)
@@ -31,17 +28,22 @@ class Normal:
 
 
 class Normals:
-    """Normal images, and a row of features of each.
+    """Normal images, a row of features of each, and the products that they show.
 
-    features: (N, F), from `pooled`; described: whether the captions are those of `describe`.
+    features: (N, F), from `appearance`; described: whether the captions are those of `describe`; products: learned from
+    the images unless they are given.
     """
 
-    def __init__(self, images: Sequence[Normal], features: torch.Tensor, described: bool):
+    def __init__(
+        self, images: Sequence[Normal], features: torch.Tensor, described: bool, products: Products | None = None
+    ):
         self.images, self.described = list(images), described
         self.features = features.half()
+        classes = [image.class_name for image in self.images]
+        self.products = products or Products.fit(self.features.float().numpy(), classes)
 
     def nearest(self, features: torch.Tensor) -> list[Normal]:
-        """Return the most similar normal image of each row of features (B, F), from `pooled`."""
+        """Return the most similar normal image of each row of features (B, F), from `appearance`."""
         return [
             self.images[i] for i in torch.cdist(features.cpu().float(), self.features.float()).argmin(dim=1).tolist()
         ]
@@ -56,22 +58,30 @@ class Normals:
     def save(self, file: Path) -> None:
         """Write the images and their features in safetensors."""
         facts = {"images": json.dumps([asdict(one) for one in self.images]), "described": json.dumps(self.described)}
-        save_file({"features": self.features.contiguous()}, file, metadata=facts)
+        facts["products"] = json.dumps({"names": self.products.names, "limit": self.products.limit})
+        tensors = {"whitening": self.products.whitening, "centres": self.products.centres}
+        tensors = {name: torch.from_numpy(values).contiguous() for name, values in tensors.items()}
+        save_file(tensors | {"features": self.features.contiguous()}, file, metadata=facts)
 
     @classmethod
     def load(cls, file: Path) -> "Normals":
         """Read what `save` wrote. Raises InputError if it is damaged."""
         try:
             with safe_open(file, "pt") as content:
-                facts, features = content.metadata() or {}, content.get_tensor("features")
+                facts = content.metadata() or {}
+                features, whitening, centres = map(content.get_tensor, ("features", "whitening", "centres"))
             images = TypeAdapter(list[Normal]).validate_json(facts["images"])
             if features.ndim != 2 or len(features) != len(images) or not images or not features.isfinite().all():
                 raise ValueError("its features do not fit its images, or are not finite")
-            return cls(images, features, json.loads(facts["described"]) is True)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            products, width = json.loads(facts["products"]), features.shape[1]
+            names, limit = products["names"], float(products["limit"])
+            if whitening.shape != (width, width) or centres.shape != (len(names), width) or not limit > 0:
+                raise ValueError("its products do not fit its features")
+            if set(names) != {image.class_name for image in images}:
+                raise ValueError("its products are not those of its images")
+            if not (whitening.isfinite().all() and centres.isfinite().all()):
+                raise ValueError("its products are not finite numbers")
+            known = Products(names, whitening.double().numpy(), centres.double().numpy(), limit)
+            return cls(images, features, json.loads(facts["described"]) is True, known)
+        except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise InputError(f"{file} does not list normal images ({error}). Run `vlmdiff evaluate` again.") from error
-
-
-def pooled(latents: torch.Tensor) -> torch.Tensor:
-    """Return rows (B, F) by which images are compared: latents (B, C, h, w) on a coarse grid."""
-    return F.adaptive_avg_pool2d(latents.float(), GRID).flatten(1).cpu()

@@ -153,7 +153,7 @@ def judge_images(
             judged.curves[curve] += points
         table = part[["image_id", "path", "class_name", "defect", "is_anomalous"]]
         regions = [
-            ([], []) if mask is None else regions_found(mask, detection.is_anomalous & (detection.anomaly_map > 0.5))
+            ([], []) if mask is None else regions_found(mask, detection.marked)
             for mask, detection in zip(masks, found, strict=True)
         ]
         areas, hits = (pd.Series([row[i] for row in regions], dtype=object) for i in (0, 1))

@@ -60,6 +60,9 @@ SCHEMA = pa.schema(
         pa.field("image_id", pa.string()),  # sha256 of the file's bytes
         pa.field("score", pa.float64()),  # in [0, 1), 0.5 is the threshold; null if there is an error
         pa.field("is_anomalous", pa.bool_()),
+        pa.field("verdict", pa.string()),  # normal, anomalous, review or unknown product
+        pa.field("product", pa.string()),  # null if the photograph shows none that the model knows
+        pa.field("p_value", pa.float64()),  # the share of held-out normal images, with this one, that are as unusual
         pa.field("regions", pa.list_(REGION)),  # in the photograph's own pixels, x1 and y1 exclusive
         pa.field("explanation", pa.string()),  # the verdict, the regions, and what differs from normal images, in words
         pa.field("nearest", pa.string()),  # the most similar normal training image: its path in the dataset

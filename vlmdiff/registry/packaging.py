@@ -48,6 +48,9 @@ OUTPUTS = Schema(
     [
         ColSpec(DataType.double, "score"),
         ColSpec(DataType.boolean, "is_anomalous"),
+        ColSpec(DataType.string, "verdict"),
+        ColSpec(DataType.string, "product", required=False),
+        ColSpec(DataType.double, "p_value", required=False),
         ColSpec(Array(REGION), "regions"),
         ColSpec(DataType.string, "explanation"),
         ColSpec(DataType.string, "nearest", required=False),

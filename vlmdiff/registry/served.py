@@ -99,7 +99,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
                     buffer = io.BytesIO()
                     photograph.heatmap(detection).save(buffer, "PNG")
                     rows[-1]["heatmap"] = base64.b64encode(buffer.getvalue()).decode()
-        names = ["score", "is_anomalous", "regions", "explanation", "nearest"]
+        names = ["score", "is_anomalous", "verdict", "product", "p_value", "regions", "explanation", "nearest"]
         return pd.DataFrame(rows, columns=[*names, "heatmap"] if draw else names)
 
     def _detect(self, images: list[np.ndarray], captions: list[str] | None, names: list[str]) -> list[Detection]:
