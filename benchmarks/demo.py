@@ -16,8 +16,7 @@ from rich.table import Table
 from vlmdiff.core import workspace as w
 from vlmdiff.core.params import load
 from vlmdiff.data import manifest
-from vlmdiff.data.images import load_rgb, resolve
-from vlmdiff.data.masks import load_mask
+from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.metrics import evaluate_classes
 

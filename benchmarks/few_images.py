@@ -27,8 +27,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.console import track
 from vlmdiff.core.params import load
 from vlmdiff.data import manifest
-from vlmdiff.data.images import load_rgb, resolve
-from vlmdiff.data.masks import load_mask
+from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, smooth
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.retrieval import PatchBank, unit_length

@@ -25,8 +25,7 @@ from vlmdiff.core.console import track
 from vlmdiff.core.params import Gate, Latents, Pixels, load
 from vlmdiff.data import listing, manifest
 from vlmdiff.data.demo import make_demo
-from vlmdiff.data.images import load_rgb, resolve
-from vlmdiff.data.masks import load_mask
+from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.calibration import Calibration, conformal_threshold
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics

@@ -28,8 +28,7 @@ from rich.table import Table
 from vlmdiff.core import workspace as w
 from vlmdiff.core.params import load
 from vlmdiff.data import manifest
-from vlmdiff.data.images import load_rgb, resolve
-from vlmdiff.data.masks import load_mask
+from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, image_scores, smooth
 from vlmdiff.detection.detector import KINDS, Detector
 from vlmdiff.detection.retrieval import unit_length

@@ -110,6 +110,18 @@ def test_a_params_file_that_is_wrong_is_said_as_everywhere(here):
     assert result.exit_code == 1 and "prepare.rot: unknown key" in str(result.exception)
 
 
+def test_a_workspace_outside_of_git_or_of_another_user_lacks_something(here, monkeypatch):
+    assert "git" not in named(TINY)
+    Path("dvc.yaml").write_text("stages: {}")
+    found = named(TINY)["git"]
+    assert found.ok is False and "run `git init`" in found.advice
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    assert named(TINY)["git"].ok
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    found = named(TINY)["git"]
+    assert found.ok is False and "safe.directory" in found.advice
+
+
 # The dataset
 
 

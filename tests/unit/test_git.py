@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 
+from vlmdiff.core.dvc import take_in
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.git import code_revision, commit_workspace, list_files
 
@@ -133,6 +134,25 @@ def test_outside_of_git_it_says_so(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not a git repository"):
         list_files("*.dvc")
     assert code_revision() == {}
+
+
+def test_a_repository_of_another_user_is_an_error_and_not_an_empty_answer(here, monkeypatch):
+    # git's own switch, as if the files belonged to somebody else.
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    for ask in (code_revision, lambda: list_files("*.dvc"), lambda: take_in(print, None)):
+        with pytest.raises(InputError, match=r"dubious ownership[\s\S]*git config --global --add safe\.directory"):
+            ask()
+
+
+@pytest.mark.parametrize("locale", ["C", "de_DE.UTF-8", "tr_TR.ISO-8859-9"])
+def test_what_git_says_does_not_depend_on_the_locale(here, monkeypatch, locale):
+    for name in ("LANG", "LC_ALL", "LANGUAGE"):
+        monkeypatch.setenv(name, locale)
+    (here / "größe 1.dvc").write_text("outs\n")
+    assert "größe 1.dvc" in list_files("*.dvc", untracked=True)
+    (here / ".git").rename(here / "elsewhere")
+    with pytest.raises(InputError, match="is not a git repository"):
+        list_files("*.dvc")
 
 
 def test_before_the_first_commit_there_is_no_revision(tmp_path, monkeypatch):

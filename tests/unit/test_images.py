@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.data.images import fit, load_rgb, read_image, resolve, to_rgb
-from vlmdiff.data.masks import load_mask
+from vlmdiff.data.images import fit, load_mask, load_rgb, read_image, resolve, to_rgb
 
 LIMIT = 1_000_000
 

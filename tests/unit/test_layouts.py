@@ -20,8 +20,8 @@ from vlmdiff import stages
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Prepare, Validate
 from vlmdiff.data import listing, manifest
+from vlmdiff.data.images import load_mask
 from vlmdiff.data.layouts import LAYOUTS, Record
-from vlmdiff.data.masks import load_mask
 
 
 def images(root: Path, *names: str) -> None:

@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import ndimage
 
 from vlmdiff.core.params import Validate
-from vlmdiff.data.masks import load_mask, shrink
+from vlmdiff.data.images import load_mask, shrink
 from vlmdiff.data.rules import mask_faults
 from vlmdiff.evaluation.bootstrap import Statistics
 from vlmdiff.evaluation.metrics import evaluate_classes

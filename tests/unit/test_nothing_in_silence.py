@@ -20,8 +20,7 @@ from vlmdiff import cli
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Prepare
 from vlmdiff.data import listing
-from vlmdiff.data.images import decode, read_image, resolve
-from vlmdiff.data.masks import load_mask, mask_values
+from vlmdiff.data.images import decode, load_mask, mask_values, read_image, resolve, size_of
 
 LIMIT = 10**8
 TRUTH = np.zeros((64, 64), bool)
@@ -61,6 +60,16 @@ def test_a_photograph_of_an_unknown_range_is_refused_and_not_judged_by_a_guess(t
     with pytest.raises(InputError, match=r"deep\.tif: its values reach") as caught:
         read_image(tmp_path / "deep.tif", LIMIT)
     assert words in str(caught.value) and "scale them" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "jpg", "bmp"])
+def test_max_pixels_alone_limits_a_photograph_and_not_a_limit_of_the_library(tmp_path, monkeypatch, kind) -> None:
+    # As 13,400 x 13,400 pixels are beyond Pillow's own.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    file = noise(tmp_path / f"scan.{kind}", size=60)
+    assert read_image(file, 3600).size == size_of(file, 3600) == (60, 60)
+    with pytest.raises(InputError, match=r"60 x 60 pixels, more than prepare\.max_pixels = 3599"):
+        read_image(file, 3599)
 
 
 @pytest.mark.parametrize("kind", ["tif", "png", "webp"])

@@ -18,8 +18,7 @@ def code_revision() -> dict[str, str]:
 
     Empty outside of a git repository, or before its first commit. Raises InputError if git fails.
     """
-    here = Path.cwd()
-    if not any((folder / ".git").exists() for folder in (here, *here.parents)):
+    if not _in_repository():
         return {}
     status = _git("status", "--porcelain=v2", "--branch", "--untracked-files=no")
     revision = status.splitlines()[0].removeprefix("# branch.oid ")
@@ -83,6 +82,11 @@ def commit_workspace(branch: str, message: str, allowed: Collection[str] = ()) -
     return {"git.revision": newest, "git.branch": branch, "git.changed": "nothing"}
 
 
+def _in_repository() -> bool:
+    here = Path.cwd()
+    return any((folder / ".git").exists() for folder in (here, *here.parents))
+
+
 def _paths(*arguments: str, **environment: str) -> list[str]:
     """Return the paths that a git command prints with -z: others are quoted where they are not ASCII."""
     return [path for path in _git(*arguments, **environment).split("\0") if path]
@@ -90,11 +94,14 @@ def _paths(*arguments: str, **environment: str) -> list[str]:
 
 def _git(*arguments: str, **environment: str) -> str:
     """Return what a git command prints. Raises InputError with its error message if it fails."""
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", **environment}
+    # Messages in English, paths in UTF-8, whatever the locale.
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, env=environment)
+        done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", env=environment)
     except FileNotFoundError:
         raise InputError("git is not installed: install it, then try again") from None
+    if done.returncode and not _in_repository():
+        raise InputError(f"{Path.cwd()} is not a git repository, and DVC needs one: run `git init`, then try again")
     if done.returncode:
         raise InputError(f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}")
     return done.stdout.strip()

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import open_regular
@@ -82,9 +83,9 @@ def opened(
     return _opened(source, max_pixels, name, _convert)
 
 
-def size_of(file: Path) -> tuple[int, int]:
+def size_of(file: Path, max_pixels: int) -> tuple[int, int]:
     """Return the width and height that an image's header says. Raises InputError as `decode`."""
-    with _sentences(str(file)), open_regular(file) as stream, _header(stream) as image:
+    with _sentences(str(file)), open_regular(file) as stream, _header(stream, max_pixels) as image:
         return image.size
 
 
@@ -98,7 +99,7 @@ def _opened(
             # Pillow maps an uncompressed TIFF into memory where it knows its path, and scrambles one that is to be
             # turned.
             stream = stack.enter_context(open_regular(source)) if isinstance(source, Path) else source
-            image = _header(stream)
+            image = _header(stream, max_pixels)
             cost = _check_cost(image, stream, max_pixels, name)
             if _has_more(image):
                 raise InputError(f"{name} has several pages or frames: save the one to judge as a file of its own")
@@ -128,8 +129,11 @@ def _sentences(name: str) -> Generator[None]:
         raise InputError(f"{name} cannot be decoded ({str(error) or repr(error)}): replace or remove it") from error
 
 
-def _header(stream: BinaryIO) -> Image.Image:
+def _header(stream: BinaryIO, max_pixels: int) -> Image.Image:
     """Open an image and read only its header."""
+    if Image.MAX_IMAGE_PIXELS is not None:
+        # Pillow refuses twice its own limit, here and while it decodes.
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     with warnings.catch_warnings():
         # _check_cost limits the size.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -320,3 +324,51 @@ def load_rgb(path: Path, size: int | None, max_pixels: int) -> np.ndarray:
     """Return a photograph, uint8 (H, W, 3), of its own size or, where `size` is given, of the model's."""
     image = read_image(path, max_pixels)
     return np.array(image) if size is None else fit(image, size)
+
+
+def mask_values(mask: Image.Image) -> np.ndarray:
+    """Return the values of a mask (H, W): zero where nothing is marked.
+
+    In a mask with transparency, what is drawn is marked, whatever its colour and that of the ground.
+    """
+    if mask.has_transparency_data:
+        alpha = np.asarray(mask.convert("RGBA"))[..., 3]
+        if alpha.min() < alpha.max():
+            return alpha
+    return np.asarray(mask if mask.mode.startswith(("I", "F")) else mask.convert("L"))
+
+
+def load_mask(path: Path, size: int, max_pixels: int) -> np.ndarray:
+    """Return a mask, bool (size, size): cut above zero at its own size, then shrunk by `shrink`."""
+    return shrink(mask_values(decode(path, max_pixels)) > 0, size)[0]
+
+
+def shrink(mask: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+    """Return a mask (H, W), bool, at (size, size), and how many of its regions mark half of no pixel there.
+
+    A pixel is marked if at least half of it is, or at least half as much of it as of any pixel around it. So thin parts
+    stay. Each region (8-connected) keeps a pixel at least.
+    """
+    if mask.shape == (size, size):
+        return mask, 0
+    if not mask.any():
+        return np.zeros((size, size), bool), 0
+    share = np.asarray(Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.Resampling.BOX))
+    half = share >= 0.5
+    kept = half | (share > 0) & (2 * share >= ndimage.maximum_filter(share, 3))
+    labels, count = ndimage.label(mask, np.ones((3, 3), bool))
+    # The row or column there of each row or column here.
+    row, column = ((2 * np.arange(length) + 1) * size // (2 * length) for length in mask.shape)
+
+    def without(marked: np.ndarray) -> np.ndarray:
+        return np.setdiff1d(np.arange(1, count + 1), labels[mask & marked[row][:, column]])
+
+    small, is_lost = without(half), np.zeros(count + 1, bool)
+    is_lost[without(kept)] = True
+    y, x = np.nonzero(is_lost[labels])
+    places = labels[y, x].astype(np.int64) * size**2 + row[y] * size + column[x]
+    pairs, times = np.unique(places, return_counts=True)
+    regions, pixels = np.divmod(pairs[np.argsort(times, kind="stable")], size**2)
+    # Of each region the last one, of which it covers most.
+    kept.flat[list(dict(zip(regions.tolist(), pixels.tolist(), strict=True)).values())] = True
+    return kept, len(small)

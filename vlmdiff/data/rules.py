@@ -5,7 +5,7 @@ from PIL import Image
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Validate
-from vlmdiff.data.masks import mask_values, shrink
+from vlmdiff.data.images import mask_values, shrink
 
 # A mask that marks a larger share of the image may be inverted.
 LARGE = 0.5

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import ndimage
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.data.masks import regions_of
 
+EIGHT_CONNECTED = np.ones((3, 3), bool)
 CURVE_POINTS = 200
 
 
@@ -99,6 +100,14 @@ def check_map(scores: np.ndarray, mask: np.ndarray, name: str) -> tuple[np.ndarr
     if not np.isfinite(scores).all():
         raise InputError(f"anomaly map {name} holds NaN or infinity. Every score must be finite.")
     return scores, mask
+
+
+def regions_of(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the region, from 1, of each anomalous pixel in raster order, and the number of regions."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    labels, count = ndimage.label(box, EIGHT_CONNECTED)
+    return labels[box], count
 
 
 def rank(anomalous: np.ndarray, shares: np.ndarray, normal: np.ndarray, max_fpr: float = 1.0) -> Ranking:

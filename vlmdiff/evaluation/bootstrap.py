@@ -19,9 +19,8 @@ import numpy as np
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, write_json
-from vlmdiff.data.masks import regions_of
 from vlmdiff.evaluation import binned
-from vlmdiff.evaluation.aupro import check_limit
+from vlmdiff.evaluation.aupro import check_limit, regions_of
 from vlmdiff.evaluation.metrics import DIGITS, METRICS, PER_CLASS
 from vlmdiff.evaluation.streaming import Counts, StreamingMetrics, bins_of
 

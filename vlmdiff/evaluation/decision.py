@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from vlmdiff.core.params import Costs, Decision
-from vlmdiff.data.masks import regions_of
+from vlmdiff.evaluation.aupro import regions_of
 from vlmdiff.evaluation.bootstrap import SAMPLES, repetitions
 from vlmdiff.evaluation.metrics import DIGITS, PER_CLASS, group
 

@@ -20,8 +20,7 @@ from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256, write_json
 from vlmdiff.core.params import Decision, Evaluate, Prepare
-from vlmdiff.data.images import load_rgb, resolve
-from vlmdiff.data.masks import load_mask
+from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
 from vlmdiff.detection.detector import KINDS, Detection, Detector

@@ -14,9 +14,8 @@ import numpy as np
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path
-from vlmdiff.data.masks import regions_of
 from vlmdiff.evaluation import binned
-from vlmdiff.evaluation.aupro import check_limit, check_map
+from vlmdiff.evaluation.aupro import check_limit, check_map, regions_of
 from vlmdiff.evaluation.metrics import METRICS, Results
 
 # The bin of a float32 is its sign, its exponent within these limits and the first 13 bits of its mantissa: scores of a

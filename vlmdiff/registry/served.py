@@ -6,10 +6,14 @@ It runs without the package's repository, Prefect, DVC and Great Expectations.
 import base64
 import binascii
 import io
+import json
 import math
 import os
+import sys
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import wraps
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +35,10 @@ ROWS = 256
 BATCH = 32
 # The signature's parameters and their defaults.
 DEFAULTS: dict[str, Any] = {"heatmap": False, "threshold": 0.5}
+# The keys of a request; a client of TensorFlow names a signature, and there is only one.
+KEYS = {"dataframe_records", "dataframe_split", "inputs", "instances", "params", "signature_name"}
+# Characters of an error's message.
+MESSAGE = 1000
 # The column that a row needs besides, by the detector's `captions`.
 CAPTION_COLUMNS = {"image": "caption", "class": "class_name"}
 
@@ -51,6 +59,9 @@ class Inspector(mlflow.pyfunc.PythonModel):
         self.max_pixels = context.model_config["max_pixels"]
         self.max_rows, self.root = _max_rows(), _image_root()
         self.judge, self.waiting = ThreadPoolExecutor(1), deque()
+        server: Any = sys.modules.get("mlflow.pyfunc.scoring_server")
+        if server is not None:
+            server.invocations = in_sentences(server.invocations)
 
     # MLflow's method has no annotations.
     # pyrefly: ignore[bad-override]
@@ -175,6 +186,47 @@ class Inspector(mlflow.pyfunc.PythonModel):
             return open_regular(file)
         except (InputError, OSError):
             raise InputError(f"{name} {path!r} is not a file that can be read in the folder that is served") from None
+
+
+def in_sentences(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the function by which MLflow's server answers a request, so that each error is a sentence.
+
+    MLflow itself repeats the request in the error's message, photographs included, and ignores a key or a parameter
+    that it does not know.
+    """
+
+    @wraps(answer)
+    def invocations(data: bytes, content_type: str | None, *others: Any) -> Any:
+        try:
+            _check_keys(data, content_type)
+            return answer(data, content_type, *others)
+        except MlflowException as error:
+            said = error.message.partition("\nInput:")[0]
+            if said.startswith("Failed to "):
+                said = said.rpartition("Error: ")[2]
+            error.message = said[:MESSAGE]
+            # For the server's log, not for the client.
+            print(error.json_kwargs.pop("stack_trace", ""), end="", file=sys.stderr)
+            raise
+
+    return invocations
+
+
+def _check_keys(data: bytes, content_type: str | None) -> None:
+    try:
+        body = json.loads(data) if "json" in (content_type or "") else None
+    except ValueError:  # MLflow says what is wrong with it
+        return
+    if not isinstance(body, dict):
+        return
+    params = body.get("params")
+    for place, keys, known in (
+        ("the request", body, KEYS),
+        ("`params`", params if isinstance(params, dict) else {}, DEFAULTS),
+    ):
+        if unknown := sorted(keys.keys() - known):
+            words = f"{place} has {unknown[0]!r}, which is not known: give only {', '.join(sorted(known))}"
+            raise MlflowException.invalid_parameter_value(words)
 
 
 def _is_missing(value: Any) -> bool:

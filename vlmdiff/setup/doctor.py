@@ -25,8 +25,10 @@ from safetensors import SafetensorError, safe_open
 
 from vlmdiff.captions.brought import inside
 from vlmdiff.captions.endpoint import read_key
+from vlmdiff.core import git
 from vlmdiff.core import params as p
 from vlmdiff.core.device import pick_device, resolve_precision
+from vlmdiff.core.dvc import GRAPH
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.text import plain
 from vlmdiff.data import listing
@@ -70,6 +72,7 @@ class Model:
 def examine(params: p.Params, measuring: bool = True) -> list[Requirement]:
     """Return what the experiment needs, in the order in which it needs it; measure the trainings, if `measuring`."""
     rows, frame = _dataset(params)
+    rows = _repository() + rows
     more, models = _models(params)
     missing = {row.name for row in more if not row.ok}
     device = pick_device()
@@ -101,6 +104,20 @@ def report(rows: list[Requirement]) -> Group:
     lines = [Text(plain(f"{', '.join(names)}: {advice}")) for advice, names in named.items()]
     last = f"{len(missing)} check(s) failed" if missing else "everything needed is here"
     return Group(table, *lines, Text(last, "bold red" if missing else "green"))
+
+
+# The workspace
+
+
+def _repository() -> list[Requirement]:
+    """Return a row on git for a folder with a graph of stages: DVC runs them in a repository only."""
+    if not GRAPH.is_file():
+        return []
+    try:
+        git.list_files(str(GRAPH))
+    except InputError as error:
+        return [Requirement("git", "no repository that git reads", "a repository", False, str(error))]
+    return [Requirement("git", "a repository", "a repository", True)]
 
 
 # The dataset

@@ -77,7 +77,7 @@ def table(found: Found) -> Group:
         anomalous = rows[rows["is_anomalous"]]
         counts = [str(int((rows["split"] == split).sum())) for split in ("train", "validation", "test")]
         masks = f"{anomalous['mask_path'].notna().sum()} of {len(anomalous)}"
-        sizes = _sizes(found.params.image_root, rows["path"])
+        sizes = _sizes(found.params, rows["path"])
         shown.add_row(Text(plain(str(name))), *counts, str(len(anomalous)), masks, sizes)
     lines = [f"{len(found.frame)} images of {found.frame['class_name'].nunique()} classes"]
     if w.MANIFEST.is_file():
@@ -103,13 +103,13 @@ def table(found: Found) -> Group:
     return Group(shown, *(Text(plain(line)) for line in lines))
 
 
-def _sizes(root: Path, paths: pd.Series) -> str:
+def _sizes(params: Prepare, paths: pd.Series) -> str:
     """Return the smallest and the largest size of a class's images, by the headers of some of them."""
-    some = list(paths)[:: max(1, len(paths) // LOOKED_AT)]
+    root, some = params.image_root, list(paths)[:: max(1, len(paths) // LOOKED_AT)]
     sizes, broken = [], 0
     for path in some:
         try:
-            sizes.append(size_of(root / path))
+            sizes.append(size_of(root / path, params.max_pixels))
         except InputError:
             broken += 1
     if not sizes:

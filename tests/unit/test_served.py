@@ -1,0 +1,106 @@
+"""The served model in MLflow's own server, without a process of its own: every wrong request gets a sentence."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from mlflow.models import ModelSignature
+from PIL import Image
+
+from tests.tiny import save_tiny_detector
+from vlmdiff.core.params import Params
+from vlmdiff.registry import packaging, served
+
+
+def png(seed: int = 0, side: int = 64) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PHOTOGRAPH = png()
+TEXT = base64.b64encode(PHOTOGRAPH).decode()
+ROW = {"image": TEXT}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory) -> TestClient:
+    from mlflow.pyfunc import scoring_server
+
+    folder: Path = tmp_path_factory.mktemp("served")
+    mlflow.pyfunc.save_model(
+        str(folder / "version"),
+        python_model=served.__file__,
+        artifacts={"detector": str(save_tiny_detector(folder / "model"))},
+        model_config={"max_pixels": 10**6},
+        signature=ModelSignature(packaging._inputs(Params()), packaging.OUTPUTS, packaging.PARAMETERS),
+        pip_requirements=[],
+    )
+    # As the server's own module does.
+    return TestClient(scoring_server.init(mlflow.pyfunc.load_model(str(folder / "version"))))
+
+
+def post(client: TestClient, body: Any, kind: str = "application/json"):
+    content = body if isinstance(body, (bytes, str)) else json.dumps(body)
+    return client.post("/invocations", content=content, headers={"Content-Type": kind})
+
+
+WRONG = {
+    "data URI": ({"instances": [{"image": f"data:image/png;base64,{TEXT}"}]}, "row 0: `image` is not base64"),
+    "another alphabet": ({"instances": [{"image": f"-_{TEXT}"}]}, "row 0: `image` is not base64"),
+    "an object": ({"instances": [{"image": {"b64": TEXT}}]}, "row 0: `image` is not base64"),
+    "bare strings": ({"instances": [TEXT]}, "no row has a photograph"),
+    "one string": ({"inputs": TEXT}, "no row has a photograph"),
+    "half a file": ({"instances": [{"image": TEXT[: len(TEXT) // 8 * 4]}]}, "row 0: `image` cannot be decoded"),
+    "pixels": ({"instances": [{"image": np.zeros((4, 4, 3), int).tolist()}]}, "must be base64 of a file, not list"),
+    "a threshold of text": ({"instances": [ROW], "params": {"threshold": "0.3"}}, "'threshold'"),
+    "a threshold of NaN": ({"instances": [ROW], "params": {"threshold": float("nan")}}, "`threshold` is nan"),
+    "a heatmap of text": ({"instances": [ROW], "params": {"heatmap": "true"}}, "'heatmap'"),
+    "a misspelt parameter": ({"instances": [ROW], "params": {"treshold": 0.3}}, "`params` has 'treshold'"),
+    "a misspelt key": ({"instances": [ROW], "parameters": {"threshold": 1}}, "the request has 'parameters', which is"),
+    "parameters as a list": ({"instances": [ROW], "params": [1]}, "must be a dictionary"),
+    "one row of two": ({"dataframe_records": [ROW, {"image": "AAAA"}]}, "row 1: `image` is not an image of PNG, JPEG"),
+    "no rows": ({"dataframe_records": []}, "no row has a photograph"),
+    "nothing": ({}, "exactly one of the input fields"),
+    "two formats": ({"instances": [ROW], "inputs": [ROW]}, "exactly one of the input fields"),
+    "no JSON": (f'{{"instances": [{{"image": "{TEXT}', "valid JSON"),
+    "a list": ([TEXT], "must be a JSON dictionary"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_request_is_answered_by_a_sentence_that_repeats_no_photograph(client, name):
+    body, sentence = WRONG[name]
+    answer = post(client, body)
+    assert answer.status_code == 400 and sentence in answer.json()["message"]
+    assert TEXT[100:200] not in answer.text and len(answer.text) < 1500 and "stack_trace" not in answer.json()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [(TEXT, "text/csv", 400), (PHOTOGRAPH, "application/vnd.apache.parquet", 400), (PHOTOGRAPH, "image/png", 415)],
+)
+def test_another_kind_of_content_is_answered_by_a_sentence_too(client, content, kind, status):
+    answer = post(client, content, kind)
+    assert answer.status_code == status and TEXT[100:200] not in answer.text and "Traceback" not in answer.text
+
+
+def test_every_form_of_a_right_request_gets_the_same_answer(client):
+    forms = [
+        {"instances": [ROW]},
+        {"inputs": [ROW]},
+        {"inputs": {"image": [TEXT]}},
+        {"dataframe_records": [ROW]},
+        {"dataframe_split": {"columns": ["image"], "data": [[TEXT]]}},
+        {"instances": [ROW | {"id": 7}], "signature_name": "serving_default"},
+        {"instances": [ROW], "params": {"threshold": 0.5, "heatmap": False}},
+    ]
+    answers = [post(client, form) for form in forms] + [post(client, f"image\n{TEXT}\n", "text/csv")]
+    assert all(answer.status_code == 200 for answer in answers)
+    assert len({answer.text for answer in answers}) == 1
