@@ -9,6 +9,8 @@ from pathlib import Path
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 
+# Seconds after which a git command is ended: all work on files of this machine.
+LIMIT = 600.0
 # The author of commits that no person makes.
 COMMITTER = {"NAME": "vlmdiff", "EMAIL": "vlmdiff@localhost"}
 
@@ -92,7 +94,16 @@ def _git(*arguments: str, **environment: str) -> str:
     """Return what a git command prints. Raises InputError with its error message if it fails."""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", **environment}
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            ["git", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"`git {' '.join(arguments)}` did not end in {LIMIT:g} s: run it by hand to see why") from None
     except FileNotFoundError:
         raise InputError("git is not installed: install it, then try again") from None
     if done.returncode:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
+import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from vlmdiff.core import workspace as w
@@ -16,8 +17,8 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Registry
 
-# MLflow's defaults wait four minutes for a server that is down. It reads these at each request.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
+# MLflow's defaults wait four minutes for a server that is down, and PostgreSQL's for ever. They read these each time.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8", "PGCONNECT_TIMEOUT": "8"}
 for name, value in {**PATIENCE, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}.items():
     os.environ.setdefault(name, value)
 
@@ -50,6 +51,9 @@ def open_store(params: Registry) -> Generator[MlflowClient]:
     with hold(_lock_file(uri), f"the MLflow store {shown(uri)}", LIMIT):
         mlflow.set_tracking_uri(uri)
         try:
+            if uri.startswith("postgresql"):
+                # MLflow would try ten times, for two minutes and more.
+                sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect().close()
             yield MlflowClient(uri)
         except (MlflowException, SQLAlchemyError) as error:
             raise InputError(
