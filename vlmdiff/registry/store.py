@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -25,6 +26,9 @@ for name, value in {**PATIENCE, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 import mlflow  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+
+# It would print the traceback of an error that is then raised.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 # Seconds to wait for another process: a registration uploads a model.
 LIMIT = 600.0
@@ -56,8 +60,9 @@ def open_store(params: Registry) -> Generator[MlflowClient]:
                 sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect().close()
             yield MlflowClient(uri)
         except (MlflowException, SQLAlchemyError) as error:
+            said = str(error).partition("\n[SQL: ")[0]
             raise InputError(
-                f"MLflow at {shown(uri)} failed: {shown(str(error))}\n"
+                f"MLflow at {shown(uri)} failed: {shown(said)}\n"
                 "Run the same command again when MLflow answers. Nothing is trained again."
             ) from error
 
