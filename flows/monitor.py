@@ -9,9 +9,8 @@ from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed, Failed
 
-from flows import pages
+from flows import pages, servers
 from flows.deployments import DRIFT
-from vlmdiff.core import lifeline
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Positive, load
@@ -31,7 +30,7 @@ def monitor(
         out: The folder for the page and monitor.json; both are replaced.
     """
     # A run that is cancelled, or whose worker is killed, leaves no process behind.
-    lifeline.watch()
+    servers.watch_run()
     try:
         params = load()
         found = check(Path(scores), Path(out), params, Path(model) if model else None, last)

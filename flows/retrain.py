@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+import httpx
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -17,7 +18,7 @@ from prefect.states import Completed, Failed
 from prefect.tasks import Task
 
 from flows import gpu, pages, servers
-from vlmdiff.core import dvc, lifeline
+from vlmdiff.core import dvc
 from vlmdiff.core import workspace as w
 from vlmdiff.core.dvc import DvcFailed, StageDisturbed
 from vlmdiff.core.errors import InputError
@@ -109,7 +110,7 @@ def retrain(
         branch: Commit the workspace, with dvc.lock, on this git branch. Empty: no commit.
     """
     # A run that is cancelled, or whose worker is killed, leaves no training behind.
-    lifeline.watch()
+    servers.watch_run()
     try:
         with hold(LOCK, "this workspace", by=f"the run {flow_run.get_name()!r}"):
             if preset != AS_IT_IS:
@@ -149,11 +150,18 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     load()
-    settings = {} if PREFECT_API_URL.value() else servers.prefect_settings()
+    if url := PREFECT_API_URL.value():
+        servers.check_api(url)
+    settings = {} if url else servers.prefect_settings()
     with temporary_settings(settings):
-        state = retrain(return_state=True)  # pyrefly: ignore[no-matching-overload]
+        url = PREFECT_API_URL.value()
+        servers.watch_api(url)
+        try:
+            state = retrain(return_state=True)  # pyrefly: ignore[no-matching-overload]
+        except httpx.TransportError as error:
+            raise InputError(f"the Prefect server at {url} failed ({error}): run again when it answers") from error
     if not state.is_completed():
-        raise InputError(state.message)
+        raise InputError(state.message or f"the run did not end: the Prefect server at {url} did not take its result")
     pages.print_summary(state.result())
 
 

@@ -8,8 +8,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows import pages
-from vlmdiff.core import lifeline
+from flows import pages, servers
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Registry, load
 from vlmdiff.core.processes import run_child
@@ -26,7 +25,7 @@ def score(sources: list[str], out: str = "reports/scores", heatmaps: bool = Fals
         heatmaps: Also write a picture of each new anomalous photograph, into the folder `_heatmaps` there.
     """
     # A run that is cancelled, or whose worker is killed, leaves no process behind.
-    lifeline.watch()
+    servers.watch_run()
     began = datetime.now(UTC)
     try:
         folder = Path(out, _champion(load().registry))

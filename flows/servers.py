@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
@@ -35,6 +37,8 @@ REPORTS = Path("reports")
 WORKER = "worker"
 # Seconds.
 START_TIMEOUT = 120.0
+# Seconds after which a flow says that the Prefect server is silent, and after which it ends.
+PATIENCE, SILENCE = 30.0, 600.0
 # The slots of a limit are in the database. Leases in memory would leave them taken if the server died.
 PREFECT_SERVER = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
@@ -86,6 +90,7 @@ def address(page: Path) -> str:
 def prefect_settings() -> dict[Any, str]:
     """Return Prefect settings for the server of `make up` if it runs, else for an API that ends with this process."""
     if server := find("prefect"):
+        _check(server, "/api/health")
         return {"api.url": f"{server.url}/api"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -97,9 +102,16 @@ def prefect_settings() -> dict[Any, str]:
 
 
 def _start(
-    name: str, command: list[str], ready: Callable[[], bool], environment: dict[str, str] | None = None
-) -> subprocess.Popen:
-    """Start a server as the leader of a process group. Raises InputError if it is not `ready` in START_TIMEOUT."""
+    name: str,
+    command: list[str],
+    ready: Callable[[], bool],
+    environment: dict[str, str] | None = None,
+    note: Callable[[int], None] = lambda pid: None,
+) -> None:
+    """Start a server as the leader of a process group, and pass its id to `note` at once.
+
+    Raises InputError if it is not `ready` in START_TIMEOUT. It ends if this function ends early.
+    """
     STATE.mkdir(parents=True, exist_ok=True)
     log = STATE / f"{name}.log"
     with log.open("w") as output:
@@ -113,6 +125,7 @@ def _start(
         )
     deadline = time.monotonic() + START_TIMEOUT
     try:
+        note(process.pid)
         while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise InputError(f"{name} did not start. The end of {log}:\n{log.read_text()[-2000:]}")
@@ -120,15 +133,75 @@ def _start(
     except BaseException:
         end_group(process.pid)
         raise
-    return process
 
 
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return response.status == 200
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403)  # it wants to know who asks
     except OSError:
         return False
+
+
+def check_api(url: str) -> None:
+    """Raise InputError if there is no Prefect server at `url` that answers."""
+    _wait_for_answer(
+        f"{url}/health", f"the Prefect server at {url} does not answer: start it, or unset PREFECT_API_URL"
+    )
+
+
+def _check(server: Server, health: str) -> None:
+    """Raise InputError if a server that runs does not answer."""
+    stopped = f"the server {server.name} (process {server.pid}) runs, and does not answer at {server.url}"
+    _wait_for_answer(
+        server.url + health,
+        f"{stopped}. If it is stopped, `kill -CONT {server.pid}` lets it go on; `make down` ends it",
+    )
+
+
+def _wait_for_answer(url: str, otherwise: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not _answers(url):
+        if time.monotonic() > deadline:
+            raise InputError(otherwise)
+        time.sleep(0.5)
+
+
+def watch_run() -> None:
+    """End the process of a run with its worker, or when Prefect's server is silent. Other callers go on."""
+    lifeline.watch()
+    if lifeline.OWNER in os.environ:
+        from prefect.settings import PREFECT_API_URL
+
+        watch_api(PREFECT_API_URL.value())
+
+
+def watch_api(url: str) -> None:
+    """End this process with status 2 once Prefect's server at `url` has been silent for SILENCE seconds.
+
+    Prefect's client would try each request again for minutes, also those at the end of the process, and say nothing.
+    """
+    threading.Thread(target=_watch_api, args=(url,), name="watch of Prefect", daemon=True).start()
+
+
+def _watch_api(url: str) -> None:
+    heard, said = time.monotonic(), False
+    while (silent := time.monotonic() - heard) < SILENCE:
+        time.sleep(min(PATIENCE, SILENCE) / 6)
+        if _answers(f"{url}/health"):
+            heard, said = time.monotonic(), False
+        elif silent > PATIENCE and not said:
+            said = True
+            print(f"waiting: the Prefect server at {url} does not answer", file=sys.stderr, flush=True)
+    print(
+        f"error: the Prefect server at {url} has not answered for {SILENCE:g} s. Start it, or let it go on if it is "
+        "stopped; then run again: checkpoints and finished stages are kept",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 @app.command()
@@ -185,6 +258,10 @@ def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port =
 
     A server that PREFECT_API_URL or MLFLOW_TRACKING_URI names is used, not started.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # As Ctrl-C does, they end what is starting. `nohup` ignores one of them.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     # Two at once would both find that nothing runs.
     with hold(LOCK, "the servers of this workspace", 2 * START_TIMEOUT):
         _up_all(prefect_port, mlflow_port, reports_port)
@@ -253,6 +330,7 @@ def _deploy(api: str) -> None:
 def _up(name: str, port: int, health: str, command: list[str], environment: dict[str, str] | None = None) -> str:
     """Start a server if `up` has not started it, and return its address."""
     if server := find(name):
+        _check(server, health)
         print(f"{name} already runs: {server.url}")
         return server.url
     with socket.socket() as probe:
@@ -281,8 +359,12 @@ def _keep(
     """
     command = [sys.executable, "-m", *module]
     prefix = ["sh", "-c", f'{lifeline.OWNER}=$$ exec "$@"', "sh"] if ends_with_it else []
-    process = _start(name, prefix + command, ready, environment)
-    write_json(STATE / f"{name}.json", asdict(Server(name, url, process.pid, command)))
+
+    def note(pid: int) -> None:
+        # At once: if `up` is killed meanwhile, `down` finds it.
+        write_json(STATE / f"{name}.json", asdict(Server(name, url, pid, command)))
+
+    _start(name, prefix + command, ready, environment, note)
     print(f"started {name}: {url}")
 
 

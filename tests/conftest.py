@@ -108,7 +108,9 @@ class Workspace:
             assert result.returncode == 0, f"{command} exited with {result.returncode}:\n{result.stdout}"
         return result
 
-    def vlmdiff(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def vlmdiff(
+        self, *arguments: str, check: bool = True, tracking_uri: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command of `vlmdiff` as `run` does, in this process: imports take most of the time of another."""
         from vlmdiff.cli import main
 
@@ -117,7 +119,7 @@ class Workspace:
             patch.chdir(self.path)
             patch.setattr(sys, "argv", ["vlmdiff", *arguments])
             # MLflow keeps a store that it has opened by its address: each workspace has one of its own.
-            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{self.path / 'mlflow.db'}")
+            patch.setenv("MLFLOW_TRACKING_URI", tracking_uri or f"sqlite:///{self.path / 'mlflow.db'}")
             try:
                 main()
             except SystemExit as end:

@@ -1,6 +1,5 @@
 """The `vlmdiff` command. Each command loads the parameters and calls one function; heavy imports are inside it."""
 
-import errno
 import os
 import sys
 from enum import StrEnum
@@ -11,7 +10,7 @@ import typer
 
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, machine_fault
 from vlmdiff.core.network import ask_loopback_directly
 from vlmdiff.core.text import plain
 
@@ -343,15 +342,10 @@ def main() -> None:
     except InputError as error:
         print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        # What a person can change, unlike a mistake in this package.
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
+    except Exception as error:
+        if (lack := machine_fault(error)) is None:
             raise
-        where = plain(f"{error.filename}: ") if error.filename else ""
-        print(
-            f"error: {where}{error.strerror}. Nothing half-written is left; run again once it is fixed.",
-            file=sys.stderr,
-        )
+        print(f"error: {plain(lack)}. Nothing half-written is left; run again once it is fixed.", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,9 +1,11 @@
 """Whoever started a stage is killed: the stage must not go on training for nobody."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,23 +33,33 @@ DVC = [sys.executable, "-m", "dvc", "repro"]
 
 
 @contextmanager
-def started(folder: Path, command: list[str], **environment: str) -> Iterator[psutil.Popen]:
-    """Run a command in a workspace in the background; nothing of it is left afterwards."""
+def started(
+    folder: Path, command: list[str], terminal: int | None = None, **environment: str
+) -> Iterator[psutil.Popen]:
+    """Run a command in a workspace in the background, or in a terminal; nothing of it is left afterwards."""
+
+    def begin() -> None:
+        # As in a terminal's foreground: tests that run in the background of a shell have Ctrl-C ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if terminal is not None:
+            os.setsid()
+            fcntl.ioctl(terminal, termios.TIOCSCTTY)
+
     (folder / "stage.py").write_text(STAGE)
     with (folder / "output").open("w") as output:
         process = psutil.Popen(
             command,
             cwd=folder,
             env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdin=subprocess.DEVNULL if terminal is None else terminal,
+            stdout=output if terminal is None else terminal,
             stderr=subprocess.STDOUT,
-            # As in a terminal's foreground: tests that run in the background of a shell have Ctrl-C ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=begin,
         )
     family = [process]
     try:
-        wait_for((folder / "pid").exists, 60, lambda: (folder / "output").read_text())
+        wait_for(lambda: (folder / "pid").exists() or process.poll() is not None, 150, (folder / "output").read_text)
+        assert (folder / "pid").exists(), (folder / "output").read_text()
         family += process.children(recursive=True)
         yield process
     finally:
@@ -63,7 +75,9 @@ def assert_all_end_soon(processes: list[psutil.Process]) -> None:
     wait_for(lambda: all(map(is_gone, processes)), SOON, lambda: processes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_a_flow_that_is_killed_leaves_nothing_behind(new_workspace, prefect_api, number) -> None:
     folder = new_workspace(GRAPH).path
     with started(folder, FLOW, PREFECT_API_URL=prefect_api) as flow:
@@ -73,6 +87,27 @@ def test_a_flow_that_is_killed_leaves_nothing_behind(new_workspace, prefect_api,
         flow.send_signal(number)
 
         assert_all_end_soon([flow, *family])
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "closed"])
+@pytest.mark.parametrize("command", [FLOW, DVC], ids=["flow", "dvc"])
+def test_ctrl_c_and_a_closed_terminal_end_every_child(new_workspace, prefect_api, command, how) -> None:
+    folder = new_workspace(GRAPH).path
+    person, terminal = os.openpty()
+    with started(folder, command, terminal, PREFECT_API_URL=prefect_api) as process:
+        os.close(terminal)
+        family = process.children(recursive=True)
+        assert stage_of(folder) in family
+
+        # Nobody reads what it prints: less than a terminal keeps.
+        if how == "Ctrl-C":
+            os.write(person, b"\x03")
+        else:
+            os.close(person)
+
+        assert_all_end_soon([process, *family])
+    if how == "Ctrl-C":
+        os.close(person)
 
 
 def test_the_api_that_a_flow_started_for_itself_ends_with_it(new_workspace) -> None:
@@ -86,14 +121,15 @@ def test_the_api_that_a_flow_started_for_itself_ends_with_it(new_workspace) -> N
         assert_all_end_soon(family)
 
 
-def test_a_stage_ends_when_dvc_is_killed(new_workspace) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_stage_ends_when_dvc_is_killed(new_workspace, number) -> None:
     folder = new_workspace(GRAPH).path
     with started(folder, DVC) as dvc:
         stage = stage_of(folder)
 
-        dvc.kill()
+        dvc.send_signal(number)
 
-        assert_all_end_soon([stage])
+        assert_all_end_soon([dvc, stage])
 
 
 def test_the_same_command_runs_the_stage_again_after_a_kill(new_workspace) -> None:

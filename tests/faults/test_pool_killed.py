@@ -1,5 +1,6 @@
 """A pool's processes end with whoever started them, and hand on what went wrong."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,15 +37,25 @@ def test_an_error_is_raised_as_it_was():
         list(map_in_processes(refuse_odd, [2, 4, 7, 8], chunk=1))
 
 
-def test_killed_it_leaves_no_process_behind(tmp_path: Path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name
+)
+def test_killed_it_leaves_no_process_behind(tmp_path: Path, number: signal.Signals):
     (tmp_path / "pool.py").write_text(POOL)
-    pool = psutil.Popen([sys.executable, "pool.py"], cwd=tmp_path, stdin=subprocess.DEVNULL)
+    pool = psutil.Popen(
+        [sys.executable, "pool.py"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     workers: list[psutil.Process] = []
     try:
         wait_for(lambda: len(workers) > 0 or workers.extend(at_work(pool)), 30)
-        pool.kill()
-        pool.wait()
-        wait_for(lambda: all(map(is_gone, workers)), 30, lambda: workers)
+        # To it alone, not to its group.
+        pool.send_signal(number)
+        pool.wait(10)
+        wait_for(lambda: all(map(is_gone, workers)), 10, lambda: workers)
     finally:
         kill_all([pool, *workers])
 

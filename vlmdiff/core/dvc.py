@@ -15,10 +15,15 @@ from vlmdiff.core import git
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.files import check_regular
+from vlmdiff.core.locks import hold
 from vlmdiff.core.processes import run_child
 
-DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+# DVC ends with the process that started it.
+DVC = [sys.executable, "-m", "vlmdiff.core.lifeline", "dvc", "--wait-for-lock"]
 GRAPH = Path("dvc.yaml")
+LOCK = Path(".dvc/tmp/lock")
+# Seconds to wait for another DVC process.
+LIMIT = 600.0
 Log = Callable[[str], None]
 Outcome = Literal["ran", "restored from the run cache", "up to date"]
 
@@ -52,7 +57,7 @@ def run_stage(name: str, log: Log, force: bool = False, pull: bool = False) -> O
         force: Run the stage even if it is up to date.
         pull: Fetch missing files, and results of other workspaces, from the default remote.
 
-    Raises StageFailed.
+    Raises StageFailed, and InputError if another DVC process still holds the workspace after LIMIT seconds.
     """
     options = [option for option, wanted in (("--force", force), ("--pull", pull)) if wanted]
     running = f"Running stage '{name}':"
@@ -66,7 +71,7 @@ def run_stage(name: str, log: Log, force: bool = False, pull: bool = False) -> O
         elif line.startswith(f"Stage '{name}' is cached"):
             outcome = "restored from the run cache"
 
-    status, printed = run_child([*DVC, "repro", "--single-item", name, *options], note)
+    status, printed = _run("repro", "--single-item", name, *options, log=note)
     if status:
         printed = printed.rpartition(f"{running}\n")[2]
         failure = StageDisturbed if _disturbed(status, printed) else StageFailed
@@ -151,6 +156,7 @@ def _texts(value: object) -> Iterator[str]:
 
 def _ask(*arguments: str) -> str:
     """Return what a `dvc` command that changes nothing prints on standard output."""
+    _wait_for_others()
     done = subprocess.run([*DVC, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise DvcFailed(f"`dvc {' '.join(arguments)}` failed:\n{done.stderr.strip()}")
@@ -159,9 +165,25 @@ def _ask(*arguments: str) -> str:
 
 def _move(*arguments: str, log: Log) -> None:
     """Run a `dvc` command that moves data."""
-    status, printed = run_child([*DVC, *arguments], log)
+    status, printed = _run(*arguments, log=log)
     if status:
         raise DvcFailed(f"`dvc {arguments[0]}` failed:\n{printed}")
+
+
+def _run(*arguments: str, log: Log) -> tuple[int, str]:
+    _wait_for_others()
+    return run_child([*DVC, *arguments], log)
+
+
+def _wait_for_others() -> None:
+    """Return when no other DVC process holds the workspace.
+
+    With --wait-for-lock DVC would wait for ever, and say nothing. Without it, a stage whose lock another process takes
+    while it runs would fail at its end.
+    """
+    if LOCK.parents[1].is_dir():
+        with hold(LOCK, "DVC's lock on this workspace", LIMIT):
+            pass
 
 
 def read_lock() -> dict[str, str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 
+# Seconds after which a git command is ended: all work on files of this machine.
+LIMIT = 600.0
 # The author of commits that no person makes.
 COMMITTER = {"NAME": "vlmdiff", "EMAIL": "vlmdiff@localhost"}
 
@@ -97,7 +99,16 @@ def _git(*arguments: str, **environment: str) -> str:
     # Messages in English, paths in UTF-8, whatever the locale.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", env=environment)
+        done = subprocess.run(
+            ["git", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            env=environment,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"`git {' '.join(arguments)}` did not end in {LIMIT:g} s: run it by hand to see why") from None
     except FileNotFoundError:
         raise InputError("git is not installed: install it, then try again") from None
     if done.returncode and not _in_repository():

@@ -1,7 +1,11 @@
-"""End a process with the one that started it, even if that one was killed with -9."""
+"""End a process with the one that started it, even if that one was killed with -9.
+
+`python -m vlmdiff.core.lifeline MODULE ARGUMENTS...` runs another module so.
+"""
 
 import contextlib
 import os
+import runpy
 import sys
 import threading
 import time
@@ -74,3 +78,9 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+if __name__ == "__main__":
+    watch()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ from vlmdiff.core import lifeline
 from vlmdiff.core.lifeline import is_alive
 
 # Seconds between SIGTERM and SIGKILL.
-GRACE = 10.0
+GRACE = 5.0
 # How many of a command's last lines an error message quotes.
 LAST_LINES = 20
 
@@ -38,6 +38,11 @@ def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], 
     with ProcessPoolExecutor(mp_context=context, initializer=lifeline.end_with, initargs=(os.getpid(),)) as pool:
         try:
             yield from pool.map(function, items, chunksize=chunk)
+        except KeyboardInterrupt:
+            # Nobody waits for what they are at.
+            for process in active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

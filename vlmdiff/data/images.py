@@ -124,6 +124,10 @@ def _sentences(name: str) -> Generator[None]:
         raise InputError(f"{name} does not exist") from None
     except UnidentifiedImageError:
         raise InputError(f"{name} is not an image of {', '.join(FORMATS)}: replace or remove it") from None
+    except MemoryError as error:
+        raise InputError(
+            f"{name} cannot be decoded: not enough memory. End other programs and run again, or remove it"
+        ) from error
     # Pillow's decoders raise anything for a damaged file.
     except Exception as error:
         raise InputError(f"{name} cannot be decoded ({str(error) or repr(error)}): replace or remove it") from error

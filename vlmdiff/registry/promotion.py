@@ -11,7 +11,7 @@ from vlmdiff.captions.files import read_captions
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
 from vlmdiff.core.dvc import read_lock
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, machine_fault
 from vlmdiff.core.files import atomic_folder, atomic_path, folder_mb
 from vlmdiff.core.params import Params
 from vlmdiff.data import manifest
@@ -226,6 +226,9 @@ def _hear(params: Params, version: int | None, against: int | None, tags: dict[s
         champion_folder = _evaluation_on(params, against, model.test_set)
         return Case(folder, model, rolled_back, champion_folder, Evidence.read(champion_folder))
     except InputError as error:
+        # A full disk must not become a verdict either.
+        if machine_fault(error):
+            raise
         # If the store no longer answers, this raises: an unreachable store must not become a verdict.
         with open_store(params.registry) as client:
             champion_version(client, params.registry)
@@ -285,6 +288,8 @@ def _evaluation_on(params: Params, version: int, test_set: str) -> Path:
     try:
         detector = Detector.from_pretrained(detector_folder)
     except (InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if machine_fault(error):
+            raise
         raise InputError(f"version {version} cannot be loaded: {error}") from error
     say(f"evaluating version {version} on the current test images")
     judged = judge_images(detector, frame, params.prepare, read_captions(w.CAPTIONS), params.evaluate)

@@ -2,12 +2,14 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
+import sqlalchemy
 from sqlalchemy.exc import SQLAlchemyError
 
 from vlmdiff.core import workspace as w
@@ -16,14 +18,17 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Registry
 
-# MLflow's defaults wait four minutes for a server that is down. It reads these at each request.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
+# MLflow's defaults wait four minutes for a server that is down, and PostgreSQL's for ever. They read these each time.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8", "PGCONNECT_TIMEOUT": "8"}
 for name, value in {**PATIENCE, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}.items():
     os.environ.setdefault(name, value)
 
 import mlflow  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+
+# It would print the traceback of an error that is then raised.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 # Seconds to wait for another process: a registration uploads a model.
 LIMIT = 600.0
@@ -50,10 +55,14 @@ def open_store(params: Registry) -> Generator[MlflowClient]:
     with hold(_lock_file(uri), f"the MLflow store {shown(uri)}", LIMIT):
         mlflow.set_tracking_uri(uri)
         try:
+            if uri.startswith("postgresql"):
+                # MLflow would try ten times, for two minutes and more.
+                sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect().close()
             yield MlflowClient(uri)
         except (MlflowException, SQLAlchemyError) as error:
+            said = str(error).partition("\n[SQL: ")[0]
             raise InputError(
-                f"MLflow at {shown(uri)} failed: {shown(str(error))}\n"
+                f"MLflow at {shown(uri)} failed: {shown(said)}\n"
                 "Run the same command again when MLflow answers. Nothing is trained again."
             ) from error
 

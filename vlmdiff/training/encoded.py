@@ -1,5 +1,6 @@
 """What training reads, as memory-mapped arrays: everything frozen that it would otherwise compute in each epoch."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,12 @@ def encode(
 
 
 def _array(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    # The file is sparse so far. On a full disk this raises OSError, and a write to the array ends the process.
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def mirrored(frame: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:
@@ -138,7 +144,7 @@ def image_array(frame: pd.DataFrame, data: Prepare, size: int, file: Path) -> np
 
     If the rows have `axes`, as `mirrored` returns them, the images are mirrored along these.
     """
-    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(frame), size, size, 3))
+    array = _array(file, (len(frame), size, size, 3), np.uint8)
     every = [()] * len(frame) if "axes" not in frame else frame["axes"]
     for i, (path, axes) in enumerate(zip(track(frame["path"], "read images", total=len(frame)), every, strict=True)):
         array[i] = np.flip(load_rgb(resolve(data.image_root, path), size, data.max_pixels), axes)

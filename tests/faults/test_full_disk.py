@@ -1,0 +1,150 @@
+"""A disk that is full or read-only and too little memory, in every stage and command: a sentence, and nothing lost."""
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import Workspace
+
+MODEL = ("--model", "models/detector")
+COMMANDS = {
+    "prepare": ("prepare",),
+    "validate": ("validate",),
+    "caption": ("caption",),
+    "first_stage": ("first_stage",),
+    "encode": ("encode",),
+    "train": ("train",),
+    "evaluate": ("evaluate",),
+    "register": ("register",),
+    "gate": ("gate",),
+    "promote": ("promote", "1"),
+    "score": ("score", "data/made/cable/test", *MODEL, "--out", "out", "--heatmaps"),
+    "score by the champion": ("score", "data/made/cable/test", "--out", "out"),
+    "monitor": ("monitor", "scores", *MODEL, "--out", "drift"),
+    "feedback": ("feedback", "normal", "new.png", "--class-name", "cable", "--by", "Ada"),
+    "init": ("init", "--data", "photographs"),
+}
+# What commands keep for themselves, or record of the time.
+OWN = (".cache", "mlflow.db", "mlruns", ".dvc", ".git", "tmp", "reports")
+DISK = 256 * 2**20
+
+
+@pytest.fixture(scope="module")
+def line(tiny_line, made_store, tmp_path_factory) -> Workspace:
+    """The tiny line without links, with a champion, scores, and a folder that takes feedback."""
+    path = tmp_path_factory.mktemp("line") / "workspace"
+    shutil.copytree(tiny_line.path, path, ignore=shutil.ignore_patterns("cache"))
+    workspace = Workspace(path)
+    shutil.copy(made_store, path)
+    workspace.vlmdiff("score", "data/made/cable/test", *MODEL, "--out", "scores")
+    return workspace
+
+
+@pytest.fixture
+def disk(line, tmp_path, monkeypatch) -> Iterator[Workspace]:
+    """A copy of the line on a small disk of its own; where none may be mounted, in a folder."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)]).returncode
+    try:
+        shutil.copytree(line.path, place / "workspace", symlinks=True)
+        (place / "workspace/tmp").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(place / "workspace/tmp"))
+        yield Workspace(place / "workspace")
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@contextlib.contextmanager
+def full(place: Path, free: int) -> Iterator[None]:
+    """So many bytes are free on the disk; where it has none of its own, no file may become larger than them."""
+    if not place.parent.is_mount():
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return
+    ballast = place.parent / "ballast"
+    with ballast.open("wb") as file:
+        left = os.statvfs(place)
+        os.posix_fallocate(file.fileno(), 0, max(left.f_bavail * left.f_frsize - free, 1))
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+def ready(disk: Workspace, name: str) -> None:
+    """Bring about what a command needs."""
+    if name in ("gate", "promote", "score by the champion"):
+        disk.vlmdiff("register")
+    if name == "score by the champion":
+        disk.vlmdiff("promote", "1")
+    if name in ("feedback", "init"):
+        shutil.copytree(disk.path / "data/made", disk.path / "photographs")
+        Image.new("RGB", (64, 64), "red").save(disk.path / "new.png")
+    if name == "feedback":
+        disk.set_params(prepare={"layout": "mvtec_ad", "root": "photographs"})
+
+
+def tree(place: Path) -> dict[str, str]:
+    """What the workspace has of the dataset, models and results, by hash."""
+    found = {}
+    for file in sorted(place.rglob("*")):
+        relative = file.relative_to(place)
+        if file.is_file() and relative.parts[0] not in OWN:
+            found[str(relative)] = sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def assert_a_sentence(name: str, done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 2 and "Traceback" not in done.stdout, f"{name}: {done.returncode}: {done.stdout}"
+    errors = [text for text in done.stdout.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1, f"{name}: {done.stdout}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_is_a_sentence_and_once_there_is_room_the_same_command_goes_on(disk, name) -> None:
+    ready(disk, name)
+    before, said = tree(disk.path), []
+    for free in (0, 2**17):
+        with full(disk.path, free):
+            done = disk.vlmdiff(*COMMANDS[name], check=False)
+        if not done.returncode:
+            break
+        said.append(done.stdout)
+        assert_a_sentence(name, done)
+        after = tree(disk.path)
+        assert {path: after.get(path) for path in before} == before
+        assert not [path for path in after if path.endswith((".tmp", ".old"))]
+    assert said
+    disk.vlmdiff(*COMMANDS[name])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_read_only_disk_is_a_sentence(disk, tmp_path, name) -> None:
+    if not disk.path.parent.is_mount():
+        pytest.skip("no disk may be mounted here")
+    ready(disk, name)
+    before, place = tree(disk.path), tmp_path / "read-only"
+    place.mkdir()
+    subprocess.run(["mount", "--bind", str(disk.path.parent), str(place)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
+        done = Workspace(place / "workspace").vlmdiff(*COMMANDS[name], check=False)
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+    assert_a_sentence(name, done)
+    assert tree(disk.path) == before
