@@ -264,7 +264,7 @@ def _up_all(prefect_port: int, mlflow_port: int, reports_port: int) -> None:
     # By what programs reach the Prefect server, beside the settings of the environment.
     if ours := os.environ.get("PREFECT_API_URL"):
         print(f"prefect: use {ours} (PREFECT_API_URL)")
-        connection = {"PREFECT_API_URL": ours}
+        connection: dict[Any, str] = {"PREFECT_API_URL": ours}
     else:
         _make_password()
         command = ["flows.servers", "prefect", str(prefect_port)]
@@ -290,7 +290,7 @@ def _up_all(prefect_port: int, mlflow_port: int, reports_port: int) -> None:
     _deploy(connection)
 
 
-def _deploy(connection: dict[str, str]) -> None:
+def _deploy(connection: dict[Any, str]) -> None:
     """Install the deployments in the Prefect server, and start a worker for each pool of processes."""
     # Prefect takes a second to import, and reads its settings from the environment then.
     from prefect.client.orchestration import get_client
