@@ -18,7 +18,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test services lint up down bench
+.PHONY: help demo test services fuzz lint up down bench
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ test: $(INSTALLED) ## Run the tests
 
 services: $(INSTALLED) ## Run the tests that start and kill servers and workers (twenty minutes)
 	@pytest -m services
+
+fuzz: $(INSTALLED) ## Try a million mutated images, models, tables, captions and requests (a quarter of an hour)
+	@pytest -m fuzz --numprocesses auto --maxprocesses 4
 
 lint: $(INSTALLED) ## Check style, format and types
 	@ruff check .

@@ -1,8 +1,11 @@
 """Start and stop servers on loopback, over the workspace's stores: a Prefect API for one run, or all of `make up`."""
 
+import base64
 import contextlib
 import json
 import os
+import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -25,22 +28,30 @@ import typer
 
 from vlmdiff.core import lifeline
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.files import write_json
+from vlmdiff.core.files import atomic_path, write_json
 from vlmdiff.core.lifeline import is_alive
 from vlmdiff.core.locks import hold
+from vlmdiff.core.network import Guard, Message, owner, refusal
 from vlmdiff.core.params import load
 from vlmdiff.core.processes import end_family, end_group
 
 STATE = Path(".cache/servers")
 LOCK = Path(".cache/servers.lock")
+# What programs show to the Prefect server of `make up`, as USER:PASSWORD. Only the user may read it.
+PASSWORD = STATE / "password"
 REPORTS = Path("reports")
 WORKER = "worker"
 # Seconds.
 START_TIMEOUT = 120.0
 # Seconds after which a flow says that the Prefect server is silent, and after which it ends.
 PATIENCE, SILENCE = 30.0, 600.0
-# The slots of a limit are in the database. Leases in memory would leave them taken if the server died.
-PREFECT_SERVER = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+PREFECT_SERVER = {
+    # The slots of a limit are in the database. Leases in memory would leave them taken if the server died.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
+    # Pages ask the server that they came from, by whichever name. Without it, they ask port 4200.
+    "PREFECT_UI_API_URL": "/api",
+}
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 Port = Annotated[int, typer.Option(min=1, max=65535)]
@@ -91,14 +102,42 @@ def prefect_settings() -> dict[Any, str]:
     """Return Prefect settings for the server of `make up` if it runs, else for an API that ends with this process."""
     if server := find("prefect"):
         _check(server, "/api/health")
-        return {"api.url": f"{server.url}/api"}
+        return {"api.url": f"{server.url}/api", "api.auth_string": password()}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "flows.servers", "api", str(port), str(os.getpid())]
-    _start("prefect-api", command, lambda: _answers(f"http://127.0.0.1:{port}/api/health"))
+    command = [sys.executable, "-m", "flows.servers", "prefect", str(port), "--owner", str(os.getpid())]
+    known = _new_password()
+    environment = PREFECT_SERVER | {"PREFECT_SERVER_API_AUTH_STRING": known}
+    _start("prefect-api", command, lambda: _answers(f"http://127.0.0.1:{port}/api/health"), environment)
     # It has no pages to link to.
-    return {"api.url": f"http://127.0.0.1:{port}/api", "ui_url": ""}
+    return {"api.url": f"http://127.0.0.1:{port}/api", "api.auth_string": known, "ui_url": ""}
+
+
+def password() -> str:
+    """Return the password of the Prefect server of `make up`. Raises InputError if others may read it."""
+    remedy = "run `make down`, remove that file, then run `make up`"
+    try:
+        found = PASSWORD.read_text()
+        if PASSWORD.stat().st_mode & 0o077:
+            raise InputError(f"{PASSWORD} may be read by other users: {remedy}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{PASSWORD} cannot be read ({error}): {remedy}") from error
+    if not re.fullmatch(r"\w+:[\w-]{20,}", found):
+        raise InputError(f"{PASSWORD} holds no password: {remedy}")
+    return found
+
+
+def _new_password() -> str:
+    return f"vlmdiff:{secrets.token_urlsafe(32)}"
+
+
+def _make_password() -> None:
+    """Write a password, for a server that does not run yet, unless there is one."""
+    if not PASSWORD.exists() and not find("prefect"):
+        with atomic_path(PASSWORD) as temporary:
+            temporary.touch(mode=0o600)
+            temporary.write_text(_new_password())
 
 
 def _start(
@@ -204,13 +243,36 @@ def _watch_api(url: str) -> None:
     os._exit(2)
 
 
+class _OwnBrowser:
+    """ASGI middleware: Prefect's pages, in a browser of the user who started the server, need no password."""
+
+    def __init__(self, app: Callable) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Callable, send: Callable) -> None:
+        from prefect.settings import PREFECT_SERVER_API_AUTH_STRING, temporary_settings
+
+        headers = dict(scope.get("headers", []))
+        # No page of another site can send this, and the system tells the user. Other programs show the password.
+        is_own = headers.get(b"sec-fetch-site") == b"same-origin" and scope["type"] == "http"
+        if is_own and owner(scope["client"], scope["server"]) == os.getuid():
+            if scope["path"].endswith("/ui-settings"):
+                # The answer says whether the pages must ask for it.
+                with temporary_settings({PREFECT_SERVER_API_AUTH_STRING: None}):
+                    return await self.app(scope, receive, send)
+            known = base64.b64encode(PREFECT_SERVER_API_AUTH_STRING.value().encode())
+            scope = scope | {"headers": [*scope["headers"], (b"authorization", b"Basic " + known)]}
+        await self.app(scope, receive, send)
+
+
 @app.command()
-def api(port: int, owner: int) -> None:
-    """Serve the Prefect API until the process `owner` ends."""
+def prefect(port: int, owner: int | None = None) -> None:
+    """Serve Prefect's API and pages on loopback; with `owner`, only the API, until that process ends."""
     import uvicorn
     from prefect.server.api.server import create_app
 
-    server = uvicorn.Server(uvicorn.Config(create_app(ephemeral=True), port=port, log_level="error"))
+    prefect_app = create_app(ephemeral=owner is not None, final=True)
+    server = uvicorn.Server(uvicorn.Config(Guard(_OwnBrowser(prefect_app)), port=port, log_level="warning"))
 
     def end_with_owner() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -219,21 +281,28 @@ def api(port: int, owner: int) -> None:
                 time.sleep(0.5)
         server.should_exit = True
 
-    threading.Thread(target=end_with_owner, daemon=True).start()
+    if owner is not None:
+        threading.Thread(target=end_with_owner, daemon=True).start()
     server.run()
 
 
+def mlflow() -> Guard:
+    """Return MLflow's app for `mlflow server --app-name vlmdiff` (pyproject.toml)."""
+    from mlflow.server.fastapi_app import app
+
+    return Guard(app)
+
+
 class _Reports(SimpleHTTPRequestHandler):
-    """Files of a folder: only regular ones, only those that lie in it, only to pages that this server served."""
+    """Files of a folder: only regular ones, only those that lie in it, only to the user."""
 
     def parse_request(self) -> bool:
         if not super().parse_request():
             return False
-        # A page of another name that leads to this address may not read what is here (DNS rebinding).
-        port = self.connection.getsockname()[1]
-        if self.headers.get("Host") in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        why = refusal(self.command, self.headers.items(), self.client_address, self.connection.getsockname())
+        if why is None:
             return True
-        self.send_error(HTTPStatus.FORBIDDEN, "This host is not served here")
+        self.send_error(HTTPStatus.FORBIDDEN, why)
         return False
 
     def send_head(self):
@@ -269,14 +338,16 @@ def up(prefect_port: Port = 4200, mlflow_port: Port = 5000, reports_port: Port =
 
 def _up_all(prefect_port: int, mlflow_port: int, reports_port: int) -> None:
     store = os.environ.get("MLFLOW_TRACKING_URI") or load().registry.tracking_uri
-    ours = os.environ.get("PREFECT_API_URL")
-    if ours:
+    # By what programs reach the Prefect server, beside the settings of the environment.
+    if ours := os.environ.get("PREFECT_API_URL"):
         print(f"prefect: use {ours} (PREFECT_API_URL)")
+        connection: dict[Any, str] = {"PREFECT_API_URL": ours}
     else:
-        command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)]
-        # Without it, its pages call port 4200.
-        pages = {"PREFECT_UI_API_URL": f"http://127.0.0.1:{prefect_port}/api"}
-        ours = _up("prefect", prefect_port, "/api/health", command, PREFECT_SERVER | pages) + "/api"
+        _make_password()
+        command = ["flows.servers", "prefect", str(prefect_port)]
+        environment = PREFECT_SERVER | {"PREFECT_SERVER_API_AUTH_STRING": password()}
+        url = _up("prefect", prefect_port, "/api/health", command, environment)
+        connection = {"PREFECT_API_URL": f"{url}/api", "PREFECT_API_AUTH_STRING": password()}
     if store.startswith("http"):
         from vlmdiff.registry.store import shown
 
@@ -284,6 +355,7 @@ def _up_all(prefect_port: int, mlflow_port: int, reports_port: int) -> None:
     else:
         # One worker: several that open a fresh SQLite store at once would break it.
         command = ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(mlflow_port)]
+        command += ["--app-name", "vlmdiff"]
         # The address goes by the environment: it may hold a password. Jobs are processes that evaluate language models,
         # which nobody needs here.
         settings = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -292,25 +364,25 @@ def _up_all(prefect_port: int, mlflow_port: int, reports_port: int) -> None:
     REPORTS.mkdir(exist_ok=True)
     command = ["flows.servers", "reports", str(reports_port)]
     _up("reports", reports_port, "/", command)
-    _deploy(ours)
+    _deploy(connection)
 
 
-def _deploy(api: str) -> None:
-    """Install the deployments in the server, and start a worker for each pool of processes."""
+def _deploy(connection: dict[Any, str]) -> None:
+    """Install the deployments in the Prefect server, and start a worker for each pool of processes."""
     # Prefect takes a second to import, and reads its settings from the environment then.
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+    from prefect.settings import PREFECT_HOME, temporary_settings
     from prefect.workers.process import ProcessWorker
 
     from flows import deployments
 
     # A run starts in a temporary folder before it changes to the workspace.
-    environment = {"PREFECT_API_URL": api, "PREFECT_HOME": str(PREFECT_HOME.value().absolute())}
-    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+    environment = {**connection, "PREFECT_HOME": str(PREFECT_HOME.value().absolute())}
+    with temporary_settings(connection), get_client(sync_client=True) as client:
         names, pools = deployments.install(client, os.environ | environment)
         print(f"deployed {', '.join(names)}")
         for pool in pools:
-            page = f"{api.removesuffix('/api')}/work-pools/work-pool/{pool.name}"
+            page = f"{connection['PREFECT_API_URL'].removesuffix('/api')}/work-pools/work-pool/{pool.name}"
             if pool.type != ProcessWorker.type:
                 print(f"pool {pool.name} is of type {pool.type}: start its worker yourself")
             elif worker := find(f"{WORKER}-{pool.name}"):

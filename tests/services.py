@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 
 from tests.conftest import ROOT, Workspace
 from tests.processes import kill_all, wait_for
@@ -48,6 +48,12 @@ class Services:
     def api(self) -> str:
         return f"http://127.0.0.1:{self.ports['prefect']}/api"
 
+    @property
+    def connection(self) -> dict[str, str]:
+        """The settings by which a program reaches its Prefect server."""
+        password = (self.workspace.path / ".cache/servers/password").read_text()
+        return {"PREFECT_API_URL": self.api, "PREFECT_API_AUTH_STRING": password}
+
     def up(self) -> str:
         options = [text for name, port in self.ports.items() for text in (f"--{name}-port", str(port))]
         command = (sys.executable, "-m", "flows.servers", "up", *options)
@@ -72,7 +78,7 @@ class Services:
 
     @contextlib.contextmanager
     def client(self) -> Iterator[SyncPrefectClient]:
-        with temporary_settings({PREFECT_API_URL: self.api}), get_client(sync_client=True) as client:
+        with temporary_settings(self.connection), get_client(sync_client=True) as client:
             yield client
 
     def trigger(self, **parameters: object) -> UUID:

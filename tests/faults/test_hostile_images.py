@@ -1,35 +1,27 @@
 """Hostile photographs at every entrance: files that decode to far more than they weigh, and pipes and devices."""
 
-import base64
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from tests.conftest import ROOT
+from tests.entrances import ENTRANCES, LIMIT
 from tests.hostile import many_scans, png, tiff
 from tests.tiny import save_tiny_detector
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.params import Params, Prepare, Validate
-from vlmdiff.data import listing, manifest
-from vlmdiff.data.contract import check_dataset
-from vlmdiff.data.feedback import Statement, give_feedback
-from vlmdiff.production.inspector_page import judge
-from vlmdiff.production.monitor import read_scores
-from vlmdiff.production.score import score
-from vlmdiff.registry.served import IMAGE_ROOT, Inspector
+from vlmdiff.core.params import Prepare
+from vlmdiff.evaluation.judging import REFERENCE
+from vlmdiff.production.monitor import STATISTICS
 from vlmdiff.setup.init import look, table, track
 
-LIMIT = Prepare().max_pixels
 SECONDS, MEGABYTES = 3, 500
 # What Pillow reads without harm. Nobody knows which of its values is white: a mask or the manifest needs no white.
 WHOLE = {"grey_12_in_16.png", "grey_8_in_16.png", "float_one_pixel_above_one.tif", "int32.tif"}
@@ -58,6 +50,7 @@ for name in sys.argv[2:]:
 def hostile(faults, tmp_path_factory) -> Path:
     """The fault maker's photographs, with more of their kinds."""
     folder = tmp_path_factory.mktemp("hostile")
+    shutil.copytree(faults / "names", folder / "names")
     for file in faults.iterdir():
         if file.is_file():
             shutil.copy(file, folder)
@@ -84,7 +77,7 @@ def hostile(faults, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def said(hostile) -> dict[str, list]:
     """Of each file, what the one loader says in a process of its own, in how long and with how much memory."""
-    names = sorted(str(file) for file in hostile.iterdir())
+    names = sorted(str(file) for file in hostile.iterdir() if not file.is_dir())
     command = [sys.executable, "-c", READ, str(LIMIT), *names]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
     lines = map(json.loads, done.stdout.decode().splitlines())
@@ -130,130 +123,50 @@ def test_photographs_that_threads_read_at_once_take_together_no_more_than_one_ma
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return save_tiny_detector(tmp_path_factory.mktemp("model"))
+    """A detector with the list of images that it was calibrated on, which the monitor reads."""
+    folder = save_tiny_detector(tmp_path_factory.mktemp("model"))
+    rng, columns = np.random.default_rng(0), [*STATISTICS, "score"]
+    rows = pd.DataFrame({name: rng.random(20) for name in columns})
+    rows.assign(image_id=[f"{i:064x}" for i in range(20)], class_name="thing").to_parquet(folder / REFERENCE)
+    return folder
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """A workspace, where Ghostscript would leave a trace."""
+# Nobody knows which of their values is white, and a mask needs no white.
+WITHOUT_WHITE = {"validating"}
+# A manifest lists what can be decoded; the next stage but one asks which value is white.
+LISTED = {"preparing"}
+
+
+@pytest.mark.parametrize("entrance", [entrance.__name__ for entrance in ENTRANCES])
+def test_an_entrance_names_what_it_refuses_and_goes_on(entrance, hostile, model, tmp_path):
+    """Within seconds and little memory, and Ghostscript leaves no trace."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/EXECUTED\n")
+    (tmp_path / "gs").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "tests.entrances", entrance, str(model), str(hostile)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    found = {name: facts for name, *facts in map(json.loads, done.stdout.splitlines())}
+    files = {file.name for file in hostile.rglob("*") if not file.is_dir()}
+    assert done.returncode == 0 and found.keys() == files, done.stderr[-3000:]
+    taken = {name for name, (words, *_) in found.items() if not words}
+    names = {file.name for file in (hostile / "names").rglob("*") if not file.is_dir()}
+    assert taken == names | LARGE | (WHOLE if entrance in WITHOUT_WHITE | LISTED else set())
+    assert not [name for name, (words, *_) in found.items() if words and name not in words]
+    # The largest photographs that are allowed may take what they need to be shown.
+    dear = {name: facts[1:] for name, facts in found.items() if facts[1] > SECONDS or facts[2] > MEGABYTES}
+    assert not dear.keys() - LARGE and not (tmp_path / "EXECUTED").exists(), dear
+
+
+def test_init_names_a_pipe_or_a_device_before_dvc_waits_for_it(hostile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text("{}")
-    Path("bin").mkdir()
-    Path("bin/gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/EXECUTED\n")
-    Path("bin/gs").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
-    return tmp_path
-
-
-def scoring(files: list[Path], model: Path) -> dict[str, str]:
-    scored = score([str(files[0].parent)], Path("out"), Params(), model)
-    rows = pd.read_parquet("out")
-    assert scored.images == len(rows) == len(files)
-    errors = rows[rows["error"].notna()]
-    assert len(read_scores(Path("out"))) == len(files)
-    return {Path(path).name: error for path, error in zip(errors["path"], errors["error"], strict=True)}
-
-
-def errors_of(read: Callable[[Path], object], files: list[Path]) -> dict[str, str]:
-    found = {}
-    for file in files:
-        try:
-            read(file)
-        except Exception as error:
-            found[file.name] = str(error)
-    return found
-
-
-def serving(files: list[Path], model: Path) -> dict[str, str]:
-    """By content, where there is any to send, and by path."""
-    inspector = Inspector()
-    inspector.load_context(SimpleNamespace(artifacts={"detector": str(model)}, model_config={"max_pixels": LIMIT}))
-
-    def send(file: Path) -> None:
-        if file.is_file():
-            image = base64.b64encode(file.read_bytes()).decode()
-            inspector.predict(None, pd.DataFrame({"image": [image]}))
-        else:
-            inspector.predict(None, pd.DataFrame({"path": [file.name]}))
-
-    # A client learns the row, not the name of a file that it has sent.
-    return {name: f"{name}, {words}" for name, words in errors_of(send, files).items() if "row 0: " in words}
-
-
-def inspecting(files: list[Path], model: Path) -> dict[str, str]:
-    sent = [file for file in files if file.is_file()]
-    found = errors_of(lambda file: judge(file.read_bytes(), file.name, str(model), 0, None), sent)
-    return found | {file.name: f"{file.name} cannot be sent" for file in files if file not in sent}
-
-
-def feedback(files: list[Path], model: Path) -> dict[str, str]:
-    Path("data/thing/good").mkdir(parents=True)
-    params = Params(prepare=Prepare(layout="folder", root=Path("data")), validate=Validate(masks="optional"))
-    found = errors_of(lambda file: give_feedback([file], Statement("thing", None, "Ada"), params, Path("log")), files)
-    assert len(list(Path("data/thing/good").iterdir())) == len(files) - len(found)
-    return found
-
-
-def validating_masks(files: list[Path], model: Path) -> dict[str, str]:
-    """Each is the mask of a whole photograph."""
-    Path("raw").mkdir()
-    rows = []
-    for file in files:
-        Image.new("RGB", (64, 64)).save(f"raw/{file.stem}{file.suffix}.bmp")
-        facts = {"image_id": file.name, "class_name": "thing", "split": "test", "is_anomalous": True, "defect": "hole"}
-        size = {"width": 64, "height": 64, "mode": "RGB", "problem": None}
-        shutil.move(file, "raw")
-        rows.append({**facts, "path": f"{file.stem}{file.suffix}.bmp", "mask_path": file.name, **size})
-    frame = pd.DataFrame(rows)[manifest.SCHEMA.names]
+    shutil.copytree(hostile / "names", "raw/thing/good")
     data = Prepare(layout="folder", root=Path("raw"))
-    check_dataset(frame, data, Validate(), 64, Path("report"))
-    findings = json.loads(Path("report/validation.json").read_text())["findings"]
-    (broken,) = [finding for finding in findings if finding["rule"] == "mask_file"]
-    docs = " ".join(page.read_text() for page in Path("report/docs").rglob("*.html"))
-    assert broken["count"] == len(files) - len(WHOLE)
-    return {file.name: file.name for file in files if f"{file.name} " in docs and file.name not in WHOLE}
-
-
-def preparing(files: list[Path], model: Path) -> dict[str, str]:
-    Path("raw/thing").mkdir(parents=True)
-    shutil.move(files[0].parent, "raw/thing/good")
-    data, found = Prepare(layout="folder", root=Path("raw")), {}
-    # A pipe or a device stops the stage, because the next stage would hash it.
-    for name in ("endless.png", "nothing.png", "pipe.png", "socket.png", "terminal.png"):
-        with pytest.raises(InputError, match=name):
-            listing.build(data, data.root)
+    table(look(data.root, data, "folder"))
+    for name in ("endless.png", "nothing.png", "terminal.png"):
+        shutil.copy(hostile / name, "raw/thing/good", follow_symlinks=False)
         with pytest.raises(InputError, match=name):
             look(data.root, data, "folder")
         Path("raw/thing/good", name).unlink()
-        found[name] = name
-    table(look(data.root, data, "folder"))
     os.mkfifo("raw/thing/notes.txt")
     with pytest.raises(InputError, match=r"notes\.txt is not a regular file"):
         track(data.root)
-    frame = listing.build(data, data.root).set_index("path")
-    bad = frame[frame["problem"].notna()]
-    return found | {Path(path).name: problem for path, problem in bad["problem"].items()}
-
-
-WITHOUT_WHITE = [validating_masks, preparing]
-ENTRANCES = [scoring, serving, inspecting, feedback, *WITHOUT_WHITE]
-
-
-@pytest.mark.parametrize("entrance", ENTRANCES, ids=lambda entrance: entrance.__name__)
-def test_an_entrance_names_what_it_refuses_and_goes_on(
-    entrance: Callable[[list[Path], Path], dict[str, str]], hostile, model, place, monkeypatch
-):
-    new = Path("new")
-    new.mkdir()
-    for file in hostile.iterdir():
-        if (file.is_symlink() or file.is_file()) and file.name not in {*LARGE, SPARSE}:
-            shutil.copy(file, new, follow_symlinks=False)
-    os.mkfifo("new/pipe.png")
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind("new/socket.png")
-    monkeypatch.setenv(IMAGE_ROOT, str(new.absolute()))
-    files = sorted(new.absolute().iterdir())
-    errors = entrance(files, model)
-    assert errors.keys() == {file.name for file in files} - (WHOLE if entrance in WITHOUT_WHITE else set())
-    assert not [name for name, words in errors.items() if name not in words]
-    assert not Path("EXECUTED").exists()

@@ -112,7 +112,7 @@ def test_the_trainer_is_killed(here):
 def test_the_prefect_server_is_killed(here):
     run, trainer = train_until_a_checkpoint(here, seed=4)
 
-    here.process("prefect", "server").send_signal(signal.SIGKILL)
+    here.process("flows.servers", "prefect").send_signal(signal.SIGKILL)
     time.sleep(2)
 
     assert not is_gone(trainer)

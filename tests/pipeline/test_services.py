@@ -145,7 +145,7 @@ def test_a_broken_contract_shows_the_rule_and_the_files(up):
 def test_drift_starts_a_run(up):
     before = flow_runs(up)
     emit = ("prefect", "event", "emit", "vlmdiff.drift.found", "--resource-id", "vlmdiff.model.vlmdiff")
-    up.workspace.run(sys.executable, "-m", *emit, PREFECT_API_URL=up.api)
+    up.workspace.run(sys.executable, "-m", *emit, **up.connection)
     wait_for(lambda: flow_runs(up) - before, 60)
     (run,) = flow_runs(up) - before
     assert up.run(run).deployment_id
@@ -155,7 +155,7 @@ def test_drift_starts_a_run(up):
 def test_a_forced_run_waits_for_the_gpu_until_a_dead_holders_lease_ends_and_runs_every_stage(up):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD],
-        env=os.environ | {"PREFECT_API_URL": up.api},
+        env=os.environ | up.connection,
         cwd=up.workspace.path,
         stdout=subprocess.PIPE,
         text=True,

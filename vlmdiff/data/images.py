@@ -59,6 +59,12 @@ def resolve(root: Path, relative: str) -> Path:
     return file
 
 
+def check_bytes(size: int, max_pixels: int, name: str) -> None:
+    """Raise InputError for a file of more bytes than an image may take: nobody should read or hash all of it."""
+    if size > BYTES * max_pixels:
+        raise InputError(f"{name} has {size} bytes, more than an image may take: replace or remove it")
+
+
 def decode(source: Path | BinaryIO, max_pixels: int, name: str | None = None) -> Image.Image:
     """Return an image in the mode that its file has, fully decoded and upright.
 

@@ -14,7 +14,7 @@ from vlmdiff.core.files import open_regular, sha256
 from vlmdiff.core.params import Copies, Prepare
 from vlmdiff.data import cifar, demo, manifest, sources
 from vlmdiff.data.excluded import FILE, excluded
-from vlmdiff.data.images import SUFFIXES, decode, resolve
+from vlmdiff.data.images import BYTES, SUFFIXES, check_bytes, decode, resolve
 from vlmdiff.data.layouts import GOOD, LAYOUTS, Record, given
 
 NAMED = 10
@@ -131,7 +131,9 @@ def in_two_splits(params: Prepare) -> list[tuple[str, str]]:
         return []
     frame = pd.DataFrame(_records(params, params.root), columns=Record._fields)
     frame["image_id"] = [resolve(params.root, path).stat().st_size for path in frame["path"]]
-    frame = frame[frame.groupby("image_id")["split"].transform("nunique") > 1]
+    same_size = frame.groupby("image_id")["split"].transform("nunique") > 1
+    # The contract names a file that is too large to be an image.
+    frame = frame[same_size & (frame["image_id"] <= BYTES * params.max_pixels)]
     frame = frame.assign(image_id=[sha256(resolve(params.root, path)) for path in frame["path"]])
     others = manifest.across_splits(frame)
     return list(zip(frame["path"][others.notna()], others.dropna(), strict=True))
@@ -182,6 +184,7 @@ def _look(file: Path, max_pixels: int) -> dict[str, str | int | None]:
     facts = {"image_id": UNREADABLE}
     try:
         with open_regular(file) as stream:
+            check_bytes(os.fstat(stream.fileno()).st_size, max_pixels, str(file))
             facts = {"image_id": sha256(stream)}
             stream.seek(0)
             image = decode(stream, max_pixels, name=str(file))

@@ -36,7 +36,7 @@ def with_none(frame: pd.DataFrame) -> pd.DataFrame:
 
 def across_splits(frame: pd.DataFrame) -> pd.Series:
     """Return, for each row, the path of an image with the same bytes in a later split, None if there is none."""
-    rank = frame["split"].map(SPLITS.index, na_action="ignore")
+    rank = frame["split"].map({split: i for i, split in enumerate(SPLITS)})
     last = frame.assign(rank=rank).sort_values("rank", kind="stable").drop_duplicates("image_id", keep="last")
     last = last.set_index("image_id")
     later = frame["image_id"].map(last["rank"]) > rank
@@ -56,6 +56,7 @@ def read(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} does not exist. Run vlmdiff prepare first.")
     with explained(path, "Run vlmdiff prepare again, or restore the file by `dvc checkout`"):
         table = pq.read_table(path)
+        frame = table.to_pandas()
     if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
         raise InputError(f"{path} is not a manifest of this version. Run vlmdiff prepare again.")
-    return with_none(table.to_pandas())
+    return with_none(frame)

@@ -5,6 +5,7 @@ calibration, is assigned to the class with the nearest image statistics, and ima
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,7 +30,7 @@ from vlmdiff.evaluation.decision import clopper_pearson
 from vlmdiff.evaluation.judging import REFERENCE
 from vlmdiff.evaluation.plots import draw_distributions
 from vlmdiff.model.pipeline import verify_model
-from vlmdiff.production.score import find_model, folder_name
+from vlmdiff.production.score import SCHEMA, find_model, folder_name
 
 STATISTICS = ("brightness", "contrast", "sharpness", "red", "green", "blue", "width", "height")
 MEASURED = ("score", *STATISTICS)
@@ -133,7 +134,6 @@ def monitor(scores: Path, out: Path, params: Params, model: Path | None = None, 
     ours = rows["model"].isin(names)
     newest = rows[ours].tail(last or params.monitor.last)
     readable = newest[newest["error"].isna()]
-    _check_finite(readable, scores, "path", "Run `vlmdiff score` again")
     unreadable, others = len(newest) - len(readable), int((~ours).sum())
     readable = readable.drop_duplicates("image_id", keep="last").reset_index(drop=True)
     found = check(readable, known, calibration, params.monitor, unreadable, others)
@@ -154,14 +154,28 @@ def read_scores(path: Path) -> pd.DataFrame:
     files = sorted(str(file) for file in found if file.is_file() and not file.name.startswith("."))
     if not files:
         raise InputError(f"{path} has no Parquet files. Name a folder that `vlmdiff score` wrote")
-    columns = ["path", "image_id", "score", "is_anomalous", "model", "error", "scored_at", *STATISTICS]
+    named = ["path", "model", "scored_at"]
+    columns = [*named, "image_id", "score", "is_anomalous", "error", *STATISTICS]
     try:
-        frame = pa.dataset.dataset(files).to_table(columns=columns).to_pandas()
-    except (pa.ArrowException, OSError) as error:
+        frame = pa.dataset.dataset(files, SCHEMA).to_table(columns=columns).to_pandas()
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path} was not written by `vlmdiff score`: {error}") from error
+    if (without := frame[named].isna().any(axis=1)).any():
+        raise InputError(f"{path} was not written by `vlmdiff score`: {without.sum()} rows lack a path, model or time")
+    readable = frame["error"].isna()
+    if missing := frame.loc[readable & frame[["image_id", "is_anomalous"]].isna().any(axis=1), "path"].tolist():
+        raise InputError(f"{path} is damaged: the row of {missing[0]} has no verdict. Score it again")
+    _check_finite(frame[readable], ["score", *STATISTICS], "path", f"{path} is damaged", "Score it again")
     frame = frame.sort_values("scored_at", kind="stable")
     # A photograph that was scored twice counts once. Another file with the same bytes is another one.
     return frame.drop_duplicates(["path", "image_id", "model"], keep="last").reset_index(drop=True)
+
+
+def _check_finite(frame: pd.DataFrame, columns: Sequence[str], name: str, what: str, remedy: str) -> None:
+    """Raise InputError that names the first row with a value that is not a finite number."""
+    values = frame[list(columns)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    if bad := frame[name][~np.isfinite(values).all(axis=1)].tolist():
+        raise InputError(f"{what}: the row of {bad[0]} has a value that is not a finite number. {remedy}")
 
 
 def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
@@ -174,18 +188,13 @@ def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
         raise InputError(f"{model} has no {REFERENCE}, the list of its calibration images. Run `vlmdiff evaluate`")
     verify_model(model)
     calibration = Settings.read(model).calibration
-    with explained(file, "Run `vlmdiff evaluate` again, or restore the folder"):
+    remedy = "Run `vlmdiff evaluate` again, or restore the folder"
+    with explained(file, remedy):
         frame = pd.read_parquet(file, columns=["image_id", "class_name", *MEASURED])
-    _check_finite(frame, file, "image_id", "Run `vlmdiff evaluate` again, or restore the folder")
+    if frame.empty or frame["class_name"].isna().any():
+        raise InputError(f"{file} is damaged: it has no images, or one without a class. {remedy}")
+    _check_finite(frame, MEASURED, "image_id", f"{file} is damaged", remedy)
     return frame, calibration
-
-
-def _check_finite(frame: pd.DataFrame, file: Path, name: str, remedy: str) -> None:
-    """Raise InputError with the first row, by its column `name`, in which a compared value is not finite."""
-    finite = np.isfinite(frame[list(MEASURED)].to_numpy(np.float64, na_value=np.nan)).all(axis=1)
-    if not finite.all():
-        first = frame[name].iloc[int(np.argmin(finite))]
-        raise InputError(f"{file}: a value of {first} is not a finite number. {remedy}.")
 
 
 @dataclass(frozen=True)

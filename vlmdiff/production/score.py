@@ -31,7 +31,7 @@ from vlmdiff.core.files import atomic_path, check_out, sha256
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
 from vlmdiff.core.text import plain
-from vlmdiff.data.images import BYTES, opened
+from vlmdiff.data.images import check_bytes, opened
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.decoded import Decoded
@@ -291,13 +291,14 @@ def _read(photograph: Photograph, detector: Detector, max_pixels: int, draw: boo
     row: dict[str, Any] = {"path": photograph.path}
     row["bytes"], row["mtime_ns"] = _stamp(photograph.path)
     try:
-        if (row["bytes"] or 0) > BYTES * max_pixels:
-            raise InputError(f"{file} has {row['bytes']} bytes, more than an image may take: replace or remove it")
+        check_bytes(row["bytes"] or 0, max_pixels, str(file))
         row["image_id"] = sha256(file)
         with opened(file, max_pixels) as image:
             return row | image_statistics(image), Decoded.of(image, detector, draw)
-    except (InputError, OSError) as error:
+    except InputError as error:
         return row | {"error": str(error)}, None
+    except OSError as error:
+        return row | {"error": f"{file} cannot be read ({error.strerror}): replace or remove it"}, None
 
 
 Item = TypeVar("Item")
