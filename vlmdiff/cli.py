@@ -298,18 +298,21 @@ def feedback(
 
 @app.command("inspect", rich_help_panel=USE)
 def inspect_(
-    model: Annotated[Path | None, typer.Option(help="Folder of a detector; the champion if omitted.")] = None,
+    scores: Annotated[Path, typer.Argument(help="Folder that `vlmdiff score` wrote.")] = w.SCORES,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a detector to judge images that you bring; the champion if omitted.")
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
     address: Annotated[
         str, typer.Option(help="Address to listen on. The default is reachable from this machine only.")
     ] = "127.0.0.1",
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Open a page that judges single images with the champion and records your feedback."""
+    """Open a page to work through what `score` found, judge single images, and record your feedback."""
     from vlmdiff.core.params import load
     from vlmdiff.production.inspector import serve
 
-    serve(load(params), model, address, port)
+    serve(load(params), scores, model, address, port)
 
 
 @app.command(rich_help_panel=USE)

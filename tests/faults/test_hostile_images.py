@@ -23,7 +23,7 @@ from vlmdiff.core.params import Params, Prepare, Validate
 from vlmdiff.data import listing, manifest
 from vlmdiff.data.contract import check_dataset
 from vlmdiff.data.feedback import Statement, give_feedback
-from vlmdiff.production.inspector_page import judge
+from vlmdiff.production.inspector import Model
 from vlmdiff.production.monitor import read_scores
 from vlmdiff.production.score import score
 from vlmdiff.registry.served import IMAGE_ROOT, Inspector
@@ -182,7 +182,7 @@ def serving(files: list[Path], model: Path) -> dict[str, str]:
 
 def inspecting(files: list[Path], model: Path) -> dict[str, str]:
     sent = [file for file in files if file.is_file()]
-    found = errors_of(lambda file: judge(file.read_bytes(), file.name, str(model), 0, None), sent)
+    found = errors_of(lambda file: Model(model, "tiny").judge(file.read_bytes(), file.name, LIMIT), sent)
     return found | {file.name: f"{file.name} cannot be sent" for file in files if file not in sent}
 
 

@@ -30,7 +30,7 @@ def test_the_shares_of_regions_are_those_of_the_evidence_above_the_threshold():
     ("caption", "words"),
     [
         (NORMAL[0], None),
-        (NORMAL[0].replace("eight", "seven"), "eight round expected, seven seen"),
+        (NORMAL[0].replace("eight", "seven"), "eight round red parts expected, seven seen"),
         (NORMAL[1].replace("red", "blue"), "red parts expected, blue seen"),
         (NORMAL[1].replace(" On it eight round red parts in two rows.", ""), None),
     ],
@@ -83,7 +83,7 @@ def test_an_alarm_is_explained_in_the_photographs_own_pixels_and_in_words(detect
     (at,) = (found.at(0.01),)
     area = sum(region.area for region in at.scaled_regions(4 * SIZE, 2 * SIZE))
     assert at.size == (4 * SIZE, 2 * SIZE) and area > 600
-    assert at.explanation.startswith("Anomalous, score") and "of the evidence" in at.explanation
+    assert at.explanation.startswith("Anomalous, score") and " px " in at.explanation
     assert "In words: " in at.explanation and "seen" in at.explanation
     assert at.explanation.endswith("Most similar normal training image: thing/good/1.png.")
     # What is normal has nothing to explain.
