@@ -36,7 +36,7 @@ from vlmdiff.data.feedback import Statement, give_feedback, withdraw
 from vlmdiff.data.images import BYTES, decode, mask_values, opened
 from vlmdiff.detection.decoded import Decoded
 from vlmdiff.detection.detector import Detection, Detector, Settings
-from vlmdiff.production.queue import Queue, Wanted
+from vlmdiff.production.queue import Queue, Wanted, colours
 from vlmdiff.production.score import pictures
 
 PAGE = Path(__file__).with_name("page")
@@ -220,6 +220,7 @@ def _ids(body: dict[str, Any]) -> list[str]:
 def application(params: Params, scores: Path, model: Model | None, is_ours: Callable[[str], bool]) -> ASGIApp:
     """Return the page as an ASGI application. is_ours: whether a request may name this host."""
     inspector = Inspector(params, scores, model)
+    colours()  # takes seconds the first time: before the first photograph is waited for
 
     async def page(request: Request) -> Response:
         return FileResponse(PAGE / FILES[request.url.path], headers=HEADERS | {"Cache-Control": "no-cache"})

@@ -237,13 +237,19 @@ def _shown(file: Path, max_pixels: int) -> bytes:
     return buffer.getvalue()
 
 
+@lru_cache(maxsize=1)
+def colours() -> np.ndarray:
+    """Return the colours of an anomaly map, uint8 (256, 3), from clear to bright yellow."""
+    import matplotlib
+
+    return np.rint(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
+
+
 @lru_cache(maxsize=256)
 def _coloured(grey: bytes) -> bytes:
     """Return a map of `score` in colours, transparent where nothing is unusual."""
-    import matplotlib
-
     level = np.asarray(decode(io.BytesIO(grey), MAP_PIXELS, "the map"))
-    rgba = np.dstack([matplotlib.colormaps["inferno"](level)[..., :3] * 255, level]).round().astype(np.uint8)
+    rgba = np.dstack([colours()[level], level])
     buffer = io.BytesIO()
     Image.fromarray(rgba).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -22,7 +22,15 @@ async function ask(path, options) {
   if (!response.ok) throw new Error(body.error);
   return body;
 }
-const send = (path, body) => ask(path, { method: "POST", body: JSON.stringify({ source: source(), by: $("#by").value.trim(), ...body }) });
+
+// Answers go out one after the other, in their order: a browser has few connections, and pictures need them.
+let sent = Promise.resolve();
+function send(path, said) {
+  const body = JSON.stringify({ source: source(), by: $("#by").value.trim(), ...said });
+  const answer = sent.then(() => ask(path, { method: "POST", body }));
+  sent = answer.catch(() => {});
+  return answer;
+}
 
 let fading;
 function say(text, isProblem = false) {
