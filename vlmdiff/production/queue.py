@@ -85,6 +85,8 @@ class Queue:
             raise InputError(
                 f"{part} does not hold scores ({error}): name a folder that `vlmdiff score` wrote"
             ) from None
+        # Scores of an earlier release have no explanation.
+        rows = rows.reindex(columns=[*dict.fromkeys([*COLUMNS, *rows])])
         rows = rows[rows["score"].notna()].assign(part=part.name)
         rows["kind"] = np.where(rows["is_anomalous"].astype(bool), ALARM, PASS)
         if "verdict" in rows:
@@ -152,9 +154,9 @@ class Queue:
             "score": round(float(row["score"]), 3),
             "kind": row["kind"],
             "product": name if isinstance(name, str) else self.class_of(row["nearest"]),
-            "date": row.get("day") or "",
-            "text": row["explanation"] or "",
-            "nearest": row["nearest"] or "",
+            "date": _text(row.get("day")),
+            "text": _text(row["explanation"]),
+            "nearest": _text(row["nearest"]),
             "said": said,
             "known": known,
         }
@@ -201,6 +203,10 @@ class Queue:
     def _precomputed(self, part: str, image_id: str) -> dict[str, bytes]:
         file = self.scores / PICTURES / part
         return _pictures(str(file), file.stat().st_mtime_ns).get(image_id, {}) if file.exists() else {}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _products(rows: pd.DataFrame) -> pd.Series:
