@@ -58,6 +58,13 @@ def find_regions(anomaly_map: np.ndarray, threshold: float = 0.5) -> list[Region
     return sorted(regions, key=lambda region: -region.peak)
 
 
+def scaled(regions: Sequence[Region], shape: tuple[int, ...], size: tuple[int, int]) -> list[Region]:
+    """Return the regions of a map (H, W) in the pixels of its photograph, whose width and height are `size`."""
+    x, y = size[0] / shape[1], size[1] / shape[0]
+    boxes = [(round(r.x0 * x), round(r.y0 * y), round(r.x1 * x), round(r.y1 * y)) for r in regions]
+    return [Region(*box, round(r.area * x * y), r.peak, r.share) for box, r in zip(boxes, regions, strict=True)]
+
+
 def explain(
     verdict: str,
     score: float,

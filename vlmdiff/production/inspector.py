@@ -37,7 +37,7 @@ from vlmdiff.data.images import BYTES, decode, mask_values, opened
 from vlmdiff.detection.decoded import Decoded
 from vlmdiff.detection.detector import Detection, Detector, Settings
 from vlmdiff.production.queue import Queue, Wanted, colours
-from vlmdiff.production.score import pictures
+from vlmdiff.production.score import pictures_of
 
 PAGE = Path(__file__).with_name("page")
 FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
@@ -162,7 +162,8 @@ class Inspector:
         photograph, detection = self.model.judge(data, name, self.params.prepare.max_pixels, caption)
         file.write_bytes(data)
         row = {"path": str(file), "image_id": image_id} | photograph.verdict(detection)
-        self.queues["scores"].add(row, pictures(detection))
+        pictures = pictures_of(detection.anomaly_map, detection.reconstruction)
+        self.queues["scores"].add(row, pictures)
         return {"id": image_id}
 
     def _queue(self, source: Any) -> Queue:

@@ -56,7 +56,7 @@ class Queue:
         self._rows = pd.DataFrame()
         self._judged: dict[str, dict[str, Any]] = {}
 
-    def add(self, row: dict[str, Any], pictures: dict[str, bytes]) -> None:
+    def add(self, row: dict[str, Any], pictures: dict[str, bytes | None]) -> None:
         """Add a photograph that is not in the folder: a row of `score` and its pictures."""
         self._judged[row["image_id"]] = row | pictures | {"kind": ALARM if row["is_anomalous"] else PASS}
 
@@ -128,7 +128,7 @@ class Queue:
                 chosen = np.ones(len(rows), bool)
             case kind:
                 chosen = rows["kind"] == kind
-        product = _products(rows)
+        product = _products(rows, self.is_training)
         if wanted.product:
             chosen = chosen & (product == wanted.product)
         if wanted.date:
@@ -153,18 +153,13 @@ class Queue:
             "path": row["path"],
             "score": round(float(row["score"]), 3),
             "kind": row["kind"],
-            "product": name if isinstance(name, str) else self.class_of(row["nearest"]),
+            "product": name if isinstance(name, str) else _class_of(image_id if self.is_training else row["nearest"]),
             "date": _text(row.get("day")),
             "text": _text(row["explanation"]),
             "nearest": _text(row["nearest"]),
             "said": said,
             "known": known,
         }
-
-    def class_of(self, path: Any) -> str:
-        """Return the class of an image of the dataset, empty if it is not known."""
-        stamp = w.MANIFEST.stat().st_mtime_ns if w.MANIFEST.exists() else 0
-        return _classes(stamp).get(path, "")
 
     def row(self, image_id: str) -> dict[str, Any]:
         """Return a photograph's row. Raises InputError if there is none."""
@@ -209,11 +204,16 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _products(rows: pd.DataFrame) -> pd.Series:
+def _products(rows: pd.DataFrame, is_training: bool) -> pd.Series:
     """Return the products of rows: what the model recognised, else the class of the most similar training image."""
-    stamp = w.MANIFEST.stat().st_mtime_ns if w.MANIFEST.exists() else 0
-    found = rows["nearest"].map(_classes(stamp)).fillna("")
+    ids = pd.Series(rows.index, rows.index) if is_training else rows["nearest"]
+    found = ids.map(_class_of)
     return rows["product"].where(rows["product"].notna(), found) if "product" in rows else found
+
+
+def _class_of(image: Any) -> str:
+    """Return the class of an image of the dataset, named by its path or its id; empty if it is not known."""
+    return _classes(w.MANIFEST.stat().st_mtime_ns if w.MANIFEST.exists() else 0).get(image, "")
 
 
 @lru_cache(maxsize=2)
@@ -221,7 +221,8 @@ def _classes(stamp: int) -> dict[str, str]:
     if not stamp:
         return {}
     frame = manifest.read(w.MANIFEST)
-    return dict(zip(frame["path"], frame["class_name"], strict=True))
+    names = frame["class_name"]
+    return dict(zip([*frame["path"], *frame["image_id"]], [*names, *names], strict=True))
 
 
 @lru_cache(maxsize=8)
