@@ -44,7 +44,7 @@ def inspector(workspace: Workspace, *options: str, **environment: str) -> Iterat
     def answers() -> bool:
         assert server.poll() is None, server.stdout.read().decode()
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/about", timeout=5).close()
         except OSError:
             return False
         return True

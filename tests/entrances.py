@@ -120,10 +120,10 @@ def _served(model: str):
 
 
 def inspecting(file: Path, model: Path) -> str:
-    from vlmdiff.production.inspector_page import judge
+    from vlmdiff.production.inspector import Model
 
     def look(name: str) -> None:
-        judge(Path("new", name).read_bytes(), name, str(model), 0, None)
+        Model(model, "tiny").judge(Path("new", name).read_bytes(), name, _params().prepare.max_pixels)
 
     put(file, Path("new"))
     words = said(lambda: look(file.name)) if can_be_sent(file) else f"{file.name} cannot be sent"

@@ -295,20 +295,63 @@ def feedback(
     print(f"next: {first}`make demo` (the flow `retrain`), or `dvc repro`")
 
 
+@app.command(rich_help_panel=USE)
+def suspects(
+    model: Annotated[Path, typer.Option(help="Folder of a detector of this dataset.")] = w.DETECTOR,
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """Rank the normal training images by how unlike the others they are: defects that slipped in."""
+    from rich.console import Console
+
+    from vlmdiff.core.params import load
+    from vlmdiff.production.suspects import suspects, suspects_table
+
+    loaded = load(params)
+    rows = suspects(loaded, model, w.SUSPECTS)
+    Console().print(suspects_table(rows, loaded.prepare.image_root))
+    print("next: `vlmdiff inspect` shows them, in the list `suspects`; `vlmdiff exclude` leaves one out")
+
+
+@app.command(rich_help_panel=USE)
+def exclude(
+    images: Annotated[list[str], typer.Argument(help="Images of the dataset: paths relative to its folder.")],
+    reason: Annotated[str, typer.Option(help="Why. It is recorded.", show_default=False)],
+    by: Annotated[str | None, typer.Option(help="Your name; your login name if omitted.", show_default=False)] = None,
+    back: Annotated[bool, typer.Option("--back", help="Take the images in again.")] = False,
+    params: ParamsFile = w.PARAMS,
+) -> None:
+    """Leave images out of the dataset, from the next `prepare` on. Their files stay where they are."""
+    from vlmdiff.core.files import sha256
+    from vlmdiff.core.params import load
+    from vlmdiff.data.excluded import FILE, decide
+    from vlmdiff.data.images import resolve
+
+    data = load(params).prepare
+    files = [(resolve(data.image_root, image), image) for image in images]
+    for file, image in files:
+        if not file.is_file():
+            raise InputError(f"{image} is no image of {data.image_root}: give its path in there")
+    decide([(sha256(file), image) for file, image in files], not back, reason, _person(by), data.root)
+    print(f"exclude: {len(files)} images {'taken in again' if back else 'left out'}; log: {data.root / FILE}")
+
+
 @app.command("inspect", rich_help_panel=USE)
 def inspect_(
-    model: Annotated[Path | None, typer.Option(help="Folder of a detector; the champion if omitted.")] = None,
+    scores: Annotated[Path, typer.Argument(help="Folder that `vlmdiff score` wrote.")] = w.SCORES,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a detector to judge images that you bring; the champion if omitted.")
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
     address: Annotated[
         str, typer.Option(help="Address to listen on. The default is reachable from this machine only.")
     ] = "127.0.0.1",
     params: ParamsFile = w.PARAMS,
 ) -> None:
-    """Open a page that judges single images with the champion and records your feedback."""
+    """Open a page to work through what `score` found, judge single images, and record your feedback."""
     from vlmdiff.core.params import load
     from vlmdiff.production.inspector import serve
 
-    serve(load(params), model, address, port)
+    serve(load(params), scores, model, address, port)
 
 
 @app.command(rich_help_panel=USE)

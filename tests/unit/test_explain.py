@@ -1,15 +1,26 @@
 """A verdict in words: the regions and their shares, how a caption differs, and the most similar normal image."""
 
+import base64
+import io
+import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from tests.tiny import SIZE, named, tiny_detector
 from vlmdiff.captions.describe import describe
+from vlmdiff.core.params import Params
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.explain import Region, difference, explain, find_regions
+from vlmdiff.production.inspector import Model
+from vlmdiff.production.queue import Queue, Wanted
+from vlmdiff.production.score import score
+from vlmdiff.registry.served import Inspector
 
 NORMAL = [
     "One large rectangular light grey object on a dark grey background. On it eight round red parts in two rows.",
@@ -30,7 +41,7 @@ def test_the_shares_of_regions_are_those_of_the_evidence_above_the_threshold():
     ("caption", "words"),
     [
         (NORMAL[0], None),
-        (NORMAL[0].replace("eight", "seven"), "eight round expected, seven seen"),
+        (NORMAL[0].replace("eight", "seven"), "eight round red parts expected, seven seen"),
         (NORMAL[1].replace("red", "blue"), "red parts expected, blue seen"),
         (NORMAL[1].replace(" On it eight round red parts in two rows.", ""), None),
     ],
@@ -83,7 +94,7 @@ def test_an_alarm_is_explained_in_the_photographs_own_pixels_and_in_words(detect
     (at,) = (found.at(0.01),)
     area = sum(region.area for region in at.scaled_regions(4 * SIZE, 2 * SIZE))
     assert at.size == (4 * SIZE, 2 * SIZE) and area > 600
-    assert at.explanation.startswith("Anomalous, score") and "of the evidence" in at.explanation
+    assert at.explanation.startswith("Anomalous, score") and " px " in at.explanation
     assert "In words: " in at.explanation and "seen" in at.explanation
     assert at.explanation.endswith("Most similar normal training image: thing/good/1.png.")
     # What is normal has nothing to explain.
@@ -97,3 +108,41 @@ def test_a_saved_detector_remembers_its_normal_images(detector, tmp_path):
     assert [one.at(0.01).explanation for one in again.detect(normal)] == [
         one.at(0.01).explanation for one in detector.detect(normal)
     ]
+
+
+def test_python_score_the_served_model_and_the_page_say_the_same(detector, tmp_path, monkeypatch):
+    detector, normal = detector
+    monkeypatch.chdir(tmp_path)
+    detector.save_pretrained("model")
+    settings = json.loads(Path("model/detector.json").read_text())
+    settings["calibration"]["threshold"] /= 50
+    Path("model/detector.json").write_text(json.dumps(settings))
+    spoiled = np.asarray(Image.fromarray(normal[1]).resize((300, 200))).copy()
+    spoiled[..., 2] = np.clip(spoiled[..., 2].astype(int) + 60, 0, 255)
+    Image.fromarray(spoiled).save("new.png")
+
+    (found,) = Detector.from_pretrained("model").detect([spoiled])
+    assert found.explanation.startswith("Anomalous") and "In words: " in found.explanation
+    assert "px in the centre" in found.explanation
+
+    score(["new.png"], Path("out"), Params(), Path("model"))
+    (row,) = pd.read_parquet("out").to_dict("records")
+    assert row["explanation"] == found.explanation and row["nearest"] == found.nearest.path
+    assert row["regions"][0]["share"] == pytest.approx(found.regions[0].share, abs=1e-4)
+
+    served = Inspector()
+    served.load_context(SimpleNamespace(artifacts={"detector": "model"}, model_config={"max_pixels": 10**6}))
+    image = base64.b64encode(Path("new.png").read_bytes()).decode()
+    (answer,) = served.predict(None, pd.DataFrame({"image": [image]})).to_dict("records")
+    assert answer["explanation"] == found.explanation and answer["nearest"] == found.nearest.path
+
+    queue = Queue(Path("out"), Params())
+    (item,) = queue.listed(Wanted())["items"]
+    assert item["text"] == found.explanation
+    level = np.asarray(Image.open(io.BytesIO(queue.picture(item["id"], "map"))))[..., 3]
+    assert level == pytest.approx(255 * found.anomaly_map, abs=1)
+    assert queue.picture(item["id"], "reconstruction").startswith(b"\xff\xd8")
+    # The training images are not here.
+    assert queue.picture(item["id"], "nearest") is None
+    photograph, brought = Model(Path("model"), "it").judge(Path("new.png").read_bytes(), "new.png", 10**6)
+    assert photograph.verdict(brought)["explanation"] == found.explanation

@@ -24,7 +24,7 @@ from vlmdiff.detection.calibration import conformal_threshold
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.evidence import read_scores
 from vlmdiff.evaluation.judging import judge_images
-from vlmdiff.production.inspector_page import judge
+from vlmdiff.production.inspector import Model
 from vlmdiff.production.monitor import read_reference
 from vlmdiff.registry.served import Inspector
 
@@ -139,7 +139,7 @@ def test_an_error_of_one_request_is_no_answer_to_another_that_waits(whole):
 def test_the_inspectors_page_says_it(model):
     data = Path("data/nut/good/a.png").read_bytes()
     with pytest.raises(InputError, match="by the model model is not a finite number"):
-        judge.__wrapped__(data, "a.png", "model", 1, None)
+        Model(Path("model"), "tiny").judge(data, "a.png", 10**6)
 
 
 def test_evaluation_stops_with_the_photograph(model):

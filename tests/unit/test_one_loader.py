@@ -19,7 +19,7 @@ from vlmdiff.data import listing
 from vlmdiff.data.feedback import Statement, give_feedback
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.judging import judge_images
-from vlmdiff.production.inspector_page import judge
+from vlmdiff.production.inspector import Model
 from vlmdiff.production.score import score
 from vlmdiff.registry.served import Inspector
 from vlmdiff.training.encoded import image_array
@@ -113,8 +113,9 @@ def serving(files: list[Path], model: Path) -> Seen:
 
 
 def inspecting(files: list[Path], model: Path) -> Seen:
-    found = [judge(file.read_bytes(), file.name, str(model), 0, None) for file in files]
-    return [np.append(image.ravel(), detection.anomaly_map) for image, detection in found]
+    judge = Model(model, "tiny").judge
+    found = [judge(file.read_bytes(), file.name, LIMIT) for file in files]
+    return [np.append(photograph.judged.ravel(), detection.anomaly_map) for photograph, detection in found]
 
 
 def feedback(files: list[Path], model: Path) -> Seen:

@@ -161,6 +161,16 @@ def test_both_kinds_of_evidence_make_the_map(detector):
         np.testing.assert_allclose(one.anomaly_map, raw / (raw + threshold), rtol=1e-5)
 
 
+def test_an_image_of_the_bank_is_compared_with_the_others(detector):
+    again = Detector(detector.pipeline, detector.params)
+    images = photographs(8, seed=0)
+    images[5] = images[5].copy()
+    images[5][16:32, 16:32] = [250, 20, 20]
+    again.learn(images, named(8))
+    own, others = again.distances(images, [9] * 8), again.distances(images, range(8))
+    assert others.max(axis=(1, 2)).argmax() == 5 and own[5].max() < others[5].max()
+
+
 def test_each_kind_is_scaled_by_the_tail_of_the_normal_images_that_calibrate(detector):
     evidence = detector.evidence(photographs(20, seed=1))
     for maps in evidence.swapaxes(0, 1):

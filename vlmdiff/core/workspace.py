@@ -24,6 +24,7 @@ GATE = Path("reports/gate.json")
 GATE_PAGE = Path("reports/gate.html")
 SCORES = Path("reports/scores")
 MONITOR = Path("reports/monitor")
+SUSPECTS = Path("reports/suspects")
 # The stages replace these folders and all that is in them.
 WRITTEN = (MADE, CAPTIONS.parent, ENCODED, Path("models"), Path("reports"))
 

@@ -21,7 +21,7 @@ from vlmdiff.core.params import Detection as DetectionParams
 from vlmdiff.data.images import fit, to_rgb
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, image_scores, smooth
 from vlmdiff.detection.calibration import Calibration, Usual
-from vlmdiff.detection.explain import Region, explain, find_regions
+from vlmdiff.detection.explain import Region, explain, find_regions, scaled
 from vlmdiff.detection.features import spaces
 from vlmdiff.detection.normals import Normal, Normals
 from vlmdiff.detection.products import appearance
@@ -168,18 +168,7 @@ class Detection:
 
     def scaled_regions(self, width: int, height: int) -> list[Region]:
         """Return the regions in the photograph's own pixels, `width` x `height`."""
-        x, y = width / self.anomaly_map.shape[1], height / self.anomaly_map.shape[0]
-        return [
-            replace(
-                r,
-                x0=round(r.x0 * x),
-                y0=round(r.y0 * y),
-                x1=round(r.x1 * x),
-                y1=round(r.y1 * y),
-                area=round(r.area * x * y),
-            )
-            for r in self.regions
-        ]
+        return scaled(self.regions, self.anomaly_map.shape, (width, height))
 
 
 class Detector:
@@ -364,6 +353,22 @@ class Detector:
         calibration = self.calibrated()
         found = self._compare(images, batch_size, captions, without)
         return np.concatenate([self._evidence(self._parts(batch, calibration), calibration) for batch in found])
+
+    @torch.no_grad()
+    def distances(self, images: Iterable[Photograph], without: Iterable[int], batch_size: int = 32) -> np.ndarray:
+        """Return how far the patches of photographs are from the bank (N, h, w), without the denoiser.
+
+        without: as for `evidence`. Raises InputError for a detector without a bank.
+        """
+        if self.bank is None:
+            raise InputError("this detector has no bank of patches: set evaluate.detection.retrieval")
+        found, numbers = [], iter(without)
+        for batch in batches(images, batch_size):
+            _, features = self._encode(self._tensors(batch))
+            if features is not None:
+                left_out = list(islice(numbers, len(batch)))
+                found.append(self.bank(unit_length(features, self._layers), left_out).cpu().numpy())
+        return np.concatenate(found)
 
     def image_scores(self, maps: np.ndarray) -> np.ndarray:
         """Return the scores (B,) of anomaly maps (B, S, S), by the parameters' `image_score`."""

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from scipy import ndimage
 LISTED = 3
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Words that say nothing without the next one.
-SMALL = frozenset(["a", "an", "and", "at", "in", "of", "on", "or", "the", "to", "with"])
+SMALL = frozenset({"a", "an", "and", "at", "in", "is", "it", "its", "of", "on", "or", "the", "to", "with"})
+# Words after a difference that say what it is about.
+CONTEXT = 3
 # Normal captions that are compared word by word: those that share the most words.
 COMPARED = 8
 # Captions less alike than this differ in too much to list.
@@ -55,6 +58,13 @@ def find_regions(anomaly_map: np.ndarray, threshold: float = 0.5) -> list[Region
     return sorted(regions, key=lambda region: -region.peak)
 
 
+def scaled(regions: Sequence[Region], shape: tuple[int, ...], size: tuple[int, int]) -> list[Region]:
+    """Return the regions of a map (H, W) in the pixels of its photograph, whose width and height are `size`."""
+    x, y = size[0] / shape[1], size[1] / shape[0]
+    boxes = [(round(r.x0 * x), round(r.y0 * y), round(r.x1 * x), round(r.y1 * y)) for r in regions]
+    return [Region(*box, round(r.area * x * y), r.peak, r.share) for box, r in zip(boxes, regions, strict=True)]
+
+
 def explain(
     verdict: str,
     score: float,
@@ -82,8 +92,11 @@ def explain(
     if regions:
         # The same order and the same words whatever the order of equal peaks.
         largest = sorted(regions, key=lambda region: (-region.share, region.y0, region.x0))[:LISTED]
-        listed = [f"{region.area} px {_place(region, size)} ({_percent(region.share)})" for region in largest]
-        listed[0] = listed[0].replace("%)", "% of the evidence)")
+        listed = [f"{region.area} px {_place(region, size)}" for region in largest]
+        if len(regions) > 1:
+            shares = [_percent(region.share) for region in largest]
+            shares[0] += " of the evidence"
+            listed = [f"{place} ({share})" for place, share in zip(listed, shares, strict=True)]
         more = "" if len(regions) <= LISTED else ", the largest"
         noun = "region" if len(regions) == 1 else "regions"
         said.append(f"{_number(len(regions)).capitalize()} {noun}{more}: {_enumerated(listed)}.")
@@ -112,17 +125,21 @@ def difference(caption: str, normal: Sequence[str]) -> str | None:
         return None
     said = []
     for kind, a0, a1, b0, b1 in closest.get_opcodes():
-        if kind == "equal":
-            continue
-        a, b = " ".join(expected[a0:a1]), " ".join(ours[b0:b1])
-        if kind == "replace":
-            # The next word says what is counted or described.
-            noun = f" {expected[a1]}" if a1 < len(expected) and expected[a1] not in SMALL else ""
-            said.append(f"{a}{noun} expected, {b} seen")
-        else:
-            said.append(f"{a} expected, not seen" if kind == "delete" else f"{b} seen, not expected")
+        wanted, there = _phrase(expected[a0:a1]), _phrase(ours[b0:b1])
+        if kind == "replace" and wanted and there:
+            # What is counted or described: "eight red parts".
+            noun = list(itertools.takewhile(lambda word: word not in SMALL, expected[a1 : a1 + CONTEXT]))
+            said.append(f"{' '.join([wanted, *noun])} expected, {there} seen")
+        elif kind != "equal" and (wanted or there):
+            said.append(f"{wanted} expected, not seen" if wanted else f"{there} seen, not expected")
     more = f" and {len(said) - LISTED} more" if len(said) > LISTED else ""
     return "; ".join(said[:LISTED]) + more
+
+
+def _phrase(words: Sequence[str]) -> str:
+    """Return words without the small ones around them."""
+    kept = [i for i, word in enumerate(words) if word not in SMALL]
+    return " ".join(words[kept[0] : kept[-1] + 1]) if kept else ""
 
 
 def _tokens(text: str) -> list[str]:

@@ -35,7 +35,7 @@ from vlmdiff.data.images import check_bytes, opened
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.decoded import Decoded
-from vlmdiff.detection.detector import SETTINGS, Detection, Detector, batches
+from vlmdiff.detection.detector import SETTINGS, Detector, batches
 
 BATCH = 32
 # How many photographs are read while the model judges others, and by how many threads.
@@ -333,7 +333,7 @@ def _judge(
             row = read | {"model": model, "scored_at": datetime.now(UTC)}
             if decoded is not None:
                 detection = next(found)
-                row |= decoded.verdict(detection) | pictures(detection)
+                row |= decoded.verdict(detection) | pictures_of(detection.anomaly_map, detection.reconstruction)
                 if detection.is_anomalous and decoded.shown is not None:
                     # The photograph's name, and a hash of its path, since names may be the same.
                     digest = hashlib.sha256(row["path"].encode()).hexdigest()
@@ -343,12 +343,13 @@ def _judge(
             yield row
 
 
-def pictures(detection: Detection) -> dict[str, bytes]:
+def pictures_of(anomaly_map: np.ndarray, reconstruction: np.ndarray | None = None) -> dict[str, bytes | None]:
     """Return the columns of PICTURE_SCHEMA of a photograph, except its id."""
     level, rebuilt = io.BytesIO(), io.BytesIO()
-    Image.fromarray(np.rint(255 * detection.anomaly_map).astype(np.uint8)).save(level, "PNG", compress_level=1)
-    Image.fromarray(detection.reconstruction).save(rebuilt, "JPEG", quality=90)
-    return {"map": level.getvalue(), "reconstruction": rebuilt.getvalue()}
+    Image.fromarray(np.rint(255 * anomaly_map).astype(np.uint8)).save(level, "PNG", compress_level=1)
+    if reconstruction is not None:
+        Image.fromarray(reconstruction).save(rebuilt, "JPEG", quality=90)
+    return {"map": level.getvalue(), "reconstruction": rebuilt.getvalue() or None}
 
 
 def write_part(rows: list[dict[str, Any]], out: Path, number: int) -> None:
