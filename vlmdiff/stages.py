@@ -19,6 +19,9 @@ from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import explained
 from vlmdiff.core.files import atomic_folder, folder_mb
 
+# Training images that calibrate retrieval beside the held-out ones: a minute on a CPU.
+CALIBRATING = 200
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -183,6 +186,8 @@ def evaluate(
     def read(rows: "pd.DataFrame") -> Iterator[np.ndarray]:
         return (load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in rows["path"])
 
+    # An even mix of products, of which the first may calibrate.
+    training = training.sample(frac=1, random_state=ours.detection.seed)
     # Held-out images first: each is judged without its own patches, and new images by all normal ones.
     columns = zip(*(pd.concat([held_out, training])[name] for name in ("image_id", "path", "class_name")), strict=True)
     known = [Normal(image_id, path, name, texts.get(image_id)) for image_id, path, name in columns]
@@ -190,6 +195,7 @@ def evaluate(
     detector.learn(images, known, ours.batch_size, described=params.caption.captioner.kind == "describe")
     normal, prompts = list(read(held_out)), detector_captions(detector, held_out, texts)
     weighing = Weighing(detector, normal, held_out["class_name"].tolist(), prompts, ours.batch_size, ours.max_fpr)
+    further = training[:CALIBRATING] if ours.detection.retrieval else training[:0]
     scores = detector.calibrate(
         normal,
         ours.batch_size,
@@ -198,6 +204,8 @@ def evaluate(
         in_bank=True,
         names=held_out["path"],
         products=held_out["class_name"].tolist(),
+        more=list(read(further)),
+        more_products=further["class_name"].tolist(),
     )
     judged = judge_images(detector, frame, data, texts, ours)
     judged.tried = weighing.rows()

@@ -181,11 +181,13 @@ def test_the_monitor_compares_no_score_that_is_not_finite(tmp_path, monkeypatch)
     frame.to_parquet(scores)
     place = Workspace(tmp_path)
     done = place.vlmdiff("monitor", "scores.parquet", "--model", "model", "--out", "out", check=False)
-    assert done.returncode == 2 and f"a value of {frame['path'][7]} is not a finite number" in done.stdout
+    assert (
+        done.returncode == 2 and f"the row of {frame['path'][7]} has a value that is not a finite number" in done.stdout
+    )
     reference = pd.read_parquet(known / "reference.parquet")
     reference.loc[3, "score"] = np.inf
     reference.to_parquet(known / "reference.parquet")
-    with pytest.raises(InputError, match=rf"reference\.parquet: a value of {reference['image_id'][3]} is not a finite"):
+    with pytest.raises(InputError, match=rf"reference\.parquet is damaged: the row of {reference['image_id'][3]} has"):
         read_reference(known)
 
 

@@ -106,6 +106,15 @@ def test_a_product_with_enough_images_has_a_threshold_of_its_own():
     assert calibration.limit("noisy") == calibration.threshold
 
 
+def test_an_odd_image_among_the_normal_ones_does_not_hide_defects():
+    rng = np.random.default_rng(0)
+    known = values(40, *QUIET, rng)
+    clean, _ = replace(UNTAUGHT, images=40).learn(known, ["quiet"] * 40)
+    spoiled, scores = replace(UNTAUGHT, images=41).learn(np.concatenate([known, np.full((1, 3), 2.0)]), ["quiet"] * 41)
+    assert spoiled.map_threshold("quiet") < 1.2 * clean.map_threshold("quiet")
+    assert scores[-1] > 0.5 and np.mean(scores > 0.5) <= 0.05
+
+
 def test_the_p_value_is_a_rank_among_the_normal_images():
     calibration = replace(UNTAUGHT, normal=[0.0, 1.0, 2.0, 3.0])
     assert [calibration.p_value(score) for score in (-1.0, 2.0, 9.0)] == [1.0, 0.6, 0.2]

@@ -198,3 +198,25 @@ def test_an_autoencoder_has_no_features_to_retrieve():
     detector = Detector(tiny_pipeline(), Detection(retrieval=Retrieval(), features=(Latents(kind="latents"),)))
     with pytest.raises(InputError, match=r"first_stage\.kind: backbone"):
         detector.learn([], [])
+
+
+def test_where_retrieval_is_all_the_evidence_every_image_of_the_bank_calibrates(detector):
+    held_out, training = photographs(10, seed=1), photographs(30, seed=5)
+    alone, both = (Detector(detector.pipeline, detector.params) for _ in range(2))
+    for one, weight in ((alone, 1.0), (both, 0.9)):
+        one.learn([*held_out, *training], named(40))
+        scores = one.calibrate(
+            held_out,
+            weigh=lambda evidence, weight=weight: weight,
+            in_bank=True,
+            products=["thing"] * 10,
+            more=training,
+            more_products=["thing"] * 30,
+        )
+        assert scores.shape == (10,)
+    assert (alone.calibration.images, both.calibration.images) == (40, 10)
+    assert len(alone.calibration.products["thing"].levels) == 1
+    # A new image is as unusual as those that calibrate, each judged without its own patches.
+    found = [one.score for one in alone.detect(photographs(30, seed=6))]
+    assert 0.3 < np.median([alone.calibration.odds(np.array(alone.calibration.normal), ["thing"] * 40)]) < 0.5
+    assert 0.3 < np.median(found) < 0.5

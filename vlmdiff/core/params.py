@@ -27,7 +27,7 @@ class Demo(Section):
     """The procedural factory: images per class, and the side of an image in pixels."""
 
     seed: int = 0
-    train: Positive = 80
+    train: Positive = 100
     test_good: Positive = 12
     test_per_defect: Positive = 6
     size: Annotated[int, Field(ge=64)] = 128
@@ -74,7 +74,7 @@ class Prepare(Section):
         "demo", "folder", "table", "mvtec_ad", "mvtec_3d", "btad", "visa", "real_iad", "coco_ad", "cifar"
     ] = "demo"
     root: Path = Path("data/raw")
-    validation_fraction: Fraction = 0.15
+    validation_fraction: Fraction = 0.3
     test_fraction: Fraction = 0.2
     max_pixels: Positive = 62_500_000
     copies: Copies = "error"
@@ -488,10 +488,10 @@ class Detection(Section):
     retrieval: Retrieval | None = None
     deviation_floor: PositiveFloat | None = 0.5
     align_corners: bool = False
-    smoothing: Annotated[float, Field(ge=0, le=1000)] = 3.0
+    smoothing: Annotated[float, Field(ge=0, le=1000)] = 2.0
     image_score: Literal["max", "top_percent", "pooled_max"] = "max"
     top_share: Fraction = 0.01
-    score_smoothing: Annotated[float, Field(ge=0, le=1000)] | None = None
+    score_smoothing: Annotated[float, Field(ge=0, le=1000)] | None = 0.5
     review: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     false_alarm_rate: Fraction = 0.05
     seed: int = 0

@@ -39,6 +39,8 @@ class Usual:
 
 # Of a constant statistic.
 SMALLEST = 1e-6
+# Standard deviations from the median beyond which an image is odd.
+ODD = 2.5
 # Degrees of freedom of what is assumed of products that are all alike.
 MOST = 20.0
 
@@ -86,11 +88,23 @@ class Prior:
 
         The variance is that of a new image: the level is not known exactly either.
         """
-        n = len(values)
+        n, values = len(values), drawn_in(values)
         own = values.var(axis=0, ddof=1) if n > 1 else self.variance
         freedom = max(n - 1, 1e-9)
         variance = (freedom * own + self.freedom * self.variance) / (freedom + self.freedom) * (1 + 1 / n)
         return Scale(n, values.mean(axis=0).tolist(), np.maximum(np.sqrt(variance), SMALLEST).tolist())
+
+
+def drawn_in(values: np.ndarray) -> np.ndarray:
+    """Return values (n, Q) with those of odd images drawn in to ODD standard deviations from the median.
+
+    An odd one among a product's normal images would hide its defects. The standard deviation is 1.4826 times the median
+    absolute deviation, as of a normal distribution; where more than half of the values are the same, all are kept.
+    """
+    median = np.median(values, axis=0)
+    far = ODD * 1.4826 * np.median(np.abs(values - median), axis=0)
+    far = np.where(far > 0, far, np.inf)
+    return np.clip(values, median - far, median + far)
 
 
 def _degrees(more: float) -> float:
@@ -110,7 +124,7 @@ def standardise(values: np.ndarray, classes: Sequence[str]) -> tuple[dict[str, S
     members = {name: np.flatnonzero(of == name) for name in names}
     several = [i for i in members.values() if len(i) > 1]
     if several:
-        variances = np.stack([values[i].var(axis=0, ddof=1) for i in several])
+        variances = np.stack([drawn_in(values[i]).var(axis=0, ddof=1) for i in several])
         prior = Prior(variances, np.array([len(i) - 1.0 for i in several]))
     else:
         prior = Prior(values.var(axis=0)[None], np.ones(1))

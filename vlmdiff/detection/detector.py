@@ -297,14 +297,17 @@ class Detector:
         in_bank: bool = False,
         names: Iterable[str] | None = None,
         products: Sequence[str] | None = None,
+        more: Sequence[Photograph] = (),
+        more_products: Sequence[str] = (),
     ) -> np.ndarray:
         """Learn what difference is normal from normal photographs that training does not see.
 
         normal, captions, names: as for `detect`. weigh: returns the share of retrieval, given the evidence (N, 2, S, S)
         of these photographs; without it, the share is that of the parameters, or one half. in_bank: the photographs are
-        the first in the bank, so each is judged without its own patches. products: what each shows; without them, all
-        are of one. Returns the photographs' scores (N,), as `detect` would give them for a photograph that is new to
-        it.
+        the first in the bank, so each is judged without its own patches. products: what each shows; without
+        them, all are of one. more: the next images in the bank, of `more_products`; where retrieval alone is the
+        evidence, they calibrate too. Returns the photographs' scores (N,), as `detect` would give them for a photograph
+        that is new to it.
 
         Raises InputError if there are several products and `learn` has not seen them all.
         """
@@ -324,6 +327,7 @@ class Detector:
         if self.bank is not None:
             distances = np.concatenate([batch.distances for batch in found if batch.distances is not None])
             learned = replace(learned, retrieval=Usual.of(distances))
+        del relative
         parts = np.concatenate([self._parts(batch, learned) for batch in found])
         evidence = self._evidence(parts, learned)
         if self.bank is not None and self.params.retrieval:
@@ -335,8 +339,28 @@ class Detector:
             learned = replace(learned, weight=weight)
         statistics = self._statistics(parts, fuse(evidence, learned.weight), learned)
         self._check([name for batch in found for name in batch.names], "score", statistics)
+        if in_bank and learned.weight == 1 and len(more):
+            # The denoiser, which has seen them, has no say.
+            numbers = range(len(normal), len(normal) + len(more))
+            others = self._remembered(more, numbers, batch_size, learned)
+            learned = replace(learned, images=len(normal) + len(more))
+            statistics, products = np.concatenate([statistics, others]), [*products, *more_products]
         self.calibration, scores = learned.learn(statistics, products)
-        return scores
+        return scores[: len(normal)]
+
+    def _remembered(
+        self, images: Sequence[Photograph], numbers: Sequence[int], batch_size: int, calibration: Calibration
+    ) -> np.ndarray:
+        """Return the statistics (N, 1) of images of the bank, by retrieval alone."""
+        found, size = [], self.pipeline.config.image_size
+        assert calibration.retrieval is not None and calibration.tails is not None
+        for batch in batches(zip(images, numbers, strict=True), batch_size):
+            distances = self.distances([image for image, _ in batch], [number for _, number in batch], batch_size)
+            small = torch.from_numpy(calibration.retrieval.positive(distances))
+            maps = smooth(enlarge(small, size, self.params.align_corners).numpy(), self.params.smoothing)
+            maps = (maps / calibration.tails[1]).astype(np.float32)
+            found.append(self._statistics(maps[:, None], maps, calibration))
+        return np.concatenate(found)
 
     def evidence(
         self,
@@ -600,8 +624,9 @@ class Detector:
         """
         found, params = [raw], self.params
         fine = params.smoothing if params.score_smoothing is None else params.score_smoothing
-        # Detectors of earlier releases judge by the map alone.
-        if not calibration.products or len(next(iter(calibration.products.values())).levels) > 1:
+        # Where retrieval carries everything, the map is its map. Detectors of earlier releases judge by the map too.
+        known = next(iter(calibration.products.values()), None)
+        if (known is None or len(known.levels) > 1) and calibration.weight < 1:
             smoothed = smooth(parts, fine)
             if fine != params.smoothing:
                 kinds = self._kinds(smoothed)
