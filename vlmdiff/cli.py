@@ -205,9 +205,7 @@ def score(
     ],
     heatmaps: Annotated[bool, typer.Option("--heatmaps", help="Write a PNG per new alarm to OUT/_heatmaps.")] = False,
     model: Annotated[Path | None, typer.Option(help="Folder of a detector; the champion if omitted.")] = None,
-    class_name: Annotated[
-        str | None, typer.Option(help="Class of the images; only for models with `captions: class`.")
-    ] = None,
+    class_name: Annotated[str | None, typer.Option(help="Product of the images; recognised if omitted.")] = None,
     params: ParamsFile = w.PARAMS,
 ) -> None:
     """Judge new and changed images with the champion. Exits with status 1 if no image can be judged."""

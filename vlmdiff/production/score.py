@@ -145,13 +145,13 @@ def score(
     folder, name, photographs = _from_main(here, lambda: (*find_model(model, params), find_photographs(sources, out)))
     detector = Detector.from_pretrained(folder, str(here.device))
     name = name or folder_name(folder)
-    captions = _captions(detector, photographs, class_name)
+    captions, products = (find(detector, photographs, class_name) for find in (_captions, _products))
     with hold(out / LOCK, f"the folder {out}") if here.is_main_process else contextlib.nullcontext():
         new = _from_main(here, lambda: _pending(out, photographs, name))
         began = time.perf_counter()
         own = new[here.process_index :: here.num_processes]
         read = partial(_read, detector=detector, max_pixels=params.prepare.max_pixels, draw=heatmaps)
-        rows = _judge(detector, _ahead(read, own), captions, name, out)
+        rows = _judge(detector, _ahead(read, own), captions, products, name, out)
         _write_parts(track(rows, "score", len(own)) if here.is_main_process else rows, len(own), out, here)
         here.wait_for_everyone()
         seconds = time.perf_counter() - began
@@ -171,7 +171,7 @@ def scores_table(scored: Scored) -> Table:
         if row["error"] is not None:
             table.add_row(path, "", "[yellow]could not be read", "")
             continue
-        verdict = "[bold red]anomalous" if row["is_anomalous"] else "[green]normal"
+        verdict = f"[{'bold red' if row['is_anomalous'] else 'green'}]{row['verdict']}"
         table.add_row(path, f"{row['score']:.3f}", verdict, str(len(row["regions"])))
     return table
 
@@ -215,8 +215,6 @@ def _captions(detector: Detector, photographs: list[Photograph], class_name: str
     """Return captions by path, as the detector needs them; empty where it judges without captions."""
     match detector.params.captions:
         case "none":
-            if class_name is not None:
-                detector.captions_of([class_name])
             return {}
         case "image":
             given = {photograph.path: photograph.caption for photograph in photographs}
@@ -229,6 +227,15 @@ def _captions(detector: Detector, photographs: list[Photograph], class_name: str
             raise InputError(f"{path}: this model needs the photograph's {missing}: {advice}")
     texts = {path: text for path, text in given.items() if text is not None}
     return texts if missing == "caption" else dict(zip(texts, detector.captions_of(texts.values()), strict=True))
+
+
+def _products(detector: Detector, photographs: list[Photograph], class_name: str | None) -> dict[str, str]:
+    """Return the products by path that are told and known; the others are recognised."""
+    known = detector.calibrated().products
+    if class_name is not None and class_name not in known:
+        raise InputError(f"this model does not know the class {class_name!r}, only {', '.join(sorted(known))}")
+    given = {photograph.path: photograph.class_name or class_name for photograph in photographs}
+    return {path: name for path, name in given.items() if name in known}
 
 
 def _parts(out: Path) -> list[Path]:
@@ -321,14 +328,20 @@ def _ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
 
 
 def _judge(
-    detector: Detector, photographs: Iterable[Read], captions: dict[str, str], model: str, out: Path
+    detector: Detector,
+    photographs: Iterable[Read],
+    captions: dict[str, str],
+    products: dict[str, str],
+    model: str,
+    out: Path,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of each photograph, with its pictures."""
     for batch in batches(photographs, BATCH):
         readable = [(row["path"], decoded.judged) for row, decoded in batch if decoded is not None]
         images, names = [image for _, image in readable], [path for path, _ in readable]
         texts = [captions[name] for name in names] if captions else None
-        found = iter(detector.detect(images, captions=texts, names=names) if readable else ())
+        told = [products.get(name) for name in names]
+        found = iter(detector.detect(images, captions=texts, names=names, products=told) if readable else ())
         for read, decoded in batch:
             row = read | {"model": model, "scored_at": datetime.now(UTC)}
             if decoded is not None:
@@ -392,7 +405,9 @@ def _summary(out: Path, model: str, photographs: list[Photograph], new: list[Pho
     added = {photograph.path for photograph in new}
     alarms, judged, errors, rows = 0, 0, [], []
     for part in _parts(out):
-        for row in pq.read_table(part, columns=["path", "score", "is_anomalous", "regions", "error"]).to_pylist():
+        for row in pq.read_table(
+            part, columns=["path", "score", "is_anomalous", "verdict", "regions", "error"]
+        ).to_pylist():
             if row["path"] in listed:
                 judged += row["error"] is None
                 if len(listed) <= SHOWN:
