@@ -64,7 +64,7 @@ def hold(file: Path, what: str, limit: float = 0.0, by: str | None = None) -> Ge
 def _who(holder: Path) -> str:
     # A holder writes its name right after it has the lock.
     try:
-        said = json.loads(holder.read_text())
+        said = json.loads(holder.read_text(encoding="utf-8"))
         return f"{said['by']} (process {said['pid']}, since {said['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
