@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from vlmdiff.cli import app
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import load
+from vlmdiff.core.processes import login_name
 from vlmdiff.data import contract, listing
+from vlmdiff.data.feedback import Statement, give_feedback
 
 GOOD = {"folder": "bottle/good", "mvtec_ad": "bottle/train/good"}
 SPLIT = {"folder": "bottle/crack", "mvtec_ad": "bottle/test/crack"}
@@ -256,6 +258,10 @@ def test_a_login_without_a_name_is_asked_for_one(layout, monkeypatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
     with pytest.raises(InputError, match="your login has no name here: say who you are by --by NAME"):
         give("normal", photograph(Path("a.png"), 20), by=None)
+    # The inspector's page begins with an empty field, and asks too.
+    assert login_name() == ""
+    with pytest.raises(InputError, match="say who you are"):
+        give_feedback([Path("a.png")], Statement("nut", None, " "), load(), Path("log.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["good", "masks", "../else", ".hidden", " ", "crack ", "crack\n"])

@@ -3,7 +3,6 @@
 `vlmdiff inspect` runs it in a workspace. Its arguments are the detector's folder and the model's name.
 """
 
-import getpass
 import hashlib
 import io
 import sys
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Params, load
+from vlmdiff.core.processes import login_name
 from vlmdiff.core.text import markdown
 from vlmdiff.data import manifest
 from vlmdiff.data.feedback import PLACES, Statement, give_feedback
@@ -155,7 +155,7 @@ def ask_for_feedback(upload, similar: str | None, params: Params) -> None:
     fields = st.columns(3)
     name = fields[0].selectbox("It shows", names, 0 if similar is None else names.index(classes[similar]))
     defect = fields[1].text_input("Kind of defect, if it has one", "anomaly")
-    person = fields[2].text_input("Your name", getpass.getuser())
+    person = fields[2].text_input("Your name", login_name())
     buttons = st.columns(2)
     said = None
     if buttons[0].button("It is normal: learn from it", width="stretch"):
