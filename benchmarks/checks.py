@@ -7,7 +7,6 @@ table shows the median of the paired differences with a 95 % interval (bootstrap
 It uses the detector of this workspace (`make demo` creates one) or the one of --model.
 """
 
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from vlmdiff.core import workspace as w
 from vlmdiff.core.files import folder_mb
@@ -46,7 +46,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of a detector.")] = w.DETECTOR,
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    disable_progress_bar()
     rng = np.random.default_rng(0)
     size = Detector.from_pretrained(model).pipeline.config.image_size
     photographs = list(rng.integers(0, 256, (images, size, size, 3), dtype=np.uint8))
@@ -65,13 +65,8 @@ def main(
         shares = np.median(more[drawn], axis=1) / np.median(base[drawn], axis=1)
         low, high = np.quantile(shares, [0.025, 0.975])
         share = np.median(more) / np.median(base)
-        words = (
-            f"{np.median(base):.2f} s",
-            f"{1000 * np.median(more):.0f} ms",
-            f"{share:.1%}",
-            f"{low:.1%} to {high:.1%}",
-        )
-        table.add_row(name, *words)
+        words = f"{np.median(base):.2f} s", f"{1000 * np.median(more):.0f} ms", f"{share:.1%}"
+        table.add_row(name, *words, f"{low:.1%} to {high:.1%}")
     Console().print(table)
 
 
