@@ -29,7 +29,7 @@ def _deployments() -> list[dict]:
     """Return the deployments of prefect.yaml whose flow's file exists."""
     if not FILE.is_file():
         raise InputError(f"{FILE} does not exist: run this command in a workspace that has it")
-    listed = yaml.safe_load(FILE.read_text())["deployments"]
+    listed = yaml.safe_load(FILE.read_text(encoding="utf-8"))["deployments"]
     return [each for each in listed if Path(each["entrypoint"].partition(":")[0]).is_file()]
 
 
@@ -64,7 +64,7 @@ def _pool(client: SyncPrefectClient, name: str) -> WorkPool:
 def _deploy(names: list[str], environment: dict[str, str]) -> None:
     chosen = [argument for name in names for argument in ("--name", name)]
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(FILE), *chosen]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise InputError(f"`prefect deploy` did not accept {FILE}:\n{(done.stdout + done.stderr)[-2000:]}")
 

@@ -69,7 +69,7 @@ def show_contract(stage: str) -> None:
     file = CONTRACTS.get(stage, Path()) / "validation.json"
     if not file.is_file():
         return
-    broken = [finding for finding in json.loads(file.read_text())["findings"] if not finding["passed"]]
+    broken = [finding for finding in json.loads(file.read_text(encoding="utf-8"))["findings"] if not finding["passed"]]
     rows = [
         {
             "rule": finding["rule"],

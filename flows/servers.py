@@ -167,7 +167,8 @@ def _start(
         note(process.pid)
         while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise InputError(f"{name} did not start. The end of {log}:\n{log.read_text()[-2000:]}")
+                said = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+                raise InputError(f"{name} did not start. The end of {log}:\n{said}")
             time.sleep(0.1)
     except BaseException:
         end_group(process.pid)

@@ -186,15 +186,12 @@ def rollback(
 
 def _person(by: str | None) -> str:
     """Return the name of the person who runs the command. Raises InputError if it has none."""
-    import getpass
+    from vlmdiff.core.processes import login_name
 
-    try:
-        person = getpass.getuser() if by is None else by
-    except (KeyError, OSError):
-        person = ""
-    if not person.strip():
+    person = (login_name() if by is None else by).strip()
+    if not person:
         raise InputError("your login has no name here: say who you are by --by NAME")
-    return person.strip()
+    return person
 
 
 @app.command(rich_help_panel=USE)

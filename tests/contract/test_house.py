@@ -127,6 +127,12 @@ def test_one_file_alone(what, pattern, place) -> None:
     assert found == {place}, f"only {place} {what}, but so do {sorted(found - {place})}"
 
 
+def test_text_is_read_and_written_in_utf_8_whatever_the_locale() -> None:
+    guessed = re.compile(r"\.read_text\(\)|\.write_text\((?!.*encoding=)|text=True|universal_newlines")
+    found = [file.relative_to(ROOT) for file in MODULES.values() if guessed.search(file.read_text())]
+    assert not found, f"{found} leave the encoding to the locale: give encoding='utf-8'"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_has_a_command_and_sections_of_the_parameters(stage) -> None:
     assert STAGES[stage]["cmd"] == f"vlmdiff {stage}"

@@ -25,6 +25,7 @@ from tests.processes import wait_for
 from vlmdiff.core.dvc import dvc_hash
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import HASHES
+from vlmdiff.data import manifest
 from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.registry.served import Inspector
 
@@ -278,6 +279,23 @@ def test_a_registry_that_is_down_is_a_clear_error_soon(workspace):
         assert done.returncode == 2 and uri in done.stdout and "Nothing is trained again" in done.stdout
         assert time.monotonic() - start < 120  # MLflow alone would wait four minutes
     assert "is champion" in workspace.vlmdiff("promote", "1").stdout
+
+
+@pytest.mark.usefixtures("empty_store")
+def test_a_dataset_without_good_test_images_is_warned_of_evaluated_and_registered(workspace):
+    file = workspace.path / "data/manifest.parquet"
+    frame = manifest.read(file)
+    file.unlink()
+    manifest.write(frame[(frame["split"] != "test") | frame["is_anomalous"]].reset_index(drop=True), file)
+    said = " ".join(workspace.vlmdiff("validate").stdout.split())
+    assert "warning: both_kinds" in said and "most metrics are not defined" in said
+    workspace.vlmdiff("evaluate")
+    workspace.run("dvc", "commit", "--force", "--quiet")
+    assert "- is not defined" in " ".join(workspace.vlmdiff("results").stdout.split())
+    version = register(workspace)
+    workspace.set_params(gate={"floors": {"image_auroc": {"mean": 0.5}}})
+    done = workspace.vlmdiff("promote", version, check=False)
+    assert done.returncode == 1 and "not defined" in done.stdout and registry(workspace)["champion"] is None
 
 
 @pytest.mark.usefixtures("empty_store")

@@ -145,8 +145,11 @@ def test_a_detector_by_image_asks_for_a_table_of_captions(line, tmp_path):
         judge(tmp_path / "d", files, caption=[CAPTIONS[0], None])
 
 
-def test_a_detector_without_captions_refuses_a_class(line, tmp_path):
+def test_a_detector_without_captions_takes_a_class_that_it_knows(line, tmp_path):
     files = sorted((line.data.root / "ball" / "hole").glob("*.png"))
     evaluate(line, tmp_path)
-    with pytest.raises(InputError, match="captions: none"):
-        score([str(file) for file in files], tmp_path / "out", p.Params(), tmp_path / "d", "ball")
+    score([str(files[0])], tmp_path / "out", p.Params(), tmp_path / "d", "fabric")
+    assert pd.read_parquet(tmp_path / "out")["product"].tolist() == ["fabric"]
+    with pytest.raises(InputError, match="does not know the class 'cable', only ball, fabric"):
+        score([str(files[0])], tmp_path / "other", p.Params(), tmp_path / "d", "cable")
+    assert not (tmp_path / "other").exists()

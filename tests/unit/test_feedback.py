@@ -19,6 +19,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256
 from vlmdiff.core.params import load
+from vlmdiff.core.processes import login_name
 from vlmdiff.data import contract, listing, manifest
 from vlmdiff.data.excluded import decide
 from vlmdiff.data.feedback import Statement, answers, give_feedback, withdraw
@@ -262,6 +263,10 @@ def test_a_login_without_a_name_is_asked_for_one(layout, monkeypatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
     with pytest.raises(InputError, match="your login has no name here: say who you are by --by NAME"):
         give("normal", photograph(Path("a.png"), 20), by=None)
+    # The inspector's page begins with an empty field, and asks too.
+    assert login_name() == ""
+    with pytest.raises(InputError, match="say who you are"):
+        give_feedback([Path("a.png")], Statement("nut", None, " "), load(), Path("log.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["good", "masks", "../else", ".hidden", " ", "crack ", "crack\n"])

@@ -199,6 +199,39 @@ def test_a_broken_feed_is_drift_and_counted_file_by_file(tmp_path, monkeypatch, 
         assert found["repeated"] == 119 and "is the camera frozen?" in said
 
 
+@pytest.mark.parametrize("how", ["moved", "copied", "linked", "shared"])
+def test_a_registry_that_was_moved_or_copied_is_refused_and_one_that_is_shared_is_not(
+    tmp_path, made_store, monkeypatch, how
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    from vlmdiff.core.params import Registry
+    from vlmdiff.registry.store import open_store
+
+    first, here = tmp_path / "first", tmp_path / "here"
+    (first / "mlruns/1").mkdir(parents=True)
+    shutil.copy(made_store, first / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    MlflowClient(f"sqlite:///{first / 'mlflow.db'}").create_experiment("vlmdiff", str(first / "mlruns/1"))
+    if how == "moved":
+        first.rename(here)
+    elif how == "copied":
+        shutil.copytree(first, here)
+    elif how == "linked":
+        here.symlink_to(first)
+    else:
+        here.mkdir()
+        (first / "mlflow.db").rename(here / "mlflow.db")
+    monkeypatch.chdir(here)
+    if how in ("linked", "shared"):
+        with open_store(Registry()) as client:
+            assert client.get_experiment_by_name("vlmdiff")
+        return
+    words = rf"was made in {first}, and MLflow keeps absolute paths.*begin a new registry"
+    with pytest.raises(InputError, match=words), open_store(Registry()):
+        pass
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 def test_what_the_system_refuses_is_one_sentence(tmp_path, monkeypatch, capsys, number) -> None:
     def refuse(*_: object) -> None:

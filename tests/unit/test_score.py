@@ -286,6 +286,28 @@ def test_two_processes_judge_each_photograph_once_and_as_one_does(many, model):
     pd.testing.assert_frame_equal(rows("one"), one)
 
 
+def test_a_score_does_not_depend_on_order_companions_working_directory_or_locale(place, model):
+    Path("params.yaml").write_text("# für alle Prüflinge\n{}\n", encoding="utf-8")
+    score("new", "--model", model)
+    score("new/deep/bad4.JPG", "new/good0.png", "--model", model, out="few")
+    (place / "elsewhere").mkdir()
+    files = sorted(map(str, (place / "new").rglob("*.*")), reverse=True)
+    # ASCII, as in a bare container; Python takes UTF-8 there unless it is told not to.
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "vlmdiff.cli", "score", *files, "--model", model, "--out", "../other"]
+    done = subprocess.run(
+        [*command, "--params", "../params.yaml"],
+        cwd=place / "elsewhere",
+        env=os.environ | locale,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    all_of_them, few, other = (rows(out)["score"] for out in ("out", "few", "other"))
+    assert other.to_dict() == pytest.approx(all_of_them.to_dict(), abs=1e-5) and len(other) == 10
+    assert few.to_dict() == pytest.approx(all_of_them[few.index].to_dict(), abs=1e-5) and len(few) == 2
+
+
 def test_statistics_of_a_photograph_are_those_of_its_light_contrast_and_focus():
     flat = np.full((6, 4, 3), (10, 20, 30), np.uint8)
     found = image_statistics(flat)

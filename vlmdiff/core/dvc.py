@@ -43,7 +43,7 @@ class DvcFailed(InputError):
 def stage_names() -> list[str]:
     """Return the stages of dvc.yaml, in the order of the file."""
     with explained(GRAPH, "Restore it by `git checkout dvc.yaml`"):
-        return list(yaml.safe_load(GRAPH.read_text())["stages"])
+        return list(yaml.safe_load(GRAPH.read_text(encoding="utf-8"))["stages"])
 
 
 def run_stage(name: str, log: Log, force: bool = False, pull: bool = False) -> Outcome:
@@ -104,7 +104,8 @@ def take_in(log: Log, remote: str | None) -> None:
     if absent and remote:
         _move("pull", *map(str, absent), log=log)
     # The content of an import is its source's to say.
-    own = [str(file) for file in files if file not in absent and "deps" not in yaml.safe_load(file.read_text())]
+    here = {file: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files if file not in absent}
+    own = [str(file) for file, content in here.items() if "deps" not in content]
     for file in own:
         # DVC would wait for the writer of a pipe.
         check_regular(Path(file).with_suffix(""))
@@ -140,7 +141,7 @@ def push(log: Log) -> None:
 def _data_files() -> list[Path]:
     """Return the .dvc files of the datasets and models that params.yaml names, of parts and of folders around them."""
     files = [Path(name) for name in git.list_files("*.dvc", untracked=True)]
-    named = [Path(text) for text in _texts(yaml.safe_load(w.PARAMS.read_text())) if text]
+    named = [Path(text) for text in _texts(yaml.safe_load(w.PARAMS.read_text(encoding="utf-8"))) if text]
     pairs = [(file, file.with_suffix("")) for file in files if file.is_file()]
     return [file for file, path in pairs if any(path.is_relative_to(n) or n.is_relative_to(path) for n in named)]
 
@@ -157,7 +158,7 @@ def _texts(value: object) -> Iterator[str]:
 def _ask(*arguments: str) -> str:
     """Return what a `dvc` command that changes nothing prints on standard output."""
     _wait_for_others()
-    done = subprocess.run([*DVC, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run([*DVC, *arguments], stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise DvcFailed(f"`dvc {' '.join(arguments)}` failed:\n{done.stderr.strip()}")
     return done.stdout
@@ -194,7 +195,7 @@ def read_lock() -> dict[str, str]:
     if not w.DVC_LOCK.is_file():
         raise InputError(f"{w.DVC_LOCK} does not exist: run `dvc repro` first")
     with explained(w.DVC_LOCK, "Restore it by `git checkout dvc.lock`, or remove it and run `dvc repro`"):
-        stages = yaml.safe_load(w.DVC_LOCK.read_text())["stages"]
+        stages = yaml.safe_load(w.DVC_LOCK.read_text(encoding="utf-8"))["stages"]
         entries = [entry for stage in stages.values() for kind in ("deps", "outs") for entry in stage.get(kind, ())]
         return {entry["path"]: entry["md5"] for entry in entries if not entry["path"].startswith("vlmdiff/")}
 

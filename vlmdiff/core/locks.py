@@ -75,10 +75,10 @@ def _who(holder: Path, lock: Path) -> str:
     try:
         # A holder writes its name right after it has the lock. DVC writes its process's id into the lock file.
         if holder.exists():
-            said = json.loads(holder.read_text())
+            said = json.loads(holder.read_text(encoding="utf-8"))
             by, pid, since = said["by"], int(said["pid"]), f", since {said['since']}"
         else:
-            pid = int(lock.read_text())
+            pid = int(lock.read_text(encoding="utf-8"))
             by = _quoted(psutil.Process(pid).cmdline())
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return "another process"

@@ -644,7 +644,7 @@ def load(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist. Run in its folder, or give its path with --params.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

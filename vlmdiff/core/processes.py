@@ -1,6 +1,7 @@
 """Child processes: commands that are logged line by line and ended as a group, and pools of workers."""
 
 import contextlib
+import getpass
 import os
 import signal
 import subprocess
@@ -73,6 +74,14 @@ def run_child(command: list[str], log: Callable[[str], None]) -> tuple[int, str]
     finally:
         end_group(process.pid)
         process.wait()
+
+
+def login_name() -> str:
+    """Return the name of the user that runs this process, empty where the system has none for the user's number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
 
 
 def end_group(group: int) -> None:

@@ -118,6 +118,8 @@ def _take(files: Sequence[Path], said: Statement, params: Params, log: Path, mas
 
 
 def _check_statement(said: Statement, count: int, mask: Path | None, mask_required: bool) -> None:
+    if not said.by.strip():
+        raise InputError("feedback is recorded with a person's name: say who you are")
     _check_name(said.class_name, "class")
     if said.defect is None:
         if mask is not None:

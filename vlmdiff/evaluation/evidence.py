@@ -42,7 +42,7 @@ class Evidence:
     def read(cls, folder: Path) -> "Evidence":
         """Read what `Judged.write` wrote. Raises InputError if a file is missing or invalid."""
         try:
-            facts = json.loads((folder / JUDGED).read_text())
+            facts = json.loads((folder / JUDGED).read_text(encoding="utf-8"))
             measures = facts["test_set"], float(facts["latency_ms"]), float(facts["size_mb"])
         except FileNotFoundError:
             raise InputError(f"{folder / JUDGED} does not exist. Run `vlmdiff evaluate` first") from None

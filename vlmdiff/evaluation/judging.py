@@ -106,7 +106,7 @@ class Judged:
                 "tried": self.tried,
             }
         write_json(folder / CONTENT, content)
-        (folder / "report.html").write_text(render(content))
+        (folder / "report.html").write_text(render(content), encoding="utf-8")
 
 
 def judge_images(

@@ -63,7 +63,7 @@ class Results:
     def read(cls, path: Path) -> "Results":
         """Read what `write` wrote. Raises InputError if the file is missing or invalid."""
         try:
-            classes = json.loads(Path(path).read_text())[PER_CLASS]
+            classes = json.loads(Path(path).read_text(encoding="utf-8"))[PER_CLASS]
             return cls({name: _numbers(values) for name, values in classes.items()})
         except FileNotFoundError:
             raise InputError(f"{path} does not exist. Run vlmdiff evaluate first.") from None

@@ -167,7 +167,7 @@ def provenance(params: Params, frame: pd.DataFrame, manifest_file: Path, caption
 def read_content(folder: Path) -> Content:
     """Read what `compose` returned and an evaluation wrote. Raises InputError if it is missing or invalid."""
     try:
-        content = json.loads((folder / CONTENT).read_text())
+        content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
         if missing := {"results", "intervals", "curves", "scores", "alarms", "galleries", "provenance"} - set(content):
             raise KeyError(*missing)
     except FileNotFoundError:

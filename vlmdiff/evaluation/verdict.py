@@ -95,7 +95,7 @@ class Verdict:
     def read(cls, path: Path) -> "Verdict":
         """Read what `write` wrote. Raises InputError if the file is missing or invalid."""
         try:
-            facts = json.loads(Path(path).read_text())
+            facts = json.loads(Path(path).read_text(encoding="utf-8"))
             criteria = [
                 Criterion(row["name"], measured, row["relation"], row["required"], row["why"])
                 for row in facts["criteria"]

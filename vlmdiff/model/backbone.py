@@ -199,7 +199,7 @@ def _normalization(params: VisionBackbone) -> tuple[Sequence[float], Sequence[fl
     # Read the file instead of loading the processor: some processors need torchvision.
     for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
         file = cached_file(params.model, name, revision=params.revision, _raise_exceptions_for_missing_entries=False)
-        facts = json.loads(Path(file).read_text()) if file else {}
+        facts = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
         facts = facts.get("image_processor", facts)
         if odd := [key for key in ("do_flip_channel_order", "rescale_offset", "include_top") if facts.get(key)]:
             raise InputError(f"{params.model} uses unsupported preprocessing ({odd}). Set image_mean and image_std.")

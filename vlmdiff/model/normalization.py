@@ -32,13 +32,14 @@ class Normalization:
 
     def save(self, folder: Path) -> None:
         """Write the file into `folder`, beside the weights of the first stage."""
-        (folder / FILE).write_text(json.dumps(asdict(self)))
+        (folder / FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Normalization":
         """Read what `save` wrote."""
         with explained(folder / FILE, "Run vlmdiff first_stage again, or restore it by `dvc checkout`"):
-            return cls(**{key: tuple(values) for key, values in json.loads((folder / FILE).read_text()).items()})
+            facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            return cls(**{key: tuple(values) for key, values in facts.items()})
 
 
 def from_uint8(images: np.ndarray, device: torch.device) -> torch.Tensor:

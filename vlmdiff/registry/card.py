@@ -37,8 +37,8 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
     if "decision" not in content:
         raise InputError(f"{w.EVALUATION} was written by an earlier release. Run `vlmdiff evaluate` again")
     frame = manifest.read(w.MANIFEST)
-    test, detector = frame[frame["split"] == "test"], json.loads((w.DETECTOR / SETTINGS).read_text())
-    side = json.loads((w.DETECTOR / "model_index.json").read_text())["image_size"]
+    test, detector = frame[frame["split"] == "test"], json.loads((w.DETECTOR / SETTINGS).read_text(encoding="utf-8"))
+    side = json.loads((w.DETECTOR / "model_index.json").read_text(encoding="utf-8"))["image_size"]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vlmdiff.registry"),
         undefined=jinja2.StrictUndefined,

@@ -134,7 +134,7 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
         for part in range(0, len(metrics), METRICS_AT_ONCE):
             mlflow.log_metrics(dict(metrics[part : part + METRICS_AT_ONCE]))
         for stage in ("first_stage", "train"):
-            for row in json.loads(Path(f"reports/{stage}/loss.json").read_text()):
+            for row in json.loads(Path(f"reports/{stage}/loss.json").read_text(encoding="utf-8")):
                 values = {f"{stage}/{key}": value for key, value in row.items() if key != "step"}
                 mlflow.log_metrics(values, step=int(row["step"]))
         mlflow.log_artifacts(str(w.EVALUATION), "evaluation")

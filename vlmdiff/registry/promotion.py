@@ -212,7 +212,7 @@ class Case:
         if isinstance(self.champion, Evidence) and self.champion_folder:
             champion, difference = read_content(self.champion_folder), self.model.resampled - self.champion.resampled
         with atomic_path(w.GATE_PAGE) as temporary:
-            temporary.write_text(render(read_content(self.folder), verdict, champion, difference))
+            temporary.write_text(render(read_content(self.folder), verdict, champion, difference), encoding="utf-8")
         verdict.write(w.GATE)
 
 

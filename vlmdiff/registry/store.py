@@ -26,12 +26,15 @@ for name, value in {**PATIENCE, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 import mlflow  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.utils.file_utils import local_file_uri_to_path  # noqa: E402
+from mlflow.utils.uri import is_local_uri  # noqa: E402
 
 # It would print the traceback of an error that is then raised.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 # Seconds to wait for another process: a registration uploads a model.
 LIMIT = 600.0
+SQLITE = "sqlite:///"
 CHAMPION = "champion"
 # A tag of versions and of runs: which model it is.
 FINGERPRINT = "fingerprint"
@@ -49,7 +52,8 @@ def open_store(params: Registry) -> Generator[MlflowClient]:
     Several processes that create the schema of an SQLite store at once break it, and MLflow has no compare-and-set:
     code that registers or promotes reads, decides and writes within this context.
 
-    Raises InputError if the store does not answer, or another process still uses it after LIMIT seconds.
+    Raises InputError if the store does not answer, another process still uses it after LIMIT seconds, or it was moved
+    or copied.
     """
     uri = tracking_uri(params)
     with hold(_lock_file(uri), f"the MLflow store {shown(uri)}", LIMIT):
@@ -58,13 +62,33 @@ def open_store(params: Registry) -> Generator[MlflowClient]:
             if uri.startswith("postgresql"):
                 # MLflow would try ten times, for two minutes and more.
                 sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect().close()
-            yield MlflowClient(uri)
+            client = MlflowClient(uri)
+            _check_place(client, uri, params)
+            yield client
         except (MlflowException, SQLAlchemyError) as error:
             said = str(error).partition("\n[SQL: ")[0]
             raise InputError(
                 f"MLflow at {shown(uri)} failed: {shown(said)}\n"
                 "Run the same command again when MLflow answers. Nothing is trained again."
             ) from error
+
+
+def _check_place(client: MlflowClient, uri: str, params: Registry) -> None:
+    """Raise InputError if a database and the artifacts beside it come from another folder: MLflow keeps absolute paths.
+
+    A copy would write into the original, and what was moved is not found.
+    """
+    experiment = client.get_experiment_by_name(params.experiment) if uri.startswith(SQLITE) else None
+    if experiment is None or not is_local_uri(experiment.artifact_location):
+        return
+    database, made = _database(uri), Path(local_file_uri_to_path(experiment.artifact_location))
+    beside = database.parent.joinpath(*made.parts[-2:])
+    if beside.is_dir() and not (made.is_dir() and beside.samefile(made)):
+        there = made.parents[1]
+        raise InputError(
+            f"{database} was made in {there}, and MLflow keeps absolute paths: a copy would write there. Move the "
+            f"folder back; or begin a new registry: remove {database} and {beside.parent}, then run `vlmdiff register`"
+        )
 
 
 def fingerprint_of(recorded: dict[str, str]) -> str:
@@ -82,11 +106,15 @@ def shown(text: str) -> str:
 
 
 def _lock_file(uri: str) -> Path:
-    if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///")).absolute()
+    if uri.startswith(SQLITE):
+        database = _database(uri)
         return database.with_name(f"{database.name}.lock")
     digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"vlmdiff-{os.getuid()}-{digest}.lock"
+
+
+def _database(uri: str) -> Path:
+    return Path(uri.removeprefix(SQLITE)).absolute()
 
 
 def champion_version(client: MlflowClient, params: Registry) -> int | None:

@@ -263,7 +263,9 @@ def _weights(folder: Path, pickled: bool) -> Model:
         return Model(folder, file.stat().st_size, file.stat().st_size // 4)
     size = parameters = 0
     try:
-        parts = set(json.loads(file.read_text())["weight_map"].values()) if file.suffix == ".json" else {file.name}
+        parts = {file.name}
+        if file.suffix == ".json":
+            parts = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
         for file in (folder / part for part in sorted(parts)):
             with safe_open(file, framework="numpy") as tensors:
                 parameters += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118

@@ -166,7 +166,7 @@ def use_preset(preset: Path, out: Path = w.PARAMS) -> None:
     # The lines after the last section stay at the end.
     end = ours.pop("")
     with atomic_path(out) as temporary:
-        temporary.write_text("".join(before + lines for before, lines in [*ours.values(), end]))
+        temporary.write_text("".join(before + lines for before, lines in [*ours.values(), end]), encoding="utf-8")
         load(temporary)
 
 
@@ -175,7 +175,7 @@ def _sections(file: Path) -> dict[str, tuple[str, str]]:
 
     The last section has the name "", and no lines of its own.
     """
-    document, lines = _read(file), f"{file.read_text().rstrip()}\n".splitlines(keepends=True)
+    document, lines = _read(file), (file.read_text(encoding="utf-8").rstrip() + "\n").splitlines(keepends=True)
     starts = [(name, document.lc.key(name)[0]) for name in document]
     sections, done = {}, 0
     for (name, start), (_, end) in pairwise([*starts, ("", len(lines))]):

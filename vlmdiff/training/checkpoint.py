@@ -69,7 +69,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
             temporary / STATE,
         )
         # The lowest loss is infinite before the first validation.
-        (temporary / FACTS).write_text(json.dumps(facts))
+        (temporary / FACTS).write_text(json.dumps(facts), encoding="utf-8")
         seal(temporary)
         sync(temporary)
     sync(folder)
@@ -86,14 +86,14 @@ def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """
     present = _numbered(folder)
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        named = json.loads((folder / NEWEST).read_text())["checkpoint"]
+        named = json.loads((folder / NEWEST).read_text(encoding="utf-8"))["checkpoint"]
         # One above the pointer was whole before a kill: training it again gives the same.
         present.sort(key=lambda each: each.name == named, reverse=True)
     for each in present:
         try:
             if not verify(each, "Training goes on from the one before"):
                 raise ValueError("it has no hashes")
-            return load_file(each / STATE), json.loads((each / FACTS).read_text())
+            return load_file(each / STATE), json.loads((each / FACTS).read_text(encoding="utf-8"))
         except (InputError, OSError, ValueError, KeyError, TypeError) as error:
             say(f"warning: the checkpoint {each} is damaged and passed over: {error}")
     return None
