@@ -32,7 +32,8 @@ def prepare(params: p.Prepare, made: Path, out: Path) -> None:
             demo.make_demo(folder, **params.demo.model_dump())
         elif params.layout == "cifar":
             cifar.unpack(params.root, folder, params.cifar.normal)
-    frame = listing.build(params, params.image_root)
+    with listing.unchanged(params.image_root):
+        frame = listing.build(params, params.image_root)
     manifest.write(frame, out)
     say(f"prepare: {len(frame)} images of {frame['class_name'].nunique()} classes in {out}")
 
