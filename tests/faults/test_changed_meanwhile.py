@@ -63,7 +63,7 @@ def test_a_model_is_not_registered_with_parameters_that_it_did_not_have(workspac
     workspace.set_params(train={"learning_rate": 0.5})
     done = workspace.vlmdiff("register", check=False)
     assert done.returncode == 2
-    assert "error: params.yaml has another section 'train' than the stage train ran with" in done.stdout
+    assert "error: section 'train' of params.yaml is not what the stages ran with" in done.stdout
     assert not (workspace.path / "mlflow.db").exists()
 
 

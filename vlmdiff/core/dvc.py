@@ -220,16 +220,19 @@ def _locked_stages() -> dict[str, dict[str, Any]]:
 def check_params(params: Params) -> None:
     """Raise InputError if a stage ran with other parameters than these, as dvc.lock records it."""
     now = params.model_dump(mode="json", by_alias=True)
-    for name, stage in _locked_stages().items():
-        sections = stage.get("params", {}).get(str(w.PARAMS), {})
-        try:
-            then = Params.model_validate(sections).model_dump(mode="json", by_alias=True)
-        except ValueError:
-            then = {}
-        if changed := [section for section in sections if then.get(section) != now[section]]:
-            raise InputError(
-                f"{w.PARAMS} has another section {changed[0]!r} than the stage {name} ran with: run `dvc repro` again"
-            )
+    ran: dict[str, Any] = {}
+    changed = []
+    for stage in _locked_stages().values():
+        for section, values in stage.get("params", {}).get(str(w.PARAMS), {}).items():
+            # Two stages ran with different ones.
+            changed += [section] if ran.setdefault(section, values) != values else []
+    try:
+        then = Params.model_validate(ran).model_dump(mode="json", by_alias=True)
+    except ValueError:  # of another release
+        then = {}
+    changed += [section for section in ran if then.get(section) != now.get(section)]
+    if changed:
+        raise InputError(f"section {changed[0]!r} of {w.PARAMS} is not what the stages ran with: run `dvc repro` again")
 
 
 def check_output(path: Path, recorded: dict[str, str]) -> str:
