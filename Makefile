@@ -18,10 +18,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test services lint up down bench
+.PHONY: help demo test services endurance lint up down bench
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: $(INSTALLED) ## Train, register and judge a model: the flow `retrain` on params.yaml
 	@python -m flows.retrain
@@ -31,6 +31,9 @@ test: $(INSTALLED) ## Run the tests
 
 services: $(INSTALLED) ## Run the tests that start and kill servers and workers (twenty minutes)
 	@pytest -m services
+
+endurance: $(INSTALLED) ## Run the tests of long load (an hour)
+	@pytest -m endurance
 
 lint: $(INSTALLED) ## Check style, format and types
 	@ruff check .

@@ -125,7 +125,8 @@ def requirements() -> list[str]:
     known = metadata.packages_distributions()
     # Several distributions may have modules of one package.
     distributions = {name if name in known[name] else known[name][0] for name in names & known.keys() - {"vlmdiff"}}
-    return sorted(f"{name}=={metadata.version(name)}" for name in distributions)
+    # +cpu and the like are on the index of one machine alone.
+    return sorted(f"{name}=={metadata.version(name).partition('+')[0]}" for name in distributions)
 
 
 def _find_run(client: MlflowClient, params: Params, fingerprint: str) -> tuple[str, str] | None:
