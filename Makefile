@@ -18,10 +18,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test services fuzz lint up down bench
+.PHONY: help demo test services fuzz endurance lint up down bench
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: $(INSTALLED) ## Train, register and judge a model: the flow `retrain` on params.yaml
 	@python -m flows.retrain
@@ -34,6 +34,8 @@ services: $(INSTALLED) ## Run the tests that start and kill servers and workers 
 
 fuzz: $(INSTALLED) ## Try a million mutated images, models, tables, captions and requests (a quarter of an hour)
 	@pytest -m fuzz --numprocesses auto --maxprocesses 4
+endurance: $(INSTALLED) ## Run the tests of long load (an hour)
+	@pytest -m endurance
 
 lint: $(INSTALLED) ## Check style, format and types
 	@ruff check .

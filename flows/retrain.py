@@ -24,7 +24,7 @@ from vlmdiff.core.dvc import DvcFailed, StageDisturbed
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.git import commit_workspace
 from vlmdiff.core.locks import hold
-from vlmdiff.core.params import load
+from vlmdiff.core.params import Params, load
 from vlmdiff.core.text import plain
 from vlmdiff.evaluation.metrics import METRICS, Results
 from vlmdiff.evaluation.verdict import Verdict
@@ -115,12 +115,13 @@ def retrain(
         with hold(LOCK, "this workspace", by=f"the run {flow_run.get_name()!r}"):
             if preset != AS_IT_IS:
                 use_preset(PRESETS[preset])
-            load()
+            params = load()
             stages, remote = dvc.stage_names(), dvc.default_remote()
             progress = pages.Progress(len(stages) + sum(map(bool, ("data", remote, branch, "register", promote_model))))
             data(remote)
             progress.step("data")
             for name in stages:
+                _check_unchanged(params)
                 state = stage.with_options(name=name, task_run_name=name)(name, force, bool(remote), return_state=True)
                 if not state.is_completed():
                     pages.show_contract(name)
@@ -134,6 +135,7 @@ def retrain(
             if branch:
                 code = commit(branch)
                 progress.step("commit")
+            _check_unchanged(params)
             version = register(code)
             progress.step("register")
             if not promote_model:
@@ -143,6 +145,12 @@ def retrain(
             return verdict
     except InputError as error:
         return Failed(message=str(error), data=error)
+
+
+def _check_unchanged(params: Params) -> None:
+    """Raise InputError if params.yaml has changed since the run began."""
+    if load() != params:
+        raise InputError(f"{w.PARAMS} changed while the run was under way: run again with what it has now")
 
 
 def main() -> None:

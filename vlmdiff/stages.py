@@ -37,7 +37,8 @@ def prepare(params: p.Prepare, made: Path, out: Path) -> None:
             cifar.unpack(params.root, folder, params.cifar.normal)
         if params.image_root == made and (given := params.root / layouts.GIVEN).is_dir():
             shutil.copytree(given, folder / layouts.GIVEN)
-    frame = listing.build(params, params.image_root)
+    with listing.unchanged(params.image_root):
+        frame = listing.build(params, params.image_root)
     manifest.write(frame, out)
     say(f"prepare: {len(frame)} images of {frame['class_name'].nunique()} classes in {out}")
 

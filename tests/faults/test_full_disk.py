@@ -4,16 +4,19 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
 from tests.conftest import Workspace
+from tests.processes import wait_for
 
 MODEL = ("--model", "models/detector")
 COMMANDS = {
@@ -148,3 +151,41 @@ def test_a_read_only_disk_is_a_sentence(disk, tmp_path, name) -> None:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
     assert_a_sentence(name, done)
     assert tree(disk.path) == before
+
+
+def short_of_memory(workspace: Workspace, spare: int, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Run a command in a child process that may take so many bytes more than this process has."""
+    answer = workspace.path.parent / "answer"
+    if not (child := os.fork()):
+        # All at once: memory that this process has freed would be there too.
+        limit = psutil.Process().memory_info().vms + spare
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            done = workspace.vlmdiff(*command, check=False)
+            answer.write_text(f"{done.returncode}\n{done.stdout}")
+        except BaseException as error:
+            answer.write_text(f"-1\n{error!r}")
+        finally:
+            os._exit(0)
+    wait_for(lambda: os.waitpid(child, os.WNOHANG)[0], 120, lambda: os.kill(child, signal.SIGKILL))
+    assert answer.exists(), f"{command} with {spare} bytes ended without a word"
+    status, _, said = answer.read_text().partition("\n")
+    answer.unlink()
+    return subprocess.CompletedProcess(command, int(status), said)
+
+
+# Not `train`: PyTorch's backward pass may end the process by a signal, which is StageDisturbed in the flow.
+IN_MEMORY = ("prepare", "validate", "caption", "first_stage", "encode", "evaluate", "score", "monitor", "feedback")
+
+
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_too_little_memory_is_a_sentence_and_with_enough_the_same_command_goes_on(disk, name) -> None:
+    ready(disk, name)
+    before = tree(disk.path)
+    done = short_of_memory(disk, 2**20, COMMANDS[name])
+    # What needs no more than there is may succeed.
+    if done.returncode:
+        assert_a_sentence(name, done)
+        assert "not enough memory" in done.stdout
+        assert tree(disk.path) == before
+    disk.vlmdiff(*COMMANDS[name])

@@ -1,5 +1,6 @@
 """A pool's processes end with whoever started them, and hand on what went wrong."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +27,16 @@ def refuse_odd(number: int) -> int:
     if number % 2:
         raise InputError(f"{number} is odd")
     return number // 2
+
+
+def die(number: int) -> None:
+    """End as the system ends a process when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_the_system_kills_is_a_sentence():
+    with pytest.raises(InputError, match=r"a process that reads images was killed, most likely .* not enough memory"):
+        list(map_in_processes(die, [1, 2], chunk=1))
 
 
 def test_results_come_in_the_order_of_the_items():

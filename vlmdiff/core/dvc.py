@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -16,6 +16,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.files import check_regular
 from vlmdiff.core.locks import hold
+from vlmdiff.core.params import Params
 from vlmdiff.core.processes import run_child
 
 # DVC ends with the process that started it.
@@ -190,14 +191,49 @@ def _wait_for_others() -> None:
 def read_lock() -> dict[str, str]:
     """Return the hash of each path that the stages read and wrote, code apart, as dvc.lock records it.
 
-    Raises InputError if there is no dvc.lock.
+    Raises InputError if there is no dvc.lock, or two stages read different versions of a path.
     """
+    recorded: dict[str, str] = {}
+    for name, stage in _locked_stages().items():
+        for entry in [*stage.get("deps", ()), *stage.get("outs", ())]:
+            if entry["path"].startswith("vlmdiff/"):
+                continue
+            if recorded.setdefault(entry["path"], entry["md5"]) != entry["md5"]:
+                raise InputError(
+                    f"{entry['path']} changed while the stages ran: {name} read another version than the stages before "
+                    "it. Run `dvc repro` again"
+                )
+    return recorded
+
+
+def _locked_stages() -> dict[str, dict[str, Any]]:
     if not w.DVC_LOCK.is_file():
         raise InputError(f"{w.DVC_LOCK} does not exist: run `dvc repro` first")
     with explained(w.DVC_LOCK, "Restore it by `git checkout dvc.lock`, or remove it and run `dvc repro`"):
         stages = yaml.safe_load(w.DVC_LOCK.read_text(encoding="utf-8"))["stages"]
-        entries = [entry for stage in stages.values() for kind in ("deps", "outs") for entry in stage.get(kind, ())]
-        return {entry["path"]: entry["md5"] for entry in entries if not entry["path"].startswith("vlmdiff/")}
+        # Each is looked at here, where an error names the file.
+        for stage in stages.values():
+            for entry in [*stage.get("deps", ()), *stage.get("outs", ())]:
+                entry["path"], entry["md5"]
+        return stages
+
+
+def check_params(params: Params) -> None:
+    """Raise InputError if a stage ran with other parameters than these, as dvc.lock records it."""
+    now = params.model_dump(mode="json", by_alias=True)
+    ran: dict[str, Any] = {}
+    changed = []
+    for stage in _locked_stages().values():
+        for section, values in stage.get("params", {}).get(str(w.PARAMS), {}).items():
+            # Two stages ran with different ones.
+            changed += [section] if ran.setdefault(section, values) != values else []
+    try:
+        then = Params.model_validate(ran).model_dump(mode="json", by_alias=True)
+    except ValueError:  # of another release
+        then = {}
+    changed += [section for section in ran if then.get(section) != now.get(section)]
+    if changed:
+        raise InputError(f"section {changed[0]!r} of {w.PARAMS} is not what the stages ran with: run `dvc repro` again")
 
 
 def check_output(path: Path, recorded: dict[str, str]) -> str:

@@ -39,8 +39,12 @@ LACKS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENFILE, errno.EMFILE),
 }
-# As C++ says it; Python and the system have their own types and numbers.
-_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc|can't start new thread", re.I)
+# As PyTorch, oneDNN, the loader of libraries and modules in C say it. Python has a type of its own.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc|can't start new thread"
+    r"|could not create a primitive|failed to map segment|error return without exception set",
+    re.IGNORECASE,
+)
 
 
 def machine_fault(error: BaseException) -> str | None:
@@ -53,7 +57,7 @@ def machine_fault(error: BaseException) -> str | None:
         # Rust's libraries give the number of the system's error in their text.
         said = re.search(r"\(os error (\d+)\)", str(cause))
         number = cause.errno if isinstance(cause, OSError) else int(said[1]) if said else None
-        wide = isinstance(cause, RuntimeError) and _NO_MEMORY.search(str(cause))
+        wide = isinstance(cause, (RuntimeError, ImportError, SystemError)) and _NO_MEMORY.search(str(cause))
         if isinstance(cause, MemoryError) or number == errno.ENOMEM or wide:
             return "not enough memory: end other programs, or use a smaller batch_size in params.yaml"
         if number in LACKS:

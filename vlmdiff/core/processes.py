@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,7 @@ from typing import TypeVar
 import psutil
 
 from vlmdiff.core import lifeline
+from vlmdiff.core.errors import InputError
 from vlmdiff.core.lifeline import is_alive
 
 # Seconds between SIGTERM and SIGKILL.
@@ -32,7 +34,7 @@ def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], 
     """Yield `function` of each item, in order, computed by as many processes as there are cores.
 
     A process takes `chunk` items at a time. Function, items and results are pickled. The first exception is raised
-    here. The processes end with this one, however it ends.
+    here; InputError if a process was killed. The processes end with this one, however it ends.
     """
     # Fork would copy whatever threads the caller runs.
     context = get_context("spawn")
@@ -44,6 +46,11 @@ def map_in_processes(function: Callable[[Item], Result], items: Iterable[Item], 
             for process in active_children():
                 process.terminate()
             raise
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process that reads images was killed, most likely because there is not enough memory: end other "
+                "programs, then run again"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

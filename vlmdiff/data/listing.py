@@ -1,7 +1,8 @@
 """List the images of a dataset: the rows of its manifest, with the splits that the dataset lacks."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -191,3 +192,32 @@ def _look(file: Path, max_pixels: int) -> dict[str, str | int | None]:
     except (InputError, OSError) as error:
         return {**facts, "width": 0, "height": 0, "mode": "", "problem": str(error)}
     return {**facts, "width": image.width, "height": image.height, "mode": image.mode, "problem": None}
+
+
+@contextlib.contextmanager
+def unchanged(root: Path) -> Generator[None]:
+    """Raise InputError if a file below `root` appears, changes or goes within the block.
+
+    A stage whose data changes while it reads them would lack some, and DVC would call it up to date.
+    """
+    before = _stamps(root)
+    yield
+    after = _stamps(root)
+    changed = [path for path in sorted(before.keys() | after.keys()) if before.get(path) != after.get(path)]
+    if changed:
+        raise InputError(
+            f"{len(changed)} files changed while {root} was read, such as {changed[0]}: run prepare again once nobody "
+            "writes there"
+        )
+
+
+def _stamps(root: Path) -> dict[str, tuple[int, int]]:
+    """Return the size and the time of each file below `root`."""
+    found = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(FileNotFoundError):  # gone again, or a link to nothing
+                status = os.stat(path)
+                found[path] = status.st_size, status.st_mtime_ns
+    return found

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
 
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, machine_fault
 from vlmdiff.core.params import VisionBackbone
 from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.pretrained import check_pinned
@@ -82,6 +82,8 @@ class Backbone:
             raise
         # A damaged folder makes transformers raise anything.
         except Exception as error:
+            if machine_fault(error):
+                raise
             raise InputError(f"{params.model}: cannot load the vision model ({error}).") from error
         return cls(model.to(device), params, mean, std)
 

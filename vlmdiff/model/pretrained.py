@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, machine_fault
 from vlmdiff.core.params import Pretrained
 
 
@@ -32,6 +32,8 @@ def load(cls: type, source: Pretrained, subfolder: str = "", **options: Any) -> 
         )
     # A damaged folder makes the libraries raise anything.
     except Exception as error:
+        if machine_fault(error):
+            raise
         raise InputError(f"cannot load {where} as {cls.__name__} ({error}).") from error
     # Without its files, transformers makes a tokenizer of special tokens alone.
     if isinstance(loaded, PreTrainedTokenizerBase) and len(loaded) <= len(loaded.all_special_ids):

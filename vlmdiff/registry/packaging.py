@@ -1,17 +1,21 @@
 """Register an evaluated model in MLflow: a run with its lineage, and a version that loads without this repository."""
 
+import ast
 import base64
 import io
 import json
 import re
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.entities import Run
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Object, Property
@@ -22,7 +26,7 @@ import vlmdiff
 from vlmdiff.captions.files import read_captions
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
-from vlmdiff.core.dvc import read_lock
+from vlmdiff.core.dvc import check_params, read_lock
 from vlmdiff.core.files import HASHES, seal
 from vlmdiff.core.git import code_revision
 from vlmdiff.core.params import Params
@@ -35,11 +39,6 @@ from vlmdiff.registry import served
 from vlmdiff.registry.card import model_card
 from vlmdiff.registry.store import FINGERPRINT, fingerprint_of, open_store
 
-# What the served model imports: neither Prefect nor DVC nor Great Expectations.
-REQUIREMENTS = (
-    *("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas"),
-    *("matplotlib", "pillow", "pydantic", "pyyaml", "rich"),
-)
 REGION = Object(
     [Property(name, DataType.long) for name in ("x0", "y0", "x1", "y1", "area")]
     + [Property(name, DataType.double) for name in ("peak", "share")]
@@ -67,6 +66,8 @@ EXAMPLE_SIDE = 256
 CARD = "model_card.md"
 # Characters of a version's description: MLflow on PostgreSQL takes no more.
 DESCRIPTION = 5000
+# Seconds after which nobody logs to a run any more.
+STALE = 24 * 3600.0
 METRICS_AT_ONCE = 1000  # MLflow takes no more
 
 
@@ -75,9 +76,11 @@ def register(params: Params, code: dict[str, str] | None = None) -> int:
 
     A version is identified by the hashes of the detector and its metrics: a second call returns the same version, and a
     call after a kill completes the registration. code: tags of the code's revision, instead of git's HEAD. Raises
-    InputError if the stages have not run, their outputs differ from dvc.lock, or the store does not answer.
+    InputError if the stages have not run, data or parameters changed meanwhile, their outputs differ from dvc.lock, or
+    the store does not answer.
     """
     recorded = read_lock()
+    check_params(params)
     fingerprint = fingerprint_of(recorded)
     tags = {
         FINGERPRINT: fingerprint,
@@ -107,18 +110,57 @@ def register(params: Params, code: dict[str, str] | None = None) -> int:
     return int(version.version)
 
 
+def requirements() -> list[str]:
+    """Return what the served model needs, as NAME==VERSION: all that its code imports, at the installed versions.
+
+    Its code is served.py and the modules of this package that it imports, at the top or in a function.
+    """
+    root = Path(vlmdiff.__file__).parents[1]
+    waiting, seen, names = [Path(served.__file__)], set(), set()
+    while waiting:
+        seen.add(file := waiting.pop())
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                found = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            names |= {name.partition(".")[0] for name in found}
+            files = {root / f"{name.replace('.', '/')}.py" for name in found if name.startswith("vlmdiff.")}
+            waiting += [each for each in files - seen if each.is_file()]
+    known = metadata.packages_distributions()
+    # Several distributions may have modules of one package.
+    distributions = {name if name in known[name] else known[name][0] for name in names & known.keys() - {"vlmdiff"}}
+    # +cpu and the like are on the index of one machine alone.
+    return sorted(f"{name}=={metadata.version(name).partition('+')[0]}" for name in distributions)
+
+
 def _find_run(client: MlflowClient, params: Params, fingerprint: str) -> tuple[str, str] | None:
-    """Return the finished run of the same model that was not registered because of a kill, None if there is none."""
+    """Return the finished run of the same model that was not registered because of a kill, None if there is none.
+
+    Removes what other killed registrations left.
+    """
     experiment = client.get_experiment_by_name(params.registry.experiment)
     if experiment is None:
         return None
+    for run in client.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'"):
+        # The store is locked, so no process of this machine logs these. One of another machine may log another model.
+        is_old = time.time() - run.info.start_time / 1000 > STALE
+        if run.data.tags.get(FINGERPRINT) == fingerprint or (FINGERPRINT in run.data.tags and is_old):
+            _sweep(client, run)
     for run in client.search_runs([experiment.experiment_id], f"tags.{FINGERPRINT} = '{fingerprint}'"):
         if run.info.status == "FINISHED":
             return run.info.run_id, run.data.tags["model_uri"]
-        if run.info.status == "RUNNING":
-            # The store is locked, so the process that logged this run is gone.
-            client.set_terminated(run.info.run_id, "KILLED")
     return None
+
+
+def _sweep(client: MlflowClient, run: Run) -> None:
+    """Remove the models that a killed process logged to a run, with their copies, and end the run."""
+    for model in client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"):
+        get_artifact_repository(model.artifact_location).delete_artifacts()
+        client.delete_logged_model(model.model_id)
+    client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[str, str]:
@@ -151,7 +193,7 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
                 model_config={"max_pixels": params.prepare.max_pixels},
                 signature=ModelSignature(_inputs(params), OUTPUTS, PARAMETERS),
                 input_example=pd.DataFrame([example]),
-                pip_requirements=[f"{name}=={metadata.version(name)}" for name in ("mlflow", *REQUIREMENTS)],
+                pip_requirements=requirements(),
             )
             seal(Path(mlflow.artifacts.download_artifacts(model.model_uri, dst_path=str(Path(folder, "version")))))
             MlflowClient().log_model_artifact(model.model_id, str(Path(folder, "version", HASHES)))

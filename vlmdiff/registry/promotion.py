@@ -77,16 +77,17 @@ def promote(params: Params, version: int, override: Override | None = None) -> V
                 continue
             case.publish(verdict)
             becomes = verdict.is_champion and champion != version
-            # Tags first: after a kill between tags and alias, a second call completes the promotion.
-            written = _as_tags(verdict) | ({BEFORE: str(champion or NONE)} if becomes else {})
-            for key, value in written.items():
-                client.set_model_version_tag(name, str(version), key, value)
-            if becomes:
-                for key in tags.keys() & set(ROLLBACK):
-                    client.delete_model_version_tag(name, str(version), key)
             run = _run_of(client, params, version)
             for file in (w.GATE, w.GATE_PAGE):
                 client.log_artifact(run, str(file), "gate")
+            # The alias last: after a kill before it, a second call completes the promotion.
+            written = _as_tags(verdict) | ({BEFORE: str(champion or NONE)} if becomes else {})
+            for key, value in written.items():
+                client.set_model_version_tag(name, str(version), key, value)
+            # Of an earlier state, or of an override that was killed before the alias.
+            gone = {*(ROLLBACK if becomes else ()), *(() if verdict.override else (OVERRIDE_BY, OVERRIDE_REASON))}
+            for key in tags.keys() & gone:
+                client.delete_model_version_tag(name, str(version), key)
             if becomes:
                 client.set_registered_model_alias(name, CHAMPION, str(version))
         return verdict
