@@ -144,7 +144,7 @@ def test_a_run_shows_a_picture_of_each_class(ran, page, shoot):
 @pytest.mark.parametrize(
     ("key", "link", "heading"),
     [
-        ("report", "Report of the evaluation", "VLMDiff evaluation"),
+        ("report", "Evaluation report", "VLMDiff evaluation"),
         ("verdict", OUTCOME, OUTCOME.capitalize()),
         ("data-docs", "Data Docs", "Validation Results"),
         ("registry", "Version 1 in the registry", "Version 1"),
