@@ -68,8 +68,9 @@ def scoring(file: Path, model: Path) -> str:
     put(file, Path("new"))
     score(["new"], Path("out"), Params(), model)
     rows = {Path(row["path"]).name: row for row in pd.read_parquet("out").to_dict("records")}
-    assert not rows[WHOLE]["error"] and 0 <= rows[WHOLE]["score"] < 1
-    return rows[file.name]["error"] or ""
+    assert pd.isna(rows[WHOLE]["error"]) and 0 <= rows[WHOLE]["score"] < 1
+    words = rows[file.name]["error"]
+    return "" if pd.isna(words) else words
 
 
 def monitoring(file: Path, model: Path) -> str:
@@ -186,8 +187,10 @@ def reporting(file: Path, model: Path) -> str:
             "split": "test",
             "is_anomalous": [False, False, True],
             "defect": [None, None, "hole"],
+            "problem": None,
         }
     )
+    frame = manifest.with_none(frame)
     put(file, Path("raw"))
 
     def judge(rows: list[int]) -> str:

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.processes import wait_for
 from tests.services import free_ports
+from vlmdiff.core.network import NOBODY, owner, refusal
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,54 @@ NO_FILES = ["/endless.html", "/pipe.html"]
 def test_nothing_outside_of_the_reports_is_served(reports, path):
     status, body = get(reports, path)
     assert status == 404 and "secret</" not in body and body != "secret"
+
+
+ELSEWHERE = [
+    {"Origin": "http://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:1"},
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"},
+    {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
+]
+
+
+@pytest.mark.parametrize("headers", ELSEWHERE, ids=str)
+def test_a_report_is_not_served_to_a_page_of_another_site(reports, headers):
+    status, body = get(reports, "/gate.html", **headers)
+    assert status == 403 and "the gate" not in body
+
+
+def test_a_link_of_another_site_opens_a_report(reports):
+    followed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert get(reports, "/gate.html", **followed)[0] == 200
+
+
+# How a server that listens beyond this machine may be called.
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [
+        ("10.0.0.3:8501", True),
+        ("192.168.0.7", True),
+        ("[fe80::1]:8501", True),
+        ("factory:8501", True),
+        (f"{socket.gethostname()}:8501", True),
+        ("evil.example:8501", False),
+        ("10.0.0.3.evil.example:8501", False),
+        ("", False),
+        ("[::1", False),
+    ],
+)
+def test_a_server_beyond_this_machine_answers_to_no_name_that_somebody_can_register(host, is_ours):
+    why = refusal("GET", [("Host", host)], ("10.0.0.9", 50_000), ("10.0.0.3", 8501))
+    assert (why is None) == is_ours
+
+
+def test_the_user_at_the_other_end_of_a_connection_is_known_while_it_is_open():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted, _ = server.accept()
+        ends = client.getsockname(), server.getsockname()
+        assert owner(*ends) in (os.getuid(), None)
+        client.close()
+        assert owner(*ends) in (NOBODY, None)
+        accepted.close()

@@ -193,3 +193,20 @@ def test_what_is_missing_or_something_else_is_said(model) -> None:
     shutil.rmtree(model)
     with pytest.raises(InputError, match=r"sharpness"):
         run(file, "--model", write_model(model))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, None])
+@pytest.mark.parametrize("column", ["score", "sharpness"])
+def test_a_value_that_is_not_finite_is_named_and_not_compared(model, column, value) -> None:
+    file = write_scores(Path("scores.parquet"), photographs(1, EVENLY), model)
+    rows = pd.read_parquet(file)
+    rows.loc[3, column] = value
+    rows.to_parquet(file)
+    with pytest.raises(InputError, match=rf"scores\.parquet is damaged: the row of {rows['path'][3]} has a value"):
+        run(file, "--model", model)
+    write_scores(file, photographs(1, EVENLY), model)
+    reference = pd.read_parquet(model / "reference.parquet")
+    reference.loc[3, column] = np.nan
+    reference.to_parquet(model / "reference.parquet")
+    with pytest.raises(InputError, match=r"reference\.parquet is damaged: the row of"):
+        run(file, "--model", model)

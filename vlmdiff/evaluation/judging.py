@@ -20,7 +20,7 @@ from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256, write_json
 from vlmdiff.core.params import Decision, Evaluate, Prepare
-from vlmdiff.data.images import load_mask, load_rgb, resolve
+from vlmdiff.data.images import check_bytes, load_mask, load_rgb, resolve
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
 from vlmdiff.detection.detector import KINDS, Detection, Detector
@@ -214,7 +214,11 @@ def hash_test_set(frame: pd.DataFrame, data: Prepare, max_fpr: float) -> str:
     """Return a hash of the test images, their classes, labels and masks, how masks are read, and AU-PRO's limit."""
     rows = []
     for row in _test_images(frame).itertuples():
-        digest = sha256(resolve(data.image_root, str(row.mask_path))) if row.mask_path else None
+        digest = None
+        if row.mask_path:
+            mask = resolve(data.image_root, str(row.mask_path))
+            check_bytes(mask.stat().st_size, data.max_pixels, str(mask))
+            digest = sha256(mask)
         rows.append(json.dumps([row.class_name, row.image_id, bool(row.is_anomalous), digest]))
     return hashlib.sha256("\n".join([f"{max_fpr!r} {MASKS}", *sorted(rows)]).encode()).hexdigest()
 
