@@ -5,6 +5,7 @@ an output that exists is complete.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -161,6 +162,7 @@ def evaluate(
     from vlmdiff.detection.class_captions import class_captions
     from vlmdiff.detection.detector import Detector
     from vlmdiff.detection.normals import Normal
+    from vlmdiff.evaluation.detectable import COST, content, measure
     from vlmdiff.evaluation.judging import captions_of, detector_captions, judge_images, write_reference
     from vlmdiff.evaluation.report import provenance
     from vlmdiff.evaluation.weighing import Weighing
@@ -188,7 +190,11 @@ def evaluate(
     normal, prompts = list(read(held_out)), detector_captions(detector, held_out, texts)
     weighing = Weighing(detector, normal, held_out["class_name"].tolist(), prompts, ours.batch_size, ours.max_fpr)
     scores = detector.calibrate(normal, ours.batch_size, prompts, weighing, in_bank=True)
+    budget, began = round(COST * (len(normal) + int((frame["split"] == "test").sum()))), time.perf_counter()
+    found = measure(detector, normal, held_out["class_name"].tolist(), prompts, budget, ours.batch_size)
+    detectable = content(found, size, time.perf_counter() - began, budget)
     judged = judge_images(detector, frame, data, texts, ours)
+    judged.detectable = detectable
     judged.tried = weighing.rows()
     detector.calibration = replace(detector.calibrated(), f1_optimal=judged.f1_optimal())
     with atomic_folder(detector_out) as temporary:
