@@ -23,6 +23,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.files import sha256
 from vlmdiff.core.params import load
 from vlmdiff.data import manifest
+from vlmdiff.production.inspector import Inspector
 from vlmdiff.production.score import score
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
@@ -269,3 +270,14 @@ def test_pages_of_other_origins_and_requests_that_are_none_get_nothing(place, ur
         assert request(url, "GET", path)[0] == 404
     assert request(url, "GET", "/queue?date=%00&product='&show=<b>")[0] == 200
     assert request(url, "GET", "/queue")[0] == 200 and os.listdir("data/raw") == ["thing"]
+
+
+def test_an_answer_about_a_photograph_that_has_changed_is_refused(place):
+    page = Inspector(load(), w.SCORES, None)
+    first, second = (item["id"] for item in page.listed("scores")["items"][:2])
+    files = {sha256(file): file for file in Path("new").iterdir()}
+    shutil.copy(files[second], files[first])
+    body = {"source": "scores", "by": "Ada", "truth": "normal", "class_name": "thing"}
+    found = page.answer(body | {"ids": [first, second]})
+    assert "has changed since it was judged" in found["problems"][first] and found["said"][first] is None
+    assert second not in found["problems"] and found["said"][second]["by"] == "Ada"
