@@ -322,22 +322,25 @@ def hosts(address: str, port: int) -> Callable[[str], bool]:
     On loopback: `127.0.0.1`, `localhost` or `address`, with the port. Elsewhere also any number and this machine's
     name: a name of somebody else can lead to this address, but a number cannot.
     """
-    is_local = address == "localhost" or ipaddress.ip_address(address).is_loopback
+    is_local = address == "localhost" or (_is_number(address) and ipaddress.ip_address(address).is_loopback)
     names = {address, "127.0.0.1", "localhost"} | (set() if is_local else {socket.gethostname(), socket.getfqdn()})
 
     def is_ours(host: str) -> bool:
-        name, _, given = host.rpartition(":")
-        name = name.strip("[]")
-        if given != str(port):
-            return False
-        if name in names:
-            return True
         try:
-            return not is_local and bool(ipaddress.ip_address(name))
+            parts = urlsplit(f"//{host}")
+            name, given = parts.hostname or "", parts.port or 80
         except ValueError:
             return False
+        return given == port and (name in names or (not is_local and _is_number(name)))
 
     return is_ours
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 def serve(params: Params, scores: Path, model: Path | None, address: str, port: int) -> None:
