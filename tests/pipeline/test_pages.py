@@ -267,6 +267,8 @@ def test_the_inspector_judges_by_the_champion(ran, page, troubles, shoot):
         expect(page.locator("#text")).to_contain_text(re.compile(r"(Anomalous|Normal), score 0\.\d{3}\."))
         expect(page.locator("#text")).to_contain_text("Most similar normal training image:")
         load(page.locator("figure:visible img"), 5)
+        judge = page.locator("label", has=page.locator("#bring"))
+        expect(judge).to_have_attribute("title", "It is judged by version 1 of vlmdiff, the champion.")
         shoot(page, "inspector")
         page.goto("about:blank")
     assert troubles == []

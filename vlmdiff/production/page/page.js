@@ -470,6 +470,7 @@ async function begin() {
   $("#sources").hidden = !about.suspects;
   $("#captions").hidden = about.captions !== "image";
   $("#bring").parentElement.hidden = !about.model;
+  $("#bring").parentElement.title = `It is judged by ${about.model}.`;
   $("#class").replaceChildren(...about.classes.map((name) => new Option(name)));
   document.title = `${about.scores} – vlmdiff inspector`;
   await load();
