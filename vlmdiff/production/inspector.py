@@ -155,7 +155,7 @@ class Inspector:
             try:
                 if queue.is_training:
                     image = (image_id, _inside(queue, image_id, self.params))
-                    excluded.decide([image], False, "taken back", by, self.params.prepare.root)
+                    excluded.decide([image], None, "taken back", by, self.params.prepare.root)
                 else:
                     withdraw(image_id, by, self.params, w.FEEDBACK)
             except InputError as error:
