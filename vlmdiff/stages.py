@@ -5,6 +5,7 @@ an output that exists is complete.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -168,6 +169,7 @@ def evaluate(
     from vlmdiff.detection.class_captions import class_captions
     from vlmdiff.detection.detector import Detector
     from vlmdiff.detection.normals import Normal
+    from vlmdiff.evaluation.detectable import COST, content, measure
     from vlmdiff.evaluation.judging import captions_of, detector_captions, judge_images, write_reference
     from vlmdiff.evaluation.report import provenance
     from vlmdiff.evaluation.weighing import Weighing
@@ -208,7 +210,11 @@ def evaluate(
         more=list(read(further)),
         more_products=further["class_name"].tolist(),
     )
+    budget, began = round(COST * (len(normal) + int((frame["split"] == "test").sum()))), time.perf_counter()
+    found = measure(detector, normal, held_out["class_name"].tolist(), prompts, budget, ours.batch_size)
+    detectable = content(found, size, time.perf_counter() - began, budget)
     judged = judge_images(detector, frame, data, texts, ours)
+    judged.detectable = detectable
     judged.tried = weighing.rows()
     detector.calibration = replace(detector.calibrated(), f1_optimal=judged.f1_optimal())
     with atomic_folder(detector_out) as temporary:

@@ -149,6 +149,8 @@ def same(served: dict[str, Any], local, size: tuple[int, int]) -> None:
     boxes = [[r[key] for key in ("x0", "y0", "x1", "y1", "area")] for r in served["regions"]]
     assert boxes == [[r.x0, r.y0, r.x1, r.y1, r.area] for r in expected]
     assert [r["peak"] for r in served["regions"]] == pytest.approx([r.peak for r in expected], abs=1e-6)
+    assert [r["share"] for r in served["regions"]] == pytest.approx([r.share for r in expected], abs=1e-4)
+    assert (served["explanation"], served["nearest"]) == (local.explanation, local.nearest.path)
 
 
 def test_the_served_champion_says_what_the_local_detector_says(champion, server):
@@ -159,7 +161,7 @@ def test_the_served_champion_says_what_the_local_detector_says(champion, server)
     # More than a batch at once; and alone, from eight clients, whose rows are judged together.
     for served, detection, size in zip(server.ask(rows), local, sizes, strict=True):
         same(served, detection, size)
-        assert set(served) == {"score", "is_anomalous", "regions"}
+        assert set(served) == {"score", "is_anomalous", "regions", "explanation", "nearest"}
     with ThreadPoolExecutor(8) as clients:
         alone = clients.map(lambda row: server.ask([row])[0], rows)
         for served, detection, size in zip(alone, local, sizes, strict=True):

@@ -262,11 +262,13 @@ def test_the_inspector_judges_by_the_champion(ran, page, troubles, shoot):
     photograph = next((workspace.path / "data/made/cable/test/missing").glob("*.png"))
     with inspector(workspace, MLFLOW_TRACKING_URI=ran.address("mlflow")) as url:
         page.goto(url)
-        page.locator("input[type=file]").set_input_files(photograph)
-        expect(page.get_by_test_id("stMetricValue")).to_have_text(re.compile(r"0\.\d{3}"))
-        expect(page.get_by_test_id("stAlert")).to_contain_text(re.compile("Anomalous|Normal"))
-        expect(page.get_by_text("judged by version 1 of vlmdiff, the champion")).to_be_visible()
-        load(page.get_by_test_id("stImage").locator("img"), 3)
+        page.locator("#bring").set_input_files(photograph)
+        page.wait_for_selector('body[data-shown]:not([data-shown=""])')
+        expect(page.locator("#text")).to_contain_text(re.compile(r"(Anomalous|Normal), score 0\.\d{3}\."))
+        expect(page.locator("#text")).to_contain_text("Most similar normal training image:")
+        load(page.locator("figure:visible img"), 5)
+        judge = page.locator("label", has=page.locator("#bring"))
+        expect(judge).to_have_attribute("title", "It is judged by version 1 of vlmdiff, the champion.")
         shoot(page, "inspector")
         page.goto("about:blank")
     assert troubles == []

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.tiny import SIZE, named, tiny_detector
 from vlmdiff.captions.describe import describe
+from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Params
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.explain import Region, difference, explain, find_regions
@@ -146,3 +149,16 @@ def test_python_score_the_served_model_and_the_page_say_the_same(detector, tmp_p
     assert queue.picture(item["id"], "nearest") is None
     photograph, brought = Model(Path("model"), "it").judge(Path("new.png").read_bytes(), "new.png", 10**6)
     assert photograph.verdict(brought)["explanation"] == found.explanation
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other"])
+def test_a_damaged_list_of_normal_images_is_named(detector, tmp_path, damage):
+    detector[0].save_pretrained(tmp_path)
+    file = tmp_path / "normals.safetensors"
+    whole = file.read_bytes()
+    if damage == "other":
+        save_file({"features": torch.full((3, 8), torch.nan)}, file, {"images": "[]", "described": "true"})
+    else:
+        file.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "garbage": b"x" * 500}[damage])
+    with pytest.raises(InputError, match=r"normals\.safetensors does not list normal images"):
+        Detector.from_pretrained(tmp_path, "cpu")

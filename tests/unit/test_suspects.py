@@ -74,6 +74,7 @@ def test_what_slipped_in_comes_first_and_is_left_out_with_a_reason(dataset, mode
     (row,) = [json.loads(line) for line in Path("data/raw/excluded.jsonl").read_text().splitlines()]
     assert (row["path"], row["by"], row["excluded"]) == (SLIPPED, "Ada Lovelace", True)
     page.undo({"source": "suspects", "ids": [first["id"]], "by": "Grace Hopper"})
+    assert first["id"] in {item["id"] for item in queue.listed(Wanted())["items"]}
     stages.prepare(load().prepare, w.MADE, w.MANIFEST)
     assert SLIPPED in set(manifest.read(w.MANIFEST)["path"])
 

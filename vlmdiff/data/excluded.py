@@ -17,8 +17,9 @@ LIMIT = 60.0
 
 
 def decisions(root: Path) -> dict[str, dict[str, Any]]:
-    """Return the last decision on each image, by its id. Raises InputError if the log is damaged."""
-    return log.latest(log.read(root / FILE, KEYS))
+    """Return the decision that holds on each image, by its id. Raises InputError if the log is damaged."""
+    rows = log.latest(log.read(root / FILE, KEYS))
+    return {image_id: row for image_id, row in rows.items() if row["excluded"] is not None}
 
 
 def excluded(root: Path) -> set[str]:
@@ -26,8 +27,8 @@ def excluded(root: Path) -> set[str]:
     return {image_id for image_id, row in decisions(root).items() if row["excluded"]}
 
 
-def decide(images: Sequence[tuple[str, str]], is_excluded: bool, why: str, by: str, root: Path) -> None:
-    """Record that images, pairs of id and path, stay out of the dataset, or that they stay in it, and why.
+def decide(images: Sequence[tuple[str, str]], is_excluded: bool | None, why: str, by: str, root: Path) -> None:
+    """Record that images, pairs of id and path, stay out of the dataset, or stay in it, or are undecided, and why.
 
     The next `prepare` follows. Raises InputError without a reason or a name, or if the log is damaged.
     """

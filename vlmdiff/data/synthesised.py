@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 KINDS = ("line", "hole", "stain", "pasted", "blurred")
+# A scratch of `mark` is so many times as long as wide.
+LENGTH = 6
 SIZES = {"small": (0.04, 0.08), "large": (0.12, 0.3)}  # of the image's side
 
 
@@ -43,6 +45,28 @@ def synthesise(
         others = [i for i, name in enumerate(classes) if name == classes[row] and i != row] or [row]
         across = rng.uniform(*SIZES[size]) * len(images[row])
         yield Spoiled(row, kind, size, *_spoil(rng, images[row], images[rng.choice(others)], kind, across))
+
+
+def mark(
+    image: np.ndarray, kind: str, across: float, contrast: float, centre: tuple[float, float], turn: float
+) -> np.ndarray:
+    """Draw a `spot` of diameter `across`, or a straight `scratch` `across` wide and ten times as long, on an image.
+
+    image: uint8 (S, S, 3), drawn on in place; contrast: by how much it is darker than a bright place, or brighter than
+    a dark one, of 255; centre: column and row; turn: the scratch's direction in radians. Returns its mask (S, S).
+    """
+    size = len(image)
+    y, x = np.mgrid[:size, :size] + 0.5
+    along = (x - centre[0]) * np.cos(turn) + (y - centre[1]) * np.sin(turn)
+    aside = (y - centre[1]) * np.cos(turn) - (x - centre[0]) * np.sin(turn)
+    inside = np.hypot(along, aside) if kind == "spot" else np.maximum(np.abs(aside), np.abs(along) / LENGTH)
+    # The share of a pixel that is covered, about.
+    cover = np.clip(across / 2 - inside + 0.5, 0, 1)
+    mask = cover >= min(0.5, cover.max())
+    there = np.median(image[mask], axis=0)
+    put = np.clip(there + contrast * np.where(there.mean() > 110, -1, 1), 0, 255)
+    image[:] = (image + cover[..., None] * (put - image)).round().astype(np.uint8)
+    return mask
 
 
 def _spoil(

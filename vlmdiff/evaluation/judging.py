@@ -67,6 +67,8 @@ class Judged:
     # The results of each kind of evidence alone, if there are two, and the shares of retrieval that were tried.
     alone: dict[str, Results] = field(default_factory=dict)
     tried: list[dict[str, float]] = field(default_factory=list)
+    # What it can find, as `detectable.content` gives it.
+    detectable: dict[str, Any] | None = None
 
     def f1_optimal(self) -> float | None:
         """Return the threshold with the best F1 over all images, None if it is not defined."""
@@ -105,6 +107,8 @@ class Judged:
                 "alone": {kind: results.as_dict() for kind, results in self.alone.items()},
                 "tried": self.tried,
             }
+        if self.detectable:
+            content["detectable"] = self.detectable
         write_json(folder / CONTENT, content)
         (folder / "report.html").write_text(render(content), encoding="utf-8")
 

@@ -26,6 +26,7 @@ from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.aupro import thin
 from vlmdiff.evaluation.bootstrap import Resampled
 from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, POOLED, Decisions
+from vlmdiff.evaluation.detectable import said
 from vlmdiff.evaluation.evidence import CONTENT
 from vlmdiff.evaluation.metrics import DIGITS, METRICS, PER_CLASS, Results
 from vlmdiff.evaluation.plots import (
@@ -201,11 +202,28 @@ def render(
             for curve, (title, x, y) in CHARTS.items()
         },
         histograms=draw_histograms(content["scores"], names),
+        detectable=_detectable(content, names),
         dashes=[" ".join(map(str, dash[1])) if dash != "solid" else "" for dash in DASHES],
         hues=len(HUES),
         verdict=verdict,
         comparison=_compare(content, champion, difference) if champion and difference else None,
     )
+
+
+def _detectable(content: Content, names: list[str]) -> dict[str, Any] | None:
+    """Return a chart of each kind of synthesised defect, and what is found of each class, in words."""
+    if "detectable" not in content:
+        return None
+    facts = content["detectable"]
+    charts = {}
+    for kind, widths in facts["widths"].items():
+        rows = [
+            {"class_name": one["class_name"], "width": width, "share": share}
+            for one in facts["classes"]
+            for width, share in zip(widths, one["curve"][kind]["clear"], strict=True)
+        ]
+        charts[kind] = draw_curve(rows, names, "width", "share", f"width of a {kind} in pixels", "share found")
+    return {"charts": charts, "words": {one["class_name"]: one for one in facts["classes"]}, "said": said}
 
 
 def write_heatmaps(folder: Path, examples: Sequence[Example]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anyio import to_thread
@@ -25,16 +25,18 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from vlmdiff.core import workspace as w
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.network import Guard
 from vlmdiff.core.params import Params
 from vlmdiff.data import excluded, manifest
 from vlmdiff.data.feedback import Statement, give_feedback, withdraw
 from vlmdiff.data.images import BYTES, decode, mask_values, opened
-from vlmdiff.detection.decoded import Decoded
-from vlmdiff.detection.detector import Detection, Detector, Settings
-from vlmdiff.production.queue import Queue, Wanted, colours
-from vlmdiff.production.score import pictures_of
+from vlmdiff.production.pictures import colours, pictures_of
+from vlmdiff.production.queue import Queue, Wanted
+
+if TYPE_CHECKING:
+    from vlmdiff.detection.decoded import Decoded
+    from vlmdiff.detection.detector import Detection, Detector
 
 PAGE = Path(__file__).with_name("page")
 FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
@@ -58,14 +60,25 @@ class Model:
 
     folder: Path
     name: str
-    _detector: Detector | None = field(default=None, repr=False)
+    _detector: "Detector | None" = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def judge(self, data: bytes, name: str, max_pixels: int, caption: str | None = None) -> tuple[Decoded, Detection]:
+    @property
+    def captions(self) -> str:
+        """The detector's `captions`. Raises InputError if the folder is not a detector's."""
+        file = self.folder / "detector.json"
+        with explained(file, "Name a folder that `vlmdiff evaluate` wrote"):
+            return json.loads(file.read_text())["detection"]["captions"]
+
+    def judge(self, data: bytes, name: str, max_pixels: int, caption: str | None = None) -> "tuple[Decoded, Detection]":
         """Judge a photograph in a file's bytes. Raises InputError if it cannot be read, or the model needs a caption.
 
         caption: for a model that judges by captions: the photograph's, or the name of its class.
         """
+        # They take seconds to import, and the page is there before.
+        from vlmdiff.detection.decoded import Decoded
+        from vlmdiff.detection.detector import Detector
+
         with self._lock:
             self._detector = detector = self._detector or Detector.from_pretrained(self.folder)
             with opened(io.BytesIO(data), max_pixels, name) as image:
@@ -97,7 +110,7 @@ class Inspector:
             "classes": [] if frame is None else sorted(set(frame["class_name"])),
             "masks": self.params.validate_.masks == "required",
             "model": self.model.name if self.model else "",
-            "captions": Settings.read(self.model.folder).detection.captions if self.model else "none",
+            "captions": self.model.captions if self.model else "none",
             "suspects": any(w.SUSPECTS.glob("part-*.parquet")),
             "scores": str(self.queues["scores"].scores),
         }
@@ -139,7 +152,7 @@ class Inspector:
             try:
                 if queue.is_training:
                     image = (image_id, _inside(queue, image_id, self.params))
-                    excluded.decide([image], False, "taken back", by, self.params.prepare.root)
+                    excluded.decide([image], None, "taken back", by, self.params.prepare.root)
                 else:
                     withdraw(image_id, by, self.params, w.FEEDBACK)
             except InputError as error:
@@ -312,7 +325,7 @@ def serve(params: Params, scores: Path, model: Path | None, address: str, port: 
             found = Model(folder, f"version {version} of {params.registry.model_name}, the champion")
         else:
             found = Model(model, str(model))
-            Settings.read(model)
+            found.captions  # noqa: B018, a wrong folder is said now
     except InputError:
         # Scores can be looked at without a model.
         if model is not None or not scores.is_dir():

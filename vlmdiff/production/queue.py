@@ -1,7 +1,6 @@
 """What an inspector looks at: the photographs that `score` judged, what people said of them, and their pictures."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,15 +10,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import sha256
 from vlmdiff.core.params import Params
 from vlmdiff.data import excluded, feedback, manifest
-from vlmdiff.data.images import decode, read_image, resolve
-from vlmdiff.production.score import PICTURES
+from vlmdiff.data.images import read_image, resolve
+from vlmdiff.production.pictures import PICTURES, coloured, read_pictures
 
 # Photographs that a list shows at once.
 SHOWN = 300
@@ -27,7 +25,6 @@ SHOWN = 300
 UNUSUAL = 100
 # The side of pictures on the page, in pixels.
 SIDE = 1280
-MAP_PIXELS = 4096**2
 COLUMNS = ("path", "image_id", "score", "is_anomalous", "regions", "explanation", "nearest", "width", "height")
 # Columns that only some scores have.
 OPTIONAL = ("product", "class_name", "verdict", "p_value")
@@ -192,12 +189,12 @@ class Queue:
                 return _shown(file, data.max_pixels) if file.is_file() else None
             case "map" | "reconstruction":
                 found = row.get(kind) or self._precomputed(row["part"], image_id).get(kind)
-                return None if found is None else _coloured(found) if kind == "map" else found
+                return None if found is None else coloured(found) if kind == "map" else found
         return None
 
     def _precomputed(self, part: str, image_id: str) -> dict[str, bytes]:
         file = self.scores / PICTURES / part
-        return _pictures(str(file), file.stat().st_mtime_ns).get(image_id, {}) if file.exists() else {}
+        return read_pictures(str(file), file.stat().st_mtime_ns).get(image_id, {}) if file.exists() else {}
 
 
 def _text(value: Any) -> str:
@@ -225,12 +222,6 @@ def _classes(stamp: int) -> dict[str, str]:
     return dict(zip([*frame["path"], *frame["image_id"]], [*names, *names], strict=True))
 
 
-@lru_cache(maxsize=8)
-def _pictures(file: str, stamp: int) -> dict[str, dict[str, bytes]]:
-    rows: Iterator[dict[str, Any]] = iter(pq.read_table(file).to_pylist())
-    return {row.pop("image_id"): row for row in rows}
-
-
 def _shown(file: Path, max_pixels: int) -> bytes:
     """Return an image file as the page shows it, at most SIDE pixels a side."""
     image = read_image(file, max_pixels)
@@ -241,22 +232,4 @@ def _shown(file: Path, max_pixels: int) -> bytes:
         image.save(buffer, "PNG", compress_level=1)
     else:
         image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-@lru_cache(maxsize=1)
-def colours() -> np.ndarray:
-    """Return the colours of an anomaly map, uint8 (256, 3), from clear to bright yellow."""
-    import matplotlib
-
-    return np.rint(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
-
-
-@lru_cache(maxsize=256)
-def _coloured(grey: bytes) -> bytes:
-    """Return a map of `score` in colours, transparent where nothing is unusual."""
-    level = np.asarray(decode(io.BytesIO(grey), MAP_PIXELS, "the map"))
-    rgba = np.dstack([colours()[level], level])
-    buffer = io.BytesIO()
-    Image.fromarray(rgba).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

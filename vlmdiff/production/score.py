@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import math
 import os
 import time
@@ -15,12 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +33,7 @@ from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.decoded import Decoded
 from vlmdiff.detection.detector import SETTINGS, Detector, batches
+from vlmdiff.production.pictures import PICTURE_SCHEMA, PICTURES, pictures_of
 
 BATCH = 32
 # How many photographs are read while the model judges others, and by how many threads.
@@ -43,7 +41,7 @@ AHEAD, READERS = 32, 4
 # A part is written after this many images or seconds: a kill loses no more than that.
 PART_ROWS, PART_SECONDS = 256, 60.0
 # Readers of Parquet datasets ignore names that begin with an underscore or a dot.
-HEATMAPS, PICTURES, LOCK = "_heatmaps", "_pictures", ".lock"
+HEATMAPS, LOCK = "_heatmaps", ".lock"
 SHOWN = 20
 # Of a part's photographs that raise no alarm, so many have pictures for the inspector's page: the most unusual ones.
 PICTURED = 32
@@ -76,15 +74,6 @@ SCHEMA = pa.schema(
         pa.field("bytes", pa.int64()),
         pa.field("mtime_ns", pa.int64()),
         pa.field("scored_at", pa.timestamp("us", "UTC"), nullable=False),
-    ]
-)
-
-# A file of `_pictures` has the name of the part that it belongs to.
-PICTURE_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string()),
-        pa.field("map", pa.binary()),  # PNG, 8-bit grey: the anomaly map times 255, at the model's resolution
-        pa.field("reconstruction", pa.binary()),  # JPEG, as if the photograph were normal
     ]
 )
 
@@ -354,15 +343,6 @@ def _judge(
                     with atomic_path(out / row["heatmap"]) as temporary:
                         decoded.heatmap(detection).save(temporary, format="PNG")
             yield row
-
-
-def pictures_of(anomaly_map: np.ndarray, reconstruction: np.ndarray | None = None) -> dict[str, bytes | None]:
-    """Return the columns of PICTURE_SCHEMA of a photograph, except its id."""
-    level, rebuilt = io.BytesIO(), io.BytesIO()
-    Image.fromarray(np.rint(255 * anomaly_map).astype(np.uint8)).save(level, "PNG", compress_level=1)
-    if reconstruction is not None:
-        Image.fromarray(reconstruction).save(rebuilt, "JPEG", quality=90)
-    return {"map": level.getvalue(), "reconstruction": rebuilt.getvalue() or None}
 
 
 def write_part(rows: list[dict[str, Any]], out: Path, number: int) -> None:

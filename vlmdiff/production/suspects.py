@@ -24,7 +24,8 @@ from vlmdiff.data.images import load_rgb, resolve
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.explain import explain, find_regions, scaled
 from vlmdiff.detection.normals import Normal
-from vlmdiff.production.score import PICTURES, folder_name, pictures_of, write_part
+from vlmdiff.production.pictures import PICTURES, pictures_of
+from vlmdiff.production.score import folder_name, write_part
 
 # Robust deviations from the median of its class from which an image is a suspect (Iglewicz and Hoaglin, 1993).
 LIMIT = 3.5

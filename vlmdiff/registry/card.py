@@ -17,6 +17,7 @@ from vlmdiff.data.images import FORMATS
 from vlmdiff.detection.decoded import HEATMAP_SIDE
 from vlmdiff.detection.detector import SETTINGS
 from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, PER_SIZE, POOLED
+from vlmdiff.evaluation.detectable import said
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS, PER_CLASS
 from vlmdiff.evaluation.report import read_content
@@ -62,6 +63,8 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         together=content["decision"][POOLED],
         decided=content["decision"][PER_CLASS_DECISION],
         sizes=content["decision"][PER_SIZE],
+        detectable=content.get("detectable"),
+        found_of=said,
         provenance=content["provenance"],
         detection=detector["detection"],
         side=side,

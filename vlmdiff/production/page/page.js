@@ -95,7 +95,10 @@ function entry(each) {
   return row;
 }
 
-const when = (text) => new Date(text).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+function when(text) {
+  const then = new Date(text), isToday = then.toDateString() === new Date().toDateString();
+  return then.toLocaleString([], isToday ? { timeStyle: "short" } : { dateStyle: "short", timeStyle: "short" });
+}
 const words = (said) => said.truth === "anomalous" ? `anomalous (${said.defect})` : said.truth === "excluded" ? `excluded: ${said.defect}` : said.truth;
 
 function refresh(each, row = document.querySelector(`[data-id="${each.id}"]`)) {
@@ -141,12 +144,12 @@ function fetched(each) {
 }
 
 function tell(each) {
-  $("#kind").textContent = TITLES[each.kind];
+  $("#kind").textContent = source() === "suspects" && each.kind === "alarm" ? "Suspect" : TITLES[each.kind];
   $("#kind").className = each.kind;
   $("#name").textContent = each.name;
   $("#text").textContent = each.text;
   $("#nearest").textContent = each.nearest;
-  $("#said").textContent = each.problem || (each.said ? `${each.said.by} said on ${when(each.said.when)}: ${words(each.said)}` : each.known ? `in the dataset: ${each.known}` : "");
+  $("#said").textContent = each.problem || (each.said ? `${each.said.by} said, ${when(each.said.when)}: ${words(each.said)}` : each.known ? `in the dataset: ${each.known}` : "");
 }
 
 async function go(to) {
@@ -216,7 +219,7 @@ async function answer(truth) {
   go(next >= 0 ? next : current);
   await settle("answer", body, answered, (each) => {
     if (!each.said || each.said.by === $("#by").value.trim()) mine.push(each.id);
-    else say(`${each.name}: ${each.said.by} said so first, on ${when(each.said.when)}.`);
+    else say(`${each.name}: ${each.said.by} said so first, ${when(each.said.when)}.`);
   });
 }
 
@@ -284,6 +287,7 @@ function maskOf(each, photograph) {
   if (!canvas) {
     canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [photograph.naturalWidth, photograph.naturalHeight];
+    canvas.getContext("2d", { willReadFrequently: true });
     masks.set(each.id, canvas);
   }
   return canvas;
@@ -466,6 +470,7 @@ async function begin() {
   $("#sources").hidden = !about.suspects;
   $("#captions").hidden = about.captions !== "image";
   $("#bring").parentElement.hidden = !about.model;
+  $("#bring").parentElement.title = `It is judged by ${about.model}.`;
   $("#class").replaceChildren(...about.classes.map((name) => new Option(name)));
   document.title = `${about.scores} – vlmdiff inspector`;
   await load();
