@@ -5,6 +5,7 @@ import pytest
 
 from tests.tiny import SIZE, tiny_detector
 from vlmdiff.data.synthesised import LENGTH, mark
+from vlmdiff.detection.normals import Normal
 from vlmdiff.evaluation.detectable import GRID, WIDTHS, content, measure, said
 
 
@@ -28,7 +29,8 @@ def test_what_is_found_grows_with_size_and_contrast_and_differs_by_class():
     images = [np.clip(rng.normal(128, 4 if i % 2 else 40, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8) for i in range(24)]
     classes = ["smooth" if i % 2 else "rough" for i in range(24)]
     detector = tiny_detector(samples=1, steps=1)
-    detector.calibrate(images[1::2])
+    detector.learn(images, [Normal(str(i), f"{i}.png", name) for i, name in enumerate(classes)])
+    detector.calibrate(images, products=classes)
     found = measure(detector, images, classes, None, 20, 16)
     assert [one.class_name for one in found] == ["rough", "smooth"]
     assert all(one.drawn == 10 * GRID * GRID for one in found)
