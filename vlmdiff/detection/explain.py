@@ -46,7 +46,7 @@ def find_regions(anomaly_map: np.ndarray, threshold: float = 0.5) -> list[Region
     """Return the 8-connected parts of a map (H, W) above the threshold, the highest peak first."""
     labels, _ = ndimage.label(anomaly_map > threshold, np.ones((3, 3)))
     # On the scale of the evidence itself, where the map's 0.5 is 1 (`detector.normalised`).
-    evidence = anomaly_map / (1 - anomaly_map.astype(np.float64))
+    evidence = anomaly_map / np.maximum(1 - anomaly_map.astype(np.float64), 1e-7)
     excess = np.where(labels > 0, evidence - threshold / max(1 - threshold, 1e-12), 0)
     total = max(float(excess.sum()), 1e-12)
     regions = []

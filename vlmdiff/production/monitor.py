@@ -150,8 +150,10 @@ def read_scores(path: Path) -> pd.DataFrame:
 
     Raises InputError if the files are something else.
     """
-    found = path.rglob("*.parquet") if path.is_dir() else [path]
-    files = sorted(str(file) for file in found if file.is_file() and not file.name.startswith("."))
+    found = list(path.rglob("*.parquet")) if path.is_dir() else [path]
+    # As for other readers of Parquet datasets: what begins with an underscore or a dot is something else.
+    hidden = {file for file in found if any(name[0] in "._" for name in file.relative_to(path).parts)}
+    files = sorted(str(file) for file in found if file.is_file() and file not in hidden)
     if not files:
         raise InputError(f"{path} has no Parquet files. Name a folder that `vlmdiff score` wrote")
     named = ["path", "model", "scored_at"]

@@ -62,14 +62,20 @@ class Queue:
 
         Raises InputError if the folder holds something else.
         """
-        parts = sorted(self.scores.glob("part-*.parquet"))
-        stamp = [(part.name, part.stat().st_mtime_ns) for part in parts]
+        # The flow `score` writes a folder for each version of the model.
+        parts = sorted(part for part in self.scores.rglob("part-*.parquet") if part.parent.name != PICTURES)
+        stamp = [(str(part), part.stat().st_mtime_ns) for part in parts]
         if stamp != self._stamp:
             tables = [self._read(part) for part in parts]
-            rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*COLUMNS, "kind", "day"])
+            rows = (
+                pd.concat(tables, ignore_index=True)
+                if tables
+                else pd.DataFrame(columns=[*COLUMNS, "scored_at", "kind", "day"])
+            )
+            rows = rows.sort_values("scored_at", kind="stable").drop_duplicates("image_id", keep="last")
             rows = rows.sort_values("score", ascending=False, kind="stable")
             rows = rows.iloc[rows["kind"].map(RANK).argsort(kind="stable")]
-            self._rows, self._stamp = rows.drop_duplicates("image_id").set_index("image_id"), stamp
+            self._rows, self._stamp = rows.set_index("image_id"), stamp
         return self._rows
 
     @staticmethod
@@ -84,7 +90,7 @@ class Queue:
             ) from None
         # Scores of an earlier release have no explanation.
         rows = rows.reindex(columns=[*dict.fromkeys([*COLUMNS, *rows])])
-        rows = rows[rows["score"].notna()].assign(part=part.name)
+        rows = rows[rows["score"].notna()].assign(part=str(part))
         rows["kind"] = np.where(rows["is_anomalous"].astype(bool), ALARM, PASS)
         if "verdict" in rows:
             rows["kind"] = rows["kind"].where(rows["verdict"] != REVIEW, REVIEW)
@@ -193,7 +199,7 @@ class Queue:
         return None
 
     def _precomputed(self, part: str, image_id: str) -> dict[str, bytes]:
-        file = self.scores / PICTURES / part
+        file = Path(part).parent / PICTURES / Path(part).name
         return read_pictures(str(file), file.stat().st_mtime_ns).get(image_id, {}) if file.exists() else {}
 
 
