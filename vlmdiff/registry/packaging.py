@@ -195,8 +195,11 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
                 input_example=pd.DataFrame([example]),
                 pip_requirements=requirements(),
             )
-            seal(Path(mlflow.artifacts.download_artifacts(model.model_uri, dst_path=str(Path(folder, "version")))))
-            MlflowClient().log_model_artifact(model.model_id, str(Path(folder, "version", HASHES)))
+            version = Path(mlflow.artifacts.download_artifacts(model.model_uri, dst_path=str(Path(folder, "version"))))
+            # MLflow adds it to each download.
+            (version / "registered_model_meta").unlink(missing_ok=True)
+            seal(version)
+            MlflowClient().log_model_artifact(model.model_id, str(version / HASHES))
         mlflow.set_tag("model_uri", model.model_uri)
     return run.info.run_id, model.model_uri
 
