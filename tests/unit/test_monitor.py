@@ -202,7 +202,7 @@ def test_a_value_that_is_not_finite_is_named_and_not_compared(model, column, val
     rows = pd.read_parquet(file)
     rows.loc[3, column] = value
     rows.to_parquet(file)
-    with pytest.raises(InputError, match=rf"scores\.parquet is damaged: the row of {rows['path'][3]} has a value"):
+    with pytest.raises(InputError, match=rf"scores\.parquet is damaged: the row of {rows['path'][3]} has no {column}"):
         run(file, "--model", model)
     write_scores(file, photographs(1, EVENLY), model)
     reference = pd.read_parquet(model / "reference.parquet")

@@ -174,10 +174,11 @@ def read_scores(path: Path) -> pd.DataFrame:
 
 
 def _check_finite(frame: pd.DataFrame, columns: Sequence[str], name: str, what: str, remedy: str) -> None:
-    """Raise InputError that names the first row with a value that is not a finite number."""
+    """Raise InputError that names the first row and column with a value that is not a finite number."""
     values = frame[list(columns)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
-    if bad := [row for row, numbers in zip(frame[name], values, strict=True) if not np.isfinite(numbers).all()]:
-        raise InputError(f"{what}: the row of {bad[0]} has a value that is not a finite number. {remedy}")
+    for row, column in np.argwhere(~np.isfinite(values))[:1]:
+        where = f"the row of {frame[name].iloc[row]} has no {columns[column]} that is a finite number"
+        raise InputError(f"{what}: {where}. {remedy}")
 
 
 def read_reference(model: Path) -> tuple[pd.DataFrame, Calibration]:
