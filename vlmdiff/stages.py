@@ -213,6 +213,8 @@ def evaluate(
     budget, began = round(COST * (len(normal) + int((frame["split"] == "test").sum()))), time.perf_counter()
     found = measure(detector, normal, held_out["class_name"].tolist(), prompts, budget, ours.batch_size)
     detectable = content(found, size, time.perf_counter() - began, budget)
+    if shortfall := detector.calibrated().shortfall:
+        say(f"warning: {shortfall}")
     judged = judge_images(detector, frame, data, texts, ours)
     judged.detectable = detectable
     judged.tried = weighing.rows()

@@ -222,6 +222,18 @@ class Calibration:
         """
         return (self.images + 1 - self._rank) / (self.images + 1)
 
+    @property
+    def shortfall(self) -> str | None:
+        """What to do where the images are too few to promise `false_alarm_rate`, None where they are enough."""
+        if self.guarantee <= self.false_alarm_rate + 1e-9:
+            return None
+        enough = math.ceil(round(1 / self.false_alarm_rate - 1, 9))
+        return (
+            f"{self.images} held-out normal images promise a false-alarm rate of {self.guarantee:.1%} at best, not "
+            f"{self.false_alarm_rate:.1%}: hold out {enough} or more, or set evaluate.detection.false_alarm_rate to "
+            f"{self.guarantee:.3f} or more"
+        )
+
     def rate_range(self, level: float = 0.9) -> tuple[float, float]:
         """Return the central interval, of probability `level`, of the false alarm rate of one such calibration.
 
