@@ -118,7 +118,7 @@ def password() -> str:
     """Return the password of the Prefect server of `make up`. Raises InputError if others may read it."""
     remedy = "run `make down`, remove that file, then run `make up`"
     try:
-        found = PASSWORD.read_text()
+        found = PASSWORD.read_text(encoding="utf-8")
         if PASSWORD.stat().st_mode & 0o077:
             raise InputError(f"{PASSWORD} may be read by other users: {remedy}")
     except (OSError, UnicodeDecodeError) as error:

@@ -68,7 +68,7 @@ class Model:
         """The detector's `captions`. Raises InputError if the folder is not a detector's."""
         file = self.folder / "detector.json"
         with explained(file, "Name a folder that `vlmdiff evaluate` wrote"):
-            return json.loads(file.read_text())["detection"]["captions"]
+            return json.loads(file.read_text(encoding="utf-8"))["detection"]["captions"]
 
     def judge(self, data: bytes, name: str, max_pixels: int, caption: str | None = None) -> "tuple[Decoded, Detection]":
         """Judge a photograph in a file's bytes. Raises InputError if it cannot be read, or the model needs a caption.
