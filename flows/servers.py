@@ -137,7 +137,7 @@ def _make_password() -> None:
     if not PASSWORD.exists() and not find("prefect"):
         with atomic_path(PASSWORD) as temporary:
             temporary.touch(mode=0o600)
-            temporary.write_text(_new_password())
+            temporary.write_text(_new_password(), encoding="utf-8")
 
 
 def _start(
