@@ -132,7 +132,7 @@ def test_a_dataset_is_counted_without_opening_an_image(here):
     found = checks(prepare={"layout": "folder", "root": str(root)}, validate={"masks": "optional"})
 
     assert found["dataset"].ok
-    assert found["dataset"].found == "2 classes: 28 train, 4 validation, 11 test images (3 anomalous)"
+    assert found["dataset"].found == "2 classes: 22 train, 10 validation, 11 test images (3 anomalous)"
     assert "2 of 3 anomalous" in found["masks"].found and found["masks"].ok
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tests.tiny import SIZE, named, tiny_detector
 from vlmdiff.captions.describe import describe
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import seal
 from vlmdiff.core.params import Params
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.explain import Region, difference, explain, find_regions
@@ -119,8 +120,9 @@ def test_python_score_the_served_model_and_the_page_say_the_same(detector, tmp_p
     monkeypatch.chdir(tmp_path)
     detector.save_pretrained("model")
     settings = json.loads(Path("model/detector.json").read_text())
-    settings["calibration"]["threshold"] /= 50
+    settings["calibration"]["threshold"] -= 50
     Path("model/detector.json").write_text(json.dumps(settings))
+    seal(Path("model"))
     spoiled = np.asarray(Image.fromarray(normal[1]).resize((300, 200))).copy()
     spoiled[..., 2] = np.clip(spoiled[..., 2].astype(int) + 60, 0, 255)
     Image.fromarray(spoiled).save("new.png")
@@ -163,5 +165,6 @@ def test_a_damaged_list_of_normal_images_is_named(detector, tmp_path, damage):
         save_file({"features": torch.full((3, 8), torch.nan)}, file, {"images": "[]", "described": "true"})
     else:
         file.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "garbage": b"x" * 500}[damage])
+    seal(tmp_path)
     with pytest.raises(InputError, match=r"normals\.safetensors does not list normal images"):
         Detector.from_pretrained(tmp_path, "cpu")
