@@ -391,7 +391,18 @@ def _scores(count: int) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     values = {name: rng.random(count) for name in ("brightness", "contrast", "sharpness", "red", "green", "blue")}
     names = {"path": [f"/a/{i}.png" for i in range(count)], "image_id": [f"{i:064x}" for i in range(count)]}
-    facts = {"is_anomalous": False, "regions": None, "heatmap": None, "model": "m", "error": None}
+    facts = {
+        "is_anomalous": False,
+        "verdict": "normal",
+        "product": "thing",
+        "p_value": 0.5,
+        "regions": None,
+        "explanation": "Normal.",
+        "nearest": None,
+        "heatmap": None,
+        "model": "m",
+        "error": None,
+    }
     size = {"width": np.int32(64), "height": np.int32(64), "bytes": 1, "mtime_ns": 1}
     when = pd.Timestamp("2026-01-01", tz="UTC")
     frame = pd.DataFrame({**names, "score": rng.random(count) / 2, **facts, **values, **size, "scored_at": when})

@@ -62,7 +62,7 @@ def drift(name: str) -> DriftCheck:
 
 
 def scored(name: str) -> Scored:
-    row = {"path": f"/new/{name}", "score": 0.7, "is_anomalous": True, "regions": [], "error": None}
+    row = {"path": f"/new/{name}", "score": 0.7, "is_anomalous": True, "verdict": name, "regions": [], "error": None}
     return Scored(Path("out"), "m", 1, 0, 1, 0, 1, 1.0, [row], [])
 
 

@@ -508,7 +508,7 @@ def test_a_table_without_splits_is_split_as_folders_are(tmp_path):
         listing.build(Prepare(layout=layout, test_fraction=0.3), tmp_path).set_index("path")["split"]
         for layout in ("table", "folder")
     )
-    assert of_table.value_counts().to_dict() == {"train": 12, "test": 7, "validation": 2}
+    assert of_table.value_counts().to_dict() == {"train": 10, "test": 7, "validation": 4}
     assert of_table.to_dict() == of_folder.to_dict()
 
 

@@ -59,7 +59,7 @@ def test_folder_layout_takes_good_and_defects_with_masks_or_without(tmp_path):
     (tmp_path / "my nut" / "good" / "notes.txt").write_text("not an image")
     (tmp_path / "README.md").write_text("nor this")
     frame = build(tmp_path, layout="folder", test_fraction=0.2)
-    assert frame["split"].value_counts().to_dict() == {"train": 7, "test": 4, "validation": 1}
+    assert frame["split"].value_counts().to_dict() == {"train": 6, "test": 4, "validation": 2}
     masks = frame[frame["is_anomalous"]].set_index("path")["mask_path"]
     assert masks.to_dict() == {"my nut/bent/a.png": "my nut/masks/bent/a.png", "my nut/bent/b.png": None}
 
@@ -74,7 +74,7 @@ def test_more_images_move_hardly_any_between_splits(tmp_path_factory, before, mo
     second = build(root).set_index("path")["split"]
     moved = (second[first.index] != first).sum()
     assert moved <= more
-    assert (second == "validation").sum() == max(1, round(0.15 * (before + more)))
+    assert (second == "validation").sum() == max(1, round(0.3 * (before + more)))
 
 
 def test_reading_gives_what_was_written_and_writing_the_same_bytes(tmp_path):

@@ -41,7 +41,7 @@ LACKS = {
 }
 # As PyTorch, oneDNN, the loader of libraries and modules in C say it. Python has a type of its own.
 _NO_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|bad_alloc|can't start new thread"
+    r"can('t|not) allocate memory|not enough memory|out of memory|bad_alloc|can't start new thread"
     r"|could not create a primitive|failed to map segment|error return without exception set",
     re.IGNORECASE,
 )

@@ -43,6 +43,7 @@ PART_ROWS, PART_SECONDS = 256, 60.0
 # Readers of Parquet datasets ignore names that begin with an underscore or a dot.
 HEATMAPS, LOCK = "_heatmaps", ".lock"
 SHOWN = 20
+SUMMED = ["path", "score", "is_anomalous", "verdict", "regions", "error"]
 # Of a part's photographs that raise no alarm, so many have pictures for the inspector's page: the most unusual ones.
 PICTURED = 32
 
@@ -160,7 +161,9 @@ def scores_table(scored: Scored) -> Table:
         if row["error"] is not None:
             table.add_row(path, "", "[yellow]could not be read", "")
             continue
-        verdict = f"[{'bold red' if row['is_anomalous'] else 'green'}]{row['verdict']}"
+        # Rows of earlier releases have no words.
+        verdict = row["verdict"] or ("anomalous" if row["is_anomalous"] else "normal")
+        verdict = Text(plain(verdict), "bold red" if row["is_anomalous"] else "green")
         table.add_row(path, f"{row['score']:.3f}", verdict, str(len(row["regions"])))
     return table
 
@@ -385,9 +388,7 @@ def _summary(out: Path, model: str, photographs: list[Photograph], new: list[Pho
     added = {photograph.path for photograph in new}
     alarms, judged, errors, rows = 0, 0, [], []
     for part in _parts(out):
-        for row in pq.read_table(
-            part, columns=["path", "score", "is_anomalous", "verdict", "regions", "error"]
-        ).to_pylist():
+        for row in pq.read_table(part, columns=SUMMED, schema=SCHEMA).to_pylist():
             if row["path"] in listed:
                 judged += row["error"] is None
                 if len(listed) <= SHOWN:
