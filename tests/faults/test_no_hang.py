@@ -41,7 +41,9 @@ with make_lock(".dvc/tmp/lock"):
     print("held", flush=True)
     input()
 """
-LOCK_DATABASE = """\
+LOCK_DATABASE = """
+
+import sqlite3
 
 database = sqlite3.connect("mlflow.db", isolation_level=None)
 database.execute("BEGIN EXCLUSIVE")
