@@ -167,7 +167,7 @@ def validating(file: Path, model: Path) -> str:
     size = {"width": 64, "height": 64, "mode": "RGB", "problem": None}
     rows = [{"image_id": name, "mask_path": name, **facts, **size} for name in {WHOLE, file.name}]
     frame = pd.DataFrame(rows)[manifest.SCHEMA.names]
-    check_dataset(frame, _params().prepare, Validate(), Path("report"))
+    check_dataset(frame, _params().prepare, Validate(), 64, Path("report"))
     findings = {row["rule"]: row for row in json.loads(Path("report/validation.json").read_text())["findings"]}
     assert findings["mask_file"]["count"] == (0 if findings["mask_file"]["passed"] else 1)
     pages = " ".join(page.read_text() for page in Path("report/docs").rglob("*.html"))
