@@ -238,12 +238,15 @@ def test_up_and_a_flow_name_a_server_of_make_up_that_is_stopped(tmp_path, monkey
     with subprocess.Popen(command) as server, silent() as port:
         wait_for(lambda: psutil.Process(server.pid).cmdline() == command, 10)
         servers.STATE.mkdir(parents=True)
+        servers._make_password()
         record = servers.Server("prefect", f"http://127.0.0.1:{port}", server.pid, command)
         write_json(servers.STATE / "prefect.json", asdict(record))
-        for ask in (servers.prefect_settings, servers.up):
-            with pytest.raises(InputError, match=rf"prefect \(process {server.pid}\) runs, and does not answer"):
-                ask()
-        server.kill()
+        try:
+            for ask in (servers.prefect_settings, servers.up):
+                with pytest.raises(InputError, match=rf"prefect \(process {server.pid}\) runs, and does not answer"):
+                    ask()
+        finally:
+            server.kill()
 
 
 UP = [sys.executable, "-m", "flows.servers", "up"]

@@ -161,7 +161,10 @@ def test_the_served_champion_says_what_the_local_detector_says(champion, server)
     # More than a batch at once; and alone, from eight clients, whose rows are judged together.
     for served, detection, size in zip(server.ask(rows), local, sizes, strict=True):
         same(served, detection, size)
-        assert set(served) == {"score", "is_anomalous", "regions", "explanation", "nearest"}
+        assert set(served) == {
+            *("score", "is_anomalous", "verdict", "product", "p_value"),
+            *("regions", "explanation", "nearest"),
+        }
     with ThreadPoolExecutor(8) as clients:
         alone = clients.map(lambda row: server.ask([row])[0], rows)
         for served, detection, size in zip(alone, local, sizes, strict=True):
@@ -215,7 +218,7 @@ def bad_requests(good: bytes) -> dict[str, tuple[list[dict[str, Any]], dict[str,
         "a path to nothing": ([{"path": "missing.png"}], {}, "not a file that can be read"),
         "a folder": ([{"path": "line 1"}], {}, "not a file that can be read"),
         "a path with a zero byte": ([{"path": "a\0.png"}], {}, "leaves the folder"),
-        "a path too long": ([{"path": "a" * 5000}], {}, "not a file that can be read"),
+        "a path too long": ([{"path": "a" * 5000}], {}, "the folder that is served"),
     }
 
 
@@ -298,7 +301,8 @@ def test_the_card_travels_with_the_model_and_stands_in_the_registry(champion):
     )
     assert done.returncode == 0, done.stderr
     description, card = json.loads(done.stdout.splitlines()[-1])
-    assert description == card.partition("\n\n")[2] and len(description) <= 5000
+    # MLflow takes 5,000 characters: a longer card stands there without its table of classes.
+    assert len(description) <= 5000 and card.partition("\n\n")[2].startswith(description.partition("\n## ")[0])
     card = card.replace("&ensp;", "")
     content = json.loads((champion.path / "reports/evaluation/report.json").read_text())
     frame = manifest.read(champion.path / "data/manifest.parquet")
