@@ -20,7 +20,7 @@ from tests.browser import CHROMIUM, PATIENCE, chromium, inspector, open_page
 from tests.tiny import SIZE, save_tiny_detector
 from vlmdiff import stages
 from vlmdiff.core import workspace as w
-from vlmdiff.core.files import sha256
+from vlmdiff.core.files import seal, sha256
 from vlmdiff.core.params import load
 from vlmdiff.data import manifest
 from vlmdiff.production.inspector import Inspector
@@ -51,8 +51,9 @@ def filled(tmp_path_factory) -> Path:
     save_tiny_detector(path / "detector")
     # Lower, so that every photograph is an alarm.
     settings = json.loads((path / "detector/detector.json").read_text())
-    settings["calibration"]["threshold"] /= 4
+    settings["calibration"]["threshold"] -= 4
     (path / "detector/detector.json").write_text(json.dumps(settings))
+    seal(path / "detector")
     (path / "params.yaml").write_text(
         yaml.safe_dump({"prepare": {"layout": "folder"}, "validate": {"masks": "optional"}})
     )

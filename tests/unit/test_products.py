@@ -100,8 +100,8 @@ def test_a_defect_of_a_quiet_product_is_found_beside_a_noisy_one():
 
 def test_a_product_with_enough_images_has_a_threshold_of_its_own():
     rng = np.random.default_rng(0)
-    known, of = np.concatenate([values(40, *QUIET, rng), values(39, *NOISY, rng)]), ["quiet"] * 40 + ["noisy"] * 39
-    calibration, _ = replace(UNTAUGHT, images=79).learn(known, of)
+    known, of = np.concatenate([values(200, *QUIET, rng), values(199, *NOISY, rng)]), ["quiet"] * 200 + ["noisy"] * 199
+    calibration, _ = replace(UNTAUGHT, images=399).learn(known, of)
     assert calibration.products["quiet"].threshold is not None and calibration.products["noisy"].threshold is None
     assert calibration.limit("noisy") == calibration.threshold
 

@@ -41,6 +41,8 @@ class Usual:
 SMALLEST = 1e-6
 # Standard deviations from the median beyond which an image is odd.
 ODD = 2.5
+# Of its images, how many a product must have above its own threshold.
+OWN = 10
 # Degrees of freedom of what is assumed of products that are all alike.
 MOST = 20.0
 
@@ -183,8 +185,8 @@ class Calibration:
         """
         products, normal = standardise(values, classes)
         threshold = conformal_threshold(normal, self.false_alarm_rate)
-        # With fewer images, a product's own threshold would be its most unusual image.
-        enough = math.ceil(round(2 / self.false_alarm_rate, 9))
+        # Of fewer images, a product's own threshold would depend on a few odd ones.
+        enough = math.ceil(round(OWN / self.false_alarm_rate, 9))
         for name, scale in products.items():
             if len(products) > 1 and scale.images >= enough:
                 own = conformal_threshold(normal[np.array(classes) == name], self.false_alarm_rate)

@@ -32,6 +32,8 @@ from vlmdiff.detection.detector import Detection, Detector, batches
 # In the server's environment: the folder of photographs that it may read, and the most rows of a request.
 IMAGE_ROOT, MAX_ROWS = "VLMDIFF_IMAGE_ROOT", "VLMDIFF_MAX_ROWS"
 ROWS = 256
+# Characters of a path that an error repeats.
+SHOWN = 200
 BATCH = 32
 # The signature's parameters and their defaults.
 DEFAULTS: dict[str, Any] = {"heatmap": False, "threshold": 0.5}
@@ -178,14 +180,15 @@ class Inspector(mlflow.pyfunc.PythonModel):
             raise InputError(f"{name}: this server does not read files, its {IMAGE_ROOT} is not set: send an `image`")
         if not isinstance(path, str):
             raise InputError(f"{name} must be text, not {type(path).__name__}")
+        shown = path if len(path) <= SHOWN else f"{path[:SHOWN]}…"
         try:
             file = resolve(self.root, path)
         except (InputError, OSError, RuntimeError):  # also a name that is too long, and links in a circle
-            raise InputError(f"{name} {path!r} leaves the folder that is served: give a path inside it") from None
+            raise InputError(f"{name} {shown!r} leaves the folder that is served: give a path inside it") from None
         try:
             return open_regular(file)
         except (InputError, OSError):
-            raise InputError(f"{name} {path!r} is not a file that can be read in the folder that is served") from None
+            raise InputError(f"{name} {shown!r} is not a file that can be read in the folder that is served") from None
 
 
 def in_sentences(answer: Callable[..., Any]) -> Callable[..., Any]:
