@@ -51,7 +51,7 @@ def filled(tmp_path_factory) -> Path:
     save_tiny_detector(path / "detector")
     # Lower, so that every photograph is an alarm.
     settings = json.loads((path / "detector/detector.json").read_text())
-    settings["calibration"]["threshold"] -= 4
+    settings["calibration"]["threshold"] -= 50
     (path / "detector/detector.json").write_text(json.dumps(settings))
     seal(path / "detector")
     (path / "params.yaml").write_text(
