@@ -325,7 +325,7 @@ def exclude(
     files = [(resolve(data.image_root, image), image) for image in images]
     for file, image in files:
         if not file.is_file():
-            raise InputError(f"{image} is no image of {data.image_root}: give its path in there")
+            raise InputError(f"{image} is not an image in {data.image_root}. Give its path relative to that folder")
     decide([(sha256(file), image) for file, image in files], not back, reason, _person(by), data.root)
     print(f"exclude: {len(files)} images {'taken in again' if back else 'left out'}; log: {data.root / FILE}")
 

@@ -379,6 +379,6 @@ def shrink(mask: np.ndarray, size: int) -> tuple[np.ndarray, int]:
     places = labels[y, x].astype(np.int64) * size**2 + row[y] * size + column[x]
     pairs, times = np.unique(places, return_counts=True)
     regions, pixels = np.divmod(pairs[np.argsort(times, kind="stable")], size**2)
-    # Of each region the last one, of which it covers most.
+    # For each region, the last pixel: the one that it covers most.
     kept.flat[list(dict(zip(regions.tolist(), pixels.tolist(), strict=True)).values())] = True
     return kept, len(small)

@@ -12,7 +12,7 @@ from vlmdiff.core.files import atomic_path
 
 
 def read(file: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of a log, without a last line that a kill cut off; an empty list where there is no file.
+    """Return the rows of a log. A last line that was cut off is ignored. Without a file, the list is empty.
 
     keys: those of a row, besides `by` and `when`. Raises InputError for any other damage.
     """
