@@ -53,7 +53,7 @@ def hold(file: Path, what: str, limit: float = 0.0, by: str | None = None) -> Ge
         raise InputError(f"{_who(holder, file)} holds {what}{waited}: wait for it or end it, then try again") from None
     except OSError as error:
         raise InputError(
-            f"{what} cannot be locked: {error.filename or file}: {error.strerror}. Remove or rename that file or folder, or "
+            f"{what} cannot be locked: {error.filename or file}: {error.strerror}. Remove or rename it, or "
             "make its folder writable"
         ) from error
     try:
