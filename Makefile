@@ -29,7 +29,7 @@ demo: $(INSTALLED) ## Train, register and judge a model: the flow `retrain` on p
 test: $(INSTALLED) ## Run the tests
 	@pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-services: $(INSTALLED) ## Run the tests that start and kill servers and workers (twenty minutes)
+services: $(INSTALLED) ## Run the tests that start and kill servers, workers and training (half an hour)
 	@pytest -m services
 
 fuzz: $(INSTALLED) ## Try a million mutated images, models, tables, captions and requests (a quarter of an hour)

@@ -30,8 +30,9 @@ from vlmdiff.core.params import load
 from vlmdiff.data import manifest
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, image_scores, smooth
-from vlmdiff.detection.detector import KINDS, Detector
+from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.retrieval import unit_length
+from vlmdiff.detection.settings import KINDS
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.metrics import METRICS, evaluate_classes
 from vlmdiff.model.feature_space import FeatureSpace

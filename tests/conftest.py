@@ -237,6 +237,16 @@ def any_precision() -> Iterator[None]:
         AcceleratorState._reset_state()
 
 
+@pytest.fixture
+def page(browser) -> Iterator[Any]:
+    """A new page of the module's browser."""
+    from tests.browser import open_page
+
+    page = open_page(browser)
+    yield page
+    page.close()
+
+
 @pytest.fixture(scope="session")
 def prefect_api() -> Iterator[str]:
     """The address of a Prefect API: for flows in the tests' process and, as PREFECT_API_URL, in others."""

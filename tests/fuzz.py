@@ -42,8 +42,9 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import decode, mask_values, read_image
 from vlmdiff.data.layouts import LAYOUTS
 from vlmdiff.data.sources import find_photographs
-from vlmdiff.detection.detector import Detector, Settings
+from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.retrieval import PatchBank
+from vlmdiff.detection.settings import Settings
 from vlmdiff.evaluation.metrics import PER_CLASS, Results
 from vlmdiff.evaluation.verdict import Verdict
 from vlmdiff.model.pipeline import Index

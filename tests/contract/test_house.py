@@ -226,6 +226,13 @@ def test_help_answers_without_the_heavy_imports() -> None:
     assert heavy.isdisjoint(modules.split())
 
 
+@pytest.mark.parametrize("module", ["registry.promotion", "evaluation.report", "production.queue"])
+def test_verdicts_reports_and_the_queue_load_no_networks(module) -> None:
+    code = f"import sys, vlmdiff.{module}; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert {"torch", "diffusers", "transformers"}.isdisjoint(modules.split())
+
+
 def test_every_import_is_declared_as_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=\[]", item)[0].replace("-", "_").lower() for item in project["dependencies"]}

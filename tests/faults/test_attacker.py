@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
-from tests.browser import CHROMIUM, PATIENCE, chromium, inspector, open_page
+from tests.browser import CHROMIUM, PATIENCE, chromium, inspector
 from tests.services import NAMES, Services, services
 
 pytestmark = pytest.mark.services
@@ -33,9 +33,9 @@ PATHS = {
     "prefect": ("/", "/ui-settings", "/docs", "/api/health", "/api/admin/settings", "/api/flow_runs/filter"),
     "mlflow": ("/", "/health", "/version", "/graphql", "/ajax-api/2.0/mlflow/experiments/search"),
     "reports": ("/", "/secret.html"),
-    "inspector": ("/", "/_stcore/health", "/_stcore/host-config", "/_stcore/upload_file/1/2", "/media/x.png"),
+    "inspector": ("/", "/about", "/queue", "/answers", "/picture/scores/x/photograph", "/answer", "/undo", "/judge"),
 }
-SOCKETS = {"prefect": "/api/events/in", "mlflow": "/api/events/in", "reports": "/", "inspector": "/_stcore/stream"}
+SOCKETS = {"prefect": "/api/events/in", "mlflow": "/api/events/in", "reports": "/", "inspector": "/queue"}
 COMMAND = {"job_variables": {"command": "touch EXECUTED"}}
 
 
@@ -197,7 +197,8 @@ ATTACK = """
 const ports = PORTS, found = [];
 const say = (what, went) => { if (went) found.push(what) };
 async function attack(port) {
-  for (const path of ['/', '/api/health', '/api/flow_runs/filter', '/ajax-api/2.0/mlflow/registered-models/create']) {
+  for (const path of ['/', '/api/health', '/api/flow_runs/filter', '/ajax-api/2.0/mlflow/registered-models/create',
+      '/queue', '/answer']) {
     const url = `http://127.0.0.1:${port}${path}`;
     for (const options of [{}, {mode: 'no-cors'}, {method: 'POST', body: '{"name": "evil"}', mode: 'no-cors'},
         {method: 'POST', body: '{"name": "evil"}', headers: {'Content-Type': 'application/json'}},
@@ -209,9 +210,9 @@ async function attack(port) {
       document.body.append(element);
     }
   }
-  for (const path of ['/api/events/in', '/_stcore/stream'])
+  for (const path of ['/api/events/in', '/queue'])
     await new Promise(done => {
-      const socket = new WebSocket(`ws://127.0.0.1:${port}${path}`, ['prefect', 'streamlit']);
+      const socket = new WebSocket(`ws://127.0.0.1:${port}${path}`, ['prefect']);
       socket.onopen = () => { say([port, path], true); done() };
       socket.onerror = done;
     });
@@ -251,13 +252,6 @@ def browser():
     expect.set_options(timeout=PATIENCE)
     with chromium("--host-resolver-rules=MAP evil.example 127.0.0.1") as browser:
         yield browser
-
-
-@pytest.fixture
-def page(browser) -> Iterator[Page]:
-    page = open_page(browser)
-    yield page
-    page.close()
 
 
 def test_a_browser_on_a_page_of_another_site_gets_nothing(up, page):

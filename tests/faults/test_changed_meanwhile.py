@@ -67,6 +67,7 @@ def test_a_model_is_not_registered_with_parameters_that_it_did_not_have(workspac
     assert not (workspace.path / "mlflow.db").exists()
 
 
+@pytest.mark.services
 def test_parameters_that_change_during_a_run_stop_it_before_the_next_stage(new_workspace, prefect_api) -> None:
     change = f"{sys.executable} -c \"open('params.yaml', 'a').write('monitor: {{last: 7}}'); open('one', 'w')\""
     second = f"{sys.executable} -c \"open('two', 'w')\""

@@ -137,7 +137,17 @@ WITHOUT_WHITE = {"validating"}
 LISTED = {"preparing"}
 
 
-@pytest.mark.parametrize("entrance", [entrance.__name__ for entrance in ENTRANCES])
+# Those that read photographs as others do, after a minute's work of their own.
+SLOW = {"validating", "monitoring", "reporting"}
+
+
+@pytest.mark.parametrize(
+    "entrance",
+    [
+        pytest.param(name, marks=pytest.mark.services if name in SLOW else ())
+        for name in (entrance.__name__ for entrance in ENTRANCES)
+    ],
+)
 def test_an_entrance_names_what_it_refuses_and_goes_on(entrance, hostile, model, tmp_path):
     """Within seconds and little memory, and Ghostscript leaves no trace."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/EXECUTED\n")

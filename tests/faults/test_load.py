@@ -108,6 +108,7 @@ def score_and_kill(place: Path, count: int, kills: int) -> list[float]:
     return memory
 
 
+@pytest.mark.services
 def test_of_photographs_that_are_scored_and_killed_again_and_again_each_has_one_row(tmp_path):
     score_and_kill(tmp_path, 1200, kills=2)
     assert_each_once(tmp_path, 1200)

@@ -198,6 +198,7 @@ IMPATIENT = "from flows import retrain, servers; servers.PATIENCE, servers.SILEN
 FLOW = [sys.executable, "-c", IMPATIENT]
 
 
+@pytest.mark.services
 def test_a_prefect_server_that_is_stopped_is_waited_for_and_not_for_ever(new_workspace) -> None:
     folder = new_workspace(GRAPH).path
 

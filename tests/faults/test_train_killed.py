@@ -90,6 +90,7 @@ def assert_same_curve(curve, other) -> None:
         assert [row[key] for row in curve] == pytest.approx([row[key] for row in other], abs=1e-4)
 
 
+@pytest.mark.services
 def test_two_processes_train_as_one_does_and_go_on_after_a_kill_in_the_middle_of_an_epoch(workspace):
     # An epoch is 61 images, or more than seven steps: a checkpoint every three lies in the middle of one.
     # In bf16 the sum of two processes' gradients rounds another way than one process's.
@@ -113,6 +114,7 @@ def test_two_processes_train_as_one_does_and_go_on_after_a_kill_in_the_middle_of
     assert not any((workspace.path / ".cache/train").iterdir())
 
 
+@pytest.mark.services
 def test_two_processes_train_an_autoencoder_against_a_discriminator_as_one_does(workspace):
     # The weight of the discriminator is a ratio of gradients over the whole batch, not over a process's share.
     adversary = {"start": 2, "channels": 8, "layers": 2}

@@ -226,6 +226,7 @@ def test_a_champion_is_judged_again_where_the_test_has_changed(workspace):
     assert registry(workspace)["champion"] == again
 
 
+@pytest.mark.services
 @pytest.mark.usefixtures("empty_store")
 def test_of_two_promotions_at_once_the_better_model_wins(workspace):
     versions = []
@@ -242,6 +243,7 @@ def test_of_two_promotions_at_once_the_better_model_wins(workspace):
     assert registry(workspace)["champion"] == versions[1]
 
 
+@pytest.mark.services
 def test_three_that_open_a_fresh_store_at_once_leave_one_version(workspace):
     running = [
         subprocess.Popen(["vlmdiff", "register"], cwd=workspace.path, stdout=subprocess.DEVNULL) for _ in range(3)

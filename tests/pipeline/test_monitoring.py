@@ -15,7 +15,7 @@ from tests.monitoring import CLASSES, photographs, write_model, write_scores
 from vlmdiff.data import manifest
 from vlmdiff.data.images import load_rgb
 from vlmdiff.data.statistics import image_statistics
-from vlmdiff.detection.detector import Settings
+from vlmdiff.detection.settings import Settings
 
 
 def events(api: str, **question: dict) -> list[dict]:

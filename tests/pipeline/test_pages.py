@@ -14,7 +14,7 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.browser import CHROMIUM, PATIENCE, chromium, inspector, open_page
+from tests.browser import CHROMIUM, PATIENCE, chromium, inspector
 from tests.services import Services, services
 from vlmdiff.evaluation.metrics import METRICS
 
@@ -53,13 +53,6 @@ def browser(ran) -> Iterator[Browser]:
     expect.set_options(timeout=PATIENCE)
     with chromium() as browser:
         yield browser
-
-
-@pytest.fixture
-def page(browser) -> Iterator[Page]:
-    page = open_page(browser)
-    yield page
-    page.close()
 
 
 @pytest.fixture

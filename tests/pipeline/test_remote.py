@@ -123,6 +123,7 @@ def test_a_dvc_that_fails_is_an_error_and_not_an_empty_answer(here):
             ask()
 
 
+@pytest.mark.services
 def test_a_clone_reproduces_the_champions_lock_from_the_remote_alone_and_runs_no_stage(
     workspace, prefect_api, tmp_path
 ):

@@ -23,7 +23,7 @@ print(*model.predict(pd.DataFrame({"image": data}))["score"])
 def test_the_requirements_are_what_the_served_code_imports_at_the_installed_versions():
     names = {line.partition("==")[0].lower() for line in requirements()}
     assert {"mlflow", "torch", "diffusers", "transformers", "accelerate", "psutil", "pydantic"} <= names
-    assert not names & {"prefect", "dvc", "great-expectations", "streamlit", "typer", "vlmdiff"}
+    assert not names & {"prefect", "dvc", "great-expectations", "typer", "vlmdiff"}
     assert all("==" in line and "+" not in line for line in requirements())
 
 

@@ -8,7 +8,8 @@ from tests.tiny import SIZE, tiny_detector, tiny_pipeline
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import AutoencoderFeatures, Detection, Latents
 from vlmdiff.detection.calibration import conformal_threshold
-from vlmdiff.detection.detector import Detector, find_regions
+from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.explain import find_regions
 from vlmdiff.detection.features import spaces
 
 

@@ -10,7 +10,8 @@ from tests.backbones import GIVEN
 from tests.tiny import named, tiny_pipeline
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Detection, FirstStage, Latents, Retrieval, Train
-from vlmdiff.detection.detector import Detector, fuse
+from vlmdiff.detection.anomaly_map import fuse
+from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.retrieval import COMPONENTS, NEIGHBOURS, PatchBank, unit_length
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.first_stage import train_first_stage

@@ -47,6 +47,16 @@ def smooth(maps: np.ndarray, sigma: float) -> np.ndarray:
     return ndimage.gaussian_filter(maps, sigma, axes=(-2, -1)) if sigma > 0 else maps
 
 
+def fuse(evidence: np.ndarray, weight: float) -> np.ndarray:
+    """Return anomaly maps (B, S, S) of evidence (B, E, S, S); `weight` is the share of the second kind."""
+    return evidence[:, 0] if evidence.shape[1] == 1 else (1 - weight) * evidence[:, 0] + weight * evidence[:, 1]
+
+
+def normalised(values: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """Return values (B, S, S) from 0 on as float32 in [0, 1): the thresholds (B, 1, 1) become 0.5."""
+    return (values / (values + threshold)).astype(np.float32)
+
+
 def image_scores(
     maps: np.ndarray, kind: Literal["max", "top_percent", "pooled_max"] = "max", top_share: float = 0.01
 ) -> np.ndarray:

@@ -8,7 +8,8 @@ from PIL import Image
 
 from vlmdiff.captions.describe import working_size
 from vlmdiff.data.images import fit
-from vlmdiff.detection.detector import Detection, Detector
+from vlmdiff.detection.detection import Detection
+from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.heatmap import heatmap
 
 HEATMAP_SIDE = 1024

@@ -2,173 +2,33 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice, repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import model_validator
 
 from vlmdiff.core.device import pick_device
 from vlmdiff.core.errors import InputError, ModelError, explained
-from vlmdiff.core.files import read_json, seal, write_json
-from vlmdiff.core.params import BackboneFeatures, Latents, Section
+from vlmdiff.core.files import seal, write_json
+from vlmdiff.core.params import BackboneFeatures, Latents
 from vlmdiff.core.params import Detection as DetectionParams
-from vlmdiff.data.images import fit, to_rgb
-from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, image_scores, smooth
+from vlmdiff.data.images import fit
+from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, fuse, image_scores, normalised, smooth
 from vlmdiff.detection.calibration import Calibration, Usual
-from vlmdiff.detection.explain import Region, explain, find_regions, scaled
+from vlmdiff.detection.detection import Detection, Photograph
 from vlmdiff.detection.features import spaces
 from vlmdiff.detection.normals import Normal, Normals
 from vlmdiff.detection.products import appearance
 from vlmdiff.detection.retrieval import PatchBank, unit_length
+from vlmdiff.detection.settings import SETTINGS, Settings
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
 
-SETTINGS = "detector.json"
 BANK, NORMALS = "bank.safetensors", "normals.safetensors"
-# The part of the map's maximum from which an alarm marks places, if none is above the threshold.
-PEAK = 0.95
-# The kinds of evidence, in order.
-KINDS = "reconstruction", "retrieval"
-Photograph = np.ndarray | Image.Image
-
-
-class Settings(Section):
-    """The content of detector.json."""
-
-    detection: DetectionParams
-    calibration: Calibration
-    class_captions: dict[str, str] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _earlier_releases(cls, facts: Any) -> Any:
-        if isinstance(facts, dict) and isinstance(calibration := facts.get("calibration"), dict):
-            return facts | {"calibration": Calibration.one_threshold(calibration)}
-        return facts
-
-    @model_validator(mode="after")
-    def _each_kind_of_features_has_its_scale(self):
-        if len(self.calibration.scales) != len(self.detection.features):
-            raise ValueError("calibration.scales needs one value for each of detection.features")
-        return self
-
-    @model_validator(mode="after")
-    def _retrieval_is_calibrated(self):
-        asked, learned = self.detection.retrieval is not None, self.calibration.retrieval is not None
-        if asked != learned or len(self.calibration.tails or ()) != (len(KINDS) if asked else 0):
-            raise ValueError("calibration has `retrieval` and two `tails` if detection.retrieval is set, else neither")
-        return self
-
-    @model_validator(mode="after")
-    def _each_product_has_its_statistics(self):
-        detection = self.detection
-        parts = len(detection.features) + (detection.retrieval is not None)
-        several = parts + (1 if detection.score_smoothing in (None, detection.smoothing) else 2)
-        lengths = {len(row) for one in self.calibration.products.values() for row in (one.levels, one.spreads)}
-        # Detectors of earlier releases, and those with one kind of evidence, judge by the map alone.
-        if not self.calibration.products or lengths not in ({1}, {several}):
-            raise ValueError("calibration.products needs a level and a spread of each statistic of each product")
-        return self
-
-    @classmethod
-    def read(cls, folder: Path) -> "Settings":
-        """Read a detector's settings. Raises InputError if the folder has none, or a value is out of range."""
-        if not (file := folder / SETTINGS).is_file():
-            raise InputError(
-                f"{folder} is not a detector's folder, it has no {SETTINGS}: name one that `vlmdiff evaluate` wrote"
-            )
-        return read_json(file, cls)
-
-
-@dataclass(frozen=True)
-class Detection:
-    """What a detector says of one photograph. Score, map and peaks are in [0, 1]; the threshold is 0.5.
-
-    product: the recognised or given one; None if the photograph shows none that is known, which counts as anomalous,
-    since nothing says that it is normal. p_value: the share of `normal_images` held-out normal images, with this one,
-    that are as unusual; None for a detector that does not know. review: half the width of the band of scores around the
-    threshold whose verdict is `review`.
-
-    anomaly_map: float32 (S, S); reconstruction: uint8 (S, S, 3), the photograph as if it were normal. S is the model's
-    resolution, to which the photograph is resized. evidence: (E, S, S), what the map is made of, see
-    `Detector.evidence`; None for a detector that has one kind only. photograph: as it was given; size: its own width
-    and height. nearest: the most similar normal training image, None for a detector that remembers none.
-    """
-
-    score: float
-    is_anomalous: bool
-    anomaly_map: np.ndarray
-    regions: list[Region]
-    reconstruction: np.ndarray
-    evidence: np.ndarray | None = None
-    product: str | None = None
-    p_value: float | None = None
-    normal_images: int | None = None
-    review: float = 0.0
-    threshold: float = 0.5
-    photograph: Photograph | None = field(default=None, repr=False)
-    size: tuple[int, int] | None = None
-    nearest: Normal | None = None
-    normals: Normals | None = field(default=None, repr=False)
-
-    @cached_property
-    def explanation(self) -> str:
-        """The verdict, the regions in the photograph's own pixels, and what is different from normal images, in words.
-
-        An alarm takes some milliseconds more where the dataset's captions are descriptions: the photograph is described
-        too.
-        """
-        size = self.size or self.anomaly_map.shape[::-1]
-        words = None
-        if self.is_anomalous and self.normals and self.nearest and self.photograph is not None:
-            words = self.normals.words(to_rgb(self.photograph), self.nearest.class_name)
-        path, count = self.nearest.path if self.nearest else None, self.normal_images
-        regions, product = self.scaled_regions(*size), self.product or None
-        return explain(self.verdict, self.score, regions, size, words, path, product, self.p_value, count)
-
-    @property
-    def verdict(self) -> str:
-        """`normal`, `anomalous`, `review` or `unknown product`."""
-        if self.product is None:
-            return "unknown product"
-        if self.review and abs(self.score - self.threshold) <= self.review:
-            return "review"
-        return "anomalous" if self.is_anomalous else "normal"
-
-    @property
-    def marked(self) -> np.ndarray:
-        """The places that the verdict marks, bool (S, S): none of a normal image, and at least one of an alarm."""
-        if not self.is_anomalous:
-            return np.zeros(self.anomaly_map.shape, bool)
-        return self.anomaly_map > self._level
-
-    @property
-    def _level(self) -> float:
-        # An image may be unusual by one kind of evidence where the map, which has all of them, is below its threshold.
-        return min(self.threshold, PEAK * float(self.anomaly_map.max()))
-
-    def at(self, threshold: float) -> "Detection":
-        """Return the same photograph judged at another threshold: is_anomalous and the regions follow it.
-
-        Raises InputError if the threshold is not from 0 to 1.
-        """
-        if not 0 <= threshold <= 1:
-            raise InputError(f"the threshold is {threshold}: give a number from 0 to 1")
-        is_anomalous = self.product is None or self.score > threshold
-        found = replace(self, is_anomalous=is_anomalous, threshold=threshold)
-        # Where the score is not the map's maximum, a normal image's map may exceed the threshold.
-        return replace(found, regions=find_regions(self.anomaly_map, found._level) if is_anomalous else [])
-
-    def scaled_regions(self, width: int, height: int) -> list[Region]:
-        """Return the regions in the photograph's own pixels, `width` x `height`."""
-        return scaled(self.regions, self.anomaly_map.shape, (width, height))
 
 
 class Detector:
@@ -654,16 +514,6 @@ class _Compared:
     shown: np.ndarray
     images: list[Photograph]
     features: torch.Tensor
-
-
-def fuse(evidence: np.ndarray, weight: float) -> np.ndarray:
-    """Return anomaly maps (B, S, S) of evidence (B, E, S, S); `weight` is the share of the second kind."""
-    return evidence[:, 0] if evidence.shape[1] == 1 else (1 - weight) * evidence[:, 0] + weight * evidence[:, 1]
-
-
-def normalised(values: np.ndarray, threshold: np.ndarray) -> np.ndarray:
-    """Return values (B, S, S) from 0 on as float32 in [0, 1): the thresholds (B, 1, 1) become 0.5."""
-    return (values / (values + threshold)).astype(np.float32)
 
 
 def _names(names: Iterable[str] | None) -> Iterator[str]:

@@ -16,6 +16,8 @@ NEIGHBOURS = 10
 COMPONENTS = 256
 # Patches compared with the bank at once, so that memory stays the same for any number of images.
 AT_ONCE = 1024
+# Similarities of which only the largest is looked at first.
+BLOCK = 64
 
 
 class PatchBank:
@@ -113,12 +115,29 @@ def _nearest(
     # bfloat16 finds them several times as fast as float32, but rounds similarities to three digits.
     rough = queries.bfloat16() @ patches.T
     if left_out is not None:
-        rough = rough.masked_fill(left_out, -2)
-    index = rough.topk(min(NEIGHBOURS, len(patches)), dim=1).indices
+        rough.masked_fill_(left_out, -2)
+    index = largest(rough, min(NEIGHBOURS, len(patches)))
     exact = torch.einsum("qd,qkd->qk", queries.float(), patches[index].float())
     if left_out is not None:
         exact = exact.masked_fill(left_out.expand(len(queries), -1).gather(1, index), -1)
     return exact, index
+
+
+def largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the indices (Q, count) of the largest of values (Q, M) in each row, as `torch.topk`, but faster.
+
+    The `count` largest lie in the `count` blocks with the largest maxima, so only these blocks are sorted.
+    """
+    blocks = values.shape[1] // BLOCK
+    if blocks <= count:
+        return values.topk(count, dim=1).indices
+    # A block is every `blocks`-th column, because maxima of whole rows of memory are fast. Some columns are in none.
+    even, rest = blocks * BLOCK, torch.arange(blocks * BLOCK, values.shape[1], device=values.device)
+    maxima = values[:, :even].unflatten(1, (BLOCK, blocks)).amax(dim=1)
+    starts = maxima.topk(count, dim=1).indices
+    columns = (starts[:, :, None] + blocks * torch.arange(BLOCK, device=values.device)).flatten(1)
+    columns = torch.cat([columns, rest.expand(len(values), -1)], dim=1)
+    return columns.gather(1, values.gather(1, columns).topk(count, dim=1).indices)
 
 
 def unit_length(features: torch.Tensor, channels: Iterable[int]) -> torch.Tensor:

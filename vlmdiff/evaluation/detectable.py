@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage
-from sklearn.linear_model import LogisticRegression
 
 from vlmdiff.data.synthesised import LENGTH, mark
-from vlmdiff.detection.detector import Detector, fuse, normalised
+
+# The report reads what was found, and loads no networks for it.
+if TYPE_CHECKING:
+    from vlmdiff.detection.detector import Detector
 
 # The width of a defect as a share of the image's side.
 WIDTHS = {
@@ -40,7 +42,7 @@ class Detectable:
 
 
 def measure(
-    detector: Detector,
+    detector: "Detector",
     normal: Sequence[np.ndarray],
     classes: Sequence[str],
     captions: Sequence[str] | None,
@@ -55,6 +57,8 @@ def measure(
     all defects together. Retrieval judges each image without its own patches, which must be the first in the bank. The
     detector is calibrated on these classes.
     """
+    from vlmdiff.detection.anomaly_map import fuse, normalised
+
     rng, size = np.random.default_rng(seed), detector.pipeline.config.image_size
     rows = _spread(classes, images, rng)
     specs = [(kind, contrast, i) for kind in WIDTHS for contrast in CONTRASTS for i in range(len(WIDTHS[kind]))]
@@ -98,6 +102,8 @@ def _spread(classes: Sequence[str], images: int, rng: np.random.Generator) -> li
 def _fit(
     facts: Sequence[tuple[str, str, str, float]], found: Sequence[bool], names: list[str], size: int
 ) -> list[Detectable]:
+    from sklearn.linear_model import LogisticRegression
+
     def columns(name: str, kind: str, contrast: str, across: float) -> list[float]:
         width = np.log(across / size)
         return [

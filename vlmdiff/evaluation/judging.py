@@ -23,7 +23,9 @@ from vlmdiff.core.params import Decision, Evaluate, Prepare
 from vlmdiff.data.images import check_bytes, load_mask, load_rgb, resolve
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.calibration import f1_optimal
-from vlmdiff.detection.detector import KINDS, Detection, Detector
+from vlmdiff.detection.detection import Detection
+from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.settings import KINDS
 from vlmdiff.evaluation.bootstrap import Resampled, Statistics
 from vlmdiff.evaluation.decision import Decisions, regions_found, summarise, values_of
 from vlmdiff.evaluation.evidence import CONTENT, JUDGED, RESULTS, SAMPLES, SCORES

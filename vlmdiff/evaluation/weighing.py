@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from vlmdiff.data.synthesised import synthesise
-from vlmdiff.detection.detector import Detector, fuse
+from vlmdiff.detection.anomaly_map import fuse
+from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.metrics import evaluate_classes
 
 WEIGHTS = np.linspace(0, 1, 11).round(1).tolist()

@@ -36,7 +36,8 @@ from vlmdiff.production.queue import Queue, Wanted
 
 if TYPE_CHECKING:
     from vlmdiff.detection.decoded import Decoded
-    from vlmdiff.detection.detector import Detection, Detector
+    from vlmdiff.detection.detection import Detection
+    from vlmdiff.detection.detector import Detector
 
 PAGE = Path(__file__).with_name("page")
 FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}

@@ -24,7 +24,7 @@ from vlmdiff.core.files import atomic_path, check_out, write_json
 from vlmdiff.core.params import Monitor, Params
 from vlmdiff.core.text import plain
 from vlmdiff.detection.calibration import Calibration
-from vlmdiff.detection.detector import Settings
+from vlmdiff.detection.settings import Settings
 from vlmdiff.evaluation import pages
 from vlmdiff.evaluation.decision import clopper_pearson
 from vlmdiff.evaluation.judging import REFERENCE

@@ -32,7 +32,8 @@ from vlmdiff.data.images import check_bytes, opened
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
 from vlmdiff.detection.decoded import Decoded
-from vlmdiff.detection.detector import SETTINGS, Detector, batches
+from vlmdiff.detection.detector import Detector, batches
+from vlmdiff.detection.settings import SETTINGS
 from vlmdiff.production.pictures import PICTURE_SCHEMA, PICTURES, pictures_of
 
 BATCH = 32

@@ -15,7 +15,7 @@ from vlmdiff.core.text import markdown
 from vlmdiff.data import manifest
 from vlmdiff.data.images import FORMATS
 from vlmdiff.detection.decoded import HEATMAP_SIDE
-from vlmdiff.detection.detector import SETTINGS
+from vlmdiff.detection.settings import SETTINGS
 from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, PER_SIZE, POOLED
 from vlmdiff.evaluation.detectable import said
 from vlmdiff.evaluation.evidence import Evidence

@@ -27,7 +27,8 @@ from vlmdiff.core.errors import InputError, ModelError
 from vlmdiff.core.files import open_regular, verify
 from vlmdiff.data.images import opened, resolve
 from vlmdiff.detection.decoded import Decoded
-from vlmdiff.detection.detector import Detection, Detector, batches
+from vlmdiff.detection.detection import Detection
+from vlmdiff.detection.detector import Detector, batches
 
 # In the server's environment: the folder of photographs that it may read, and the most rows of a request.
 IMAGE_ROOT, MAX_ROWS = "VLMDIFF_IMAGE_ROOT", "VLMDIFF_MAX_ROWS"
