@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import NearestNeighbors
 
@@ -12,7 +14,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Detection, FirstStage, Latents, Retrieval, Train
 from vlmdiff.detection.anomaly_map import fuse
 from vlmdiff.detection.detector import Detector
-from vlmdiff.detection.retrieval import COMPONENTS, NEIGHBOURS, PatchBank, unit_length
+from vlmdiff.detection.retrieval import COMPONENTS, NEIGHBOURS, PatchBank, largest, unit_length
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.first_stage import train_first_stage
 
@@ -45,6 +47,17 @@ def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there():
     off = np.abs(bank(test).flatten().numpy() - expected)
     # Which ten are nearest may differ by a rounding of bfloat16; how near they are does not.
     assert np.quantile(off, 0.9) < 1e-6 and off.max() < 2e-2
+
+
+@given(st.integers(1, 400), st.integers(1, 12), st.integers(0, 2**32 - 1), st.booleans())
+def test_the_largest_values_are_those_of_a_sort(columns, wanted, seed, ties):
+    x = np.random.default_rng(seed).normal(size=(3, columns)).astype(np.float32)
+    values = torch.from_numpy(x.round(0 if ties else 6))
+    wanted = min(wanted, columns)
+    index = largest(values, wanted)
+    assert all(len(set(row)) == wanted for row in index.tolist())
+    found = values.gather(1, index)
+    np.testing.assert_array_equal(found.numpy(), -np.sort(-values.numpy(), axis=1)[:, :wanted])
 
 
 def test_a_bank_has_as_many_patches_of_each_image_as_asked_for():

@@ -17,7 +17,7 @@ COMPONENTS = 256
 # Patches compared with the bank at once, so that memory stays the same for any number of images.
 AT_ONCE = 1024
 # Similarities of which only the largest is looked at first.
-BLOCK = 64
+BLOCK = 16
 
 
 class PatchBank:
