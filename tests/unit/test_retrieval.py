@@ -36,7 +36,9 @@ def test_each_layer_has_the_same_share_of_a_unit_vector():
         torch.testing.assert_close(layer.square().sum(dim=1), torch.full((3, 6, 6), 0.5))
 
 
-def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there():
+@pytest.mark.parametrize("fast", [True, False])
+def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there(monkeypatch, fast):
+    monkeypatch.setattr("vlmdiff.detection.retrieval.fast_bf16", lambda device: fast)
     normal, test = features(4), features(2, seed=1)
     bank = PatchBank.fit([normal[:3], normal[3:]], 4, size=4 * 36, expected=0.5, seed=0)
     patches, image = bank.patches.double().numpy(), np.repeat(np.arange(4), 36)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vlmdiff.core.device import fast_bf16
 from vlmdiff.core.errors import InputError
 
 # How many of the nearest patches say how far apart normal patches usually are at such a place.
@@ -112,8 +113,9 @@ def _nearest(
     queries: torch.Tensor, patches: torch.Tensor, left_out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cosine similarities (Q, k) of queries (Q, D) to the nearest of patches (M, D), and their indices."""
-    # bfloat16 finds them several times as fast as float32, but rounds similarities to three digits.
-    rough = queries.bfloat16() @ patches.T
+    # bfloat16 finds them several times as fast as float32 where the device has it, but rounds to three digits.
+    kind = torch.bfloat16 if fast_bf16(queries.device) else torch.float32
+    rough = queries.to(kind) @ patches.to(kind).T
     if left_out is not None:
         rough.masked_fill_(left_out, -2)
     index = largest(rough, min(NEIGHBOURS, len(patches)))
