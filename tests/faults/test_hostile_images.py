@@ -138,7 +138,7 @@ LISTED = {"preparing"}
 
 
 # Those that read photographs as others do, after a minute's work of their own.
-SLOW = {"validating", "monitoring", "reporting"}
+SLOW = {"validating", "monitoring", "inspecting", "reporting"}
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,7 @@ def cost(limit: float = 600.0, stage: str = "train", **sections) -> Cost:
     return measure(stage, Params.model_validate(made(**sections)), limit, seconds=0.2)
 
 
+@pytest.mark.services
 def test_a_larger_batch_takes_more_memory(here, measured):
     small, large = measured["train"], cost(train={"batch_size": 128})
     assert not small.failure and not large.failure

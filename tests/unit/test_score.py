@@ -270,6 +270,7 @@ def test_after_a_kill_nothing_in_the_dataset_is_judged_twice(many, model):
     assert not list(Path("out").glob(".part-*"))
 
 
+@pytest.mark.services
 def test_two_processes_judge_each_photograph_once_and_as_one_does(many, model):
     done = subprocess.run([*TWO, "many", "new", "--model", model, "--out", "two"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
