@@ -458,6 +458,7 @@ def requests(folder: Path) -> Try:
         names = rng.choice((["image"], ["path"], ["image", "path"], ["image", "more"], []))
         frame = pd.DataFrame({name: [rng.choice(kinds[1:]) for _ in range(rows)] for name in names})
         if len(frame) > 0 and rng.random() < 0.05:
+            frame = frame.astype(object)
             frame.loc[0, "image"] = text
         asked = rng.choice((None, {}, {"threshold": rng.choice((0.5, -1.0, 2.0, float("nan"), None)), "heatmap": True}))
         try:

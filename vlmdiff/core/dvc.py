@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vlmdiff.core import git
 from vlmdiff.core import workspace as w
@@ -27,6 +28,21 @@ LOCK = Path(".dvc/tmp/lock")
 LIMIT = 600.0
 Log = Callable[[str], None]
 Outcome = Literal["ran", "restored from the run cache", "up to date"]
+
+
+class Entry(BaseModel):
+    """A file or folder that a stage read or wrote, as dvc.lock has it."""
+
+    path: str
+    md5: str
+
+
+class LockedStage(BaseModel):
+    """A stage as dvc.lock has it: what it read and wrote, and the sections of each file of parameters."""
+
+    deps: list[Entry] = []
+    outs: list[Entry] = []
+    params: dict[str, dict[str, Any]] = {}
 
 
 class StageFailed(Exception):
@@ -195,27 +211,28 @@ def read_lock() -> dict[str, str]:
     """
     recorded: dict[str, str] = {}
     for name, stage in _locked_stages().items():
-        for entry in [*stage.get("deps", ()), *stage.get("outs", ())]:
-            if entry["path"].startswith("vlmdiff/"):
+        for entry in [*stage.deps, *stage.outs]:
+            if entry.path.startswith("vlmdiff/"):
                 continue
-            if recorded.setdefault(entry["path"], entry["md5"]) != entry["md5"]:
+            if recorded.setdefault(entry.path, entry.md5) != entry.md5:
                 raise InputError(
-                    f"{entry['path']} changed while the stages ran: {name} read another version than the stages before "
+                    f"{entry.path} changed while the stages ran: {name} read another version than the stages before "
                     "it. Run `dvc repro` again"
                 )
     return recorded
 
 
-def _locked_stages() -> dict[str, dict[str, Any]]:
+def _locked_stages() -> dict[str, LockedStage]:
     if not w.DVC_LOCK.is_file():
         raise InputError(f"{w.DVC_LOCK} does not exist: run `dvc repro` first")
     with explained(w.DVC_LOCK, "Restore it by `git checkout dvc.lock`, or remove it and run `dvc repro`"):
         stages = yaml.safe_load(w.DVC_LOCK.read_text(encoding="utf-8"))["stages"]
-        # Each is looked at here, where an error names the file.
-        for stage in stages.values():
-            for entry in [*stage.get("deps", ()), *stage.get("outs", ())]:
-                entry["path"], entry["md5"]
-        return stages
+        try:
+            return TypeAdapter(dict[str, LockedStage]).validate_python(stages)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in ("stages", *first["loc"]))
+            raise ValueError(f"{place}: {first['msg']}") from error
 
 
 def check_params(params: Params) -> None:
@@ -224,7 +241,7 @@ def check_params(params: Params) -> None:
     ran: dict[str, Any] = {}
     changed = []
     for stage in _locked_stages().values():
-        for section, values in stage.get("params", {}).get(str(w.PARAMS), {}).items():
+        for section, values in stage.params.get(str(w.PARAMS), {}).items():
             # Two stages ran with different ones.
             changed += [section] if ran.setdefault(section, values) != values else []
     try:
