@@ -76,7 +76,7 @@ def add_rows(table: Table, name: str, workspace: Path, real: dict[str, tuple[flo
 
 def main(
     photographs: Annotated[Path | None, typer.Option(help="A folder in MVTec-AD's layout.")] = None,
-    backbone: Annotated[Path, typer.Option(help="A MobileNetV2's folder.")] = Path("models/backbone"),
+    backbone: Annotated[Path, typer.Option(help="The folder of the backbone.")] = Path("models/backbone"),
     steps: Annotated[int | None, typer.Option(help="Steps of each training, at most.")] = None,
 ) -> None:
     table = Table("", "stage", title=f"predicted and real, {os.cpu_count()} CPU cores")

@@ -294,4 +294,4 @@ def test_the_users_browser_needs_no_step_more(up, page):
         page.evaluate("url => { location = url }", f"http://{host}:{ports['reports']}/secret.html")
         expect(page.get_by_text("secret")).to_be_visible()
         page.goto(f"http://{host}:{ports['inspector']}")
-        expect(page.get_by_text("A photograph")).to_be_visible()
+        expect(page.locator("#empty")).to_be_visible()
