@@ -65,7 +65,8 @@ def test_the_sentences_name_what_is_known_and_nothing_else():
     assert explain("normal", 0.25, [], (100, 100)) == "Normal, score 0.250."
     said = explain("anomalous", 0.9, regions, (100, 100), "red expected, blue seen", "a/b.png", "flange", 1 / 121, 120)
     assert said == (
-        "Anomalous, score 0.900. Product: flange. More unusual than 99.2 % of 120 normal images of this product. "
+        "Anomalous, score 0.900. Product: flange. "
+        "More unusual for its product than 99.2 % of 120 normal images are for theirs. "
         "Two regions: 90 px at the upper left (75 % of the evidence) and 30 px in the centre (25 %). "
         "In words: red expected, blue seen. Most similar normal training image: a/b.png."
     )

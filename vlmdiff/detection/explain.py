@@ -80,15 +80,20 @@ def explain(
 
     verdict: `normal`, `anomalous`, or another word; regions: in pixels of the photograph, whose width and height are
     `size`; words: from `difference`; nearest: the path of the most similar normal training image; p_value: among
-    `normal_images` normal images of the product.
+    `normal_images` normal images, each by what is usual for its product.
     """
     said = [f"{verdict[:1].upper()}{verdict[1:]}, score {score:.3f}."]
     if product is not None:
         said.append(f"Product: {product}.")
     if p_value is not None:
         of_how_many = "" if normal_images is None else f"{normal_images} "
-        of_product = "" if product is None else " of this product"
-        said.append(f"More unusual than {100 * (1 - p_value):.1f} % of {of_how_many}normal images{of_product}.")
+        share = f"{100 * (1 - p_value):.1f} % of {of_how_many}normal images"
+        # Images of all products count, each by what is usual for its own.
+        said.append(
+            f"More unusual than {share}."
+            if product is None
+            else f"More unusual for its product than {share} are for theirs."
+        )
     if regions:
         # The same order and the same words whatever the order of equal peaks.
         largest = sorted(regions, key=lambda region: (-region.share, region.y0, region.x0))[:LISTED]
