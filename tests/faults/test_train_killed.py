@@ -51,7 +51,12 @@ def run_and_kill(workspace, command: list[str]) -> bool:
     ("stage", "out", "settings"),
     [
         # Killed before and after the discriminator joins: both networks' moments are in the checkpoint.
-        ("first_stage", "models/first_stage", {"discriminator": {"start": 6, "channels": 8, "layers": 2}}),
+        pytest.param(
+            "first_stage",
+            "models/first_stage",
+            {"discriminator": {"start": 6, "channels": 8, "layers": 2}},
+            marks=pytest.mark.services,
+        ),
         ("train", "models/vlmdiff", {}),
     ],
     ids=["first_stage", "train"],
