@@ -17,7 +17,7 @@ NEIGHBOURS = 10
 COMPONENTS = 256
 # Patches compared with the bank at once, so that memory stays the same for any number of images.
 AT_ONCE = 1024
-# Similarities of which only the largest is looked at first.
+# Values in a block. `largest` compares the maxima of blocks before it compares single values.
 BLOCK = 16
 
 
