@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from vlmdiff.core import git
 from vlmdiff.core import workspace as w
-from vlmdiff.core.errors import InputError, explained
+from vlmdiff.core.errors import InputError, explained, first_invalid
 from vlmdiff.core.files import check_regular
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
@@ -230,9 +230,8 @@ def _locked_stages() -> dict[str, LockedStage]:
         try:
             return TypeAdapter(dict[str, LockedStage]).validate_python(stages)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in ("stages", *first["loc"]))
-            raise ValueError(f"{place}: {first['msg']}") from error
+            place, why = first_invalid(error)
+            raise ValueError(f"stages{'.' * bool(place)}{place}: {why}") from error
 
 
 def check_params(params: Params) -> None:

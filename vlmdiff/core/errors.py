@@ -6,6 +6,10 @@ import os
 import re
 from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class InputError(Exception):
@@ -32,6 +36,12 @@ def explained(path: Path | str, remedy: str) -> Generator[None]:
         if machine_fault(error):
             raise
         raise InputError(f"{path} is damaged ({str(error) or repr(error)}). {remedy}") from error
+
+
+def first_invalid(error: "ValidationError") -> tuple[str, str]:
+    """Return the first invalid place that pydantic found, such as `deps.0.path`, and what is wrong with it."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"]
 
 
 # Of the system: rights, space, quotas, open files.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from vlmdiff.core.errors import InputError
+from vlmdiff.core.errors import InputError, first_invalid
 
 T = TypeVar("T")
 _HOST = re.sub(r"\W", "_", socket.gethostname())
@@ -170,9 +170,8 @@ def read_json(file: Path, kind: type[T]) -> T:
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}). Restore the file.") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ", ".join([str(file), ".".join(str(part) for part in first["loc"])]) if first["loc"] else file
-        raise InputError(f"{where}: {first['msg']}. Restore the file.") from error
+        place, why = first_invalid(error)
+        raise InputError(f"{', '.join([str(file), place]) if place else file}: {why}. Restore the file.") from error
 
 
 def check_regular(folder: Path) -> list[Path]:
