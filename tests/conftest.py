@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,10 @@ TINY: dict[str, Any] = {
     "evaluate": {"detection": {"steps": 1}, "examples": 1},
     "gate": {"floors": {}, "max_false_alarm_rate": None},
 }
+
+# nohup's "ignore" would pass to the processes that the tests start and hang up; a handler does not.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 _private = Path(tempfile.mkdtemp(prefix="vlmdiff-tests-"))
 
