@@ -129,7 +129,7 @@ def test_the_served_model_answers_with_an_error_of_the_server(model):
 def test_an_error_of_one_request_is_no_answer_to_another_that_waits(whole):
     inspector = served(whole)
     photograph = np.zeros((SIZE, SIZE, 3), np.uint8)
-    sound, broken = (inspector._request([image], None, ["row 0"]) for image in (photograph, photograph[..., 0]))
+    sound, broken = (inspector._request([image], None, [None], ["row 0"]) for image in (photograph, photograph[..., 0]))
     inspector._detect_waiting()
     assert 0 < sound.result(0)[0].score < 1
     with pytest.raises(InputError):

@@ -13,8 +13,9 @@ from fastapi.testclient import TestClient
 from mlflow.models import ModelSignature
 from PIL import Image
 
-from tests.tiny import save_tiny_detector
+from tests.tiny import SIZE, tiny_detector
 from vlmdiff.core.params import Params
+from vlmdiff.detection.normals import Normal
 from vlmdiff.registry import packaging, served
 
 
@@ -34,10 +35,17 @@ def client(tmp_path_factory) -> TestClient:
     from mlflow.pyfunc import scoring_server
 
     folder: Path = tmp_path_factory.mktemp("served")
+    detector = tiny_detector(samples=1, steps=1)
+    noise = np.random.default_rng(1).integers(0, 256, (20, SIZE, SIZE, 3), dtype=np.uint8)
+    normal, products = [*noise, *noise // 4], ["thing"] * 20 + ["dark thing"] * 20
+    known = [Normal(f"{i:064x}", f"{name}/good/{i}.png", name, None) for i, name in enumerate(products)]
+    detector.learn(normal, known)
+    detector.calibrate(normal, products=products)
+    detector.save_pretrained(folder / "model")
     mlflow.pyfunc.save_model(
         str(folder / "version"),
         python_model=served.__file__,
-        artifacts={"detector": str(save_tiny_detector(folder / "model"))},
+        artifacts={"detector": str(folder / "model")},
         model_config={"max_pixels": 10**6},
         signature=ModelSignature(packaging._inputs(Params()), packaging.OUTPUTS, packaging.PARAMETERS),
         pip_requirements=[],
@@ -66,6 +74,11 @@ WRONG = {
     "a misspelt key": ({"instances": [ROW], "parameters": {"threshold": 1}}, "the request has 'parameters', which is"),
     "parameters as a list": ({"instances": [ROW], "params": [1]}, "must be a dictionary"),
     "one row of two": ({"dataframe_records": [ROW, {"image": "AAAA"}]}, "row 1: `image` is not an image of PNG, JPEG"),
+    "a product that is not known": (
+        {"dataframe_records": [ROW, ROW | {"class_name": "cup"}]},
+        "row 1: this model does not know the `class_name` 'cup', only dark thing, thing",
+    ),
+    "a product that is a number": ({"instances": [ROW | {"class_name": 3}]}, "class_name"),
     "no rows": ({"dataframe_records": []}, "no row has a photograph"),
     "nothing": ({}, "exactly one of the input fields"),
     "two formats": ({"instances": [ROW], "inputs": [ROW]}, "exactly one of the input fields"),
@@ -104,3 +117,12 @@ def test_every_form_of_a_right_request_gets_the_same_answer(client):
     answers = [post(client, form) for form in forms] + [post(client, f"image\n{TEXT}\n", "text/csv")]
     assert all(answer.status_code == 200 for answer in answers)
     assert len({answer.text for answer in answers}) == 1
+
+
+def test_the_product_is_recognised_unless_the_row_tells_it(client):
+    rows = [ROW, ROW | {"class_name": "thing"}, ROW | {"class_name": "dark thing"}]
+    found = post(client, {"dataframe_records": rows}).json()["predictions"]
+    assert [row["product"] for row in found] == ["thing", "thing", "dark thing"]
+    assert found[0]["score"] == found[1]["score"] != found[2]["score"]
+    alone = [post(client, {"instances": [row]}).json()["predictions"][0] for row in rows]
+    assert [row["score"] for row in alone] == pytest.approx([row["score"] for row in found], abs=1e-5)

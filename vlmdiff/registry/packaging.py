@@ -205,12 +205,10 @@ def _log_run(params: Params, results: Results, tags: dict[str, str]) -> tuple[st
 
 
 def _inputs(params: Params) -> Schema:
-    """Return the inputs: an image as base64 (or bytes, which MLflow accepts) or a path, and a caption if needed."""
-    columns = [ColSpec(DataType.string, name, required=False) for name in ("image", "path")]
-    kind = params.evaluate.detection.captions
-    if kind != "none":
-        columns.append(ColSpec(DataType.string, served.CAPTION_COLUMNS[kind]))
-    return Schema([*columns])
+    """Return the inputs: an image as base64 (or bytes, which MLflow accepts) or a path, its product, a caption."""
+    needed = served.CAPTION_COLUMNS.get(params.evaluate.detection.captions)
+    names = dict.fromkeys(("image", "path", served.PRODUCT, *([needed] if needed else ())))
+    return Schema([ColSpec(DataType.string, name, required=name == needed) for name in names])
 
 
 def _description(params: Params) -> str:

@@ -42,8 +42,10 @@ DEFAULTS: dict[str, Any] = {"heatmap": False, "threshold": 0.5}
 KEYS = {"dataframe_records", "dataframe_split", "inputs", "instances", "params", "signature_name"}
 # Characters of an error's message.
 MESSAGE = 1000
+# The column that may name what a row's photograph shows.
+PRODUCT = "class_name"
 # The column that a row needs besides, by the detector's `captions`.
-CAPTION_COLUMNS = {"image": "caption", "class": "class_name"}
+CAPTION_COLUMNS = {"image": "caption", "class": PRODUCT}
 
 
 class Inspector(mlflow.pyfunc.PythonModel):
@@ -75,10 +77,11 @@ class Inspector(mlflow.pyfunc.PythonModel):
         of a PNG of at most 1024 pixels a side.
 
         A row has either `image`, a photograph's file as base64 or, from Python or Parquet, as bytes; or `path`,
-        relative to the server's IMAGE_ROOT. A model that judges by captions also needs `caption`, or `class_name` where
-        a class has one. params: `threshold`, by default 0.5, for which the false alarm rate is guaranteed; `heatmap`,
-        by default false. Raises MlflowException with a sentence that names the row; the server answers with status 400,
-        or 500 where the model gives a value that is not finite.
+        relative to the server's IMAGE_ROOT. `class_name` tells the product; without it, the product is recognised. A
+        model that judges by captions also needs `caption`, or `class_name` where a class has one. params: `threshold`,
+        by default 0.5, for which the false alarm rate is guaranteed; `heatmap`, by default false. Raises
+        MlflowException with a sentence that names the row; the server answers with status 400, or 500 where the model
+        gives a value that is not finite.
         """
         try:
             return self._judge(model_input, params or {})
@@ -100,13 +103,13 @@ class Inspector(mlflow.pyfunc.PythonModel):
                 f"{len(frame)} rows in one request, at most {self.max_rows} are allowed: send several requests, or "
                 f"start the server with a larger {MAX_ROWS}"
             )
-        captions = self._captions(frame)
-        rows = []
+        captions, products, rows = self._captions(frame), self._products(frame), []
         for batch in batches(zip(range(len(frame)), *columns, strict=True), BATCH):
             photographs = [self._read(number, image, path, draw) for number, image, path in batch]
-            texts = captions and captions[len(rows) : len(rows) + len(batch)]
+            part = slice(len(rows), len(rows) + len(batch))
             names = [f"row {number}" for number, *_ in batch]
-            found = self._detect([photograph.judged for photograph in photographs], texts, names)
+            images = [photograph.judged for photograph in photographs]
+            found = self._detect(images, captions and captions[part], products[part], names)
             for photograph, detection in zip(photographs, found, strict=True):
                 rows.append(photograph.verdict(detection.at(threshold)))
                 if draw:
@@ -116,17 +119,21 @@ class Inspector(mlflow.pyfunc.PythonModel):
         names = ["score", "is_anomalous", "verdict", "product", "p_value", "regions", "explanation", "nearest"]
         return pd.DataFrame(rows, columns=[*names, "heatmap"] if draw else names)
 
-    def _detect(self, images: list[np.ndarray], captions: list[str] | None, names: list[str]) -> list[Detection]:
+    def _detect(
+        self, images: list[np.ndarray], captions: list[str] | None, products: list[str | None], names: list[str]
+    ) -> list[Detection]:
         """Judge at most BATCH images. MLflow's server calls from many threads, but one thread judges: it takes together
         what waits, which is faster, and several threads with torch's own threads would compete for the cores.
         """
-        mine = self._request(images, captions, names)
+        mine = self._request(images, captions, products, names)
         self.judge.submit(self._detect_waiting)
         return mine.result()
 
-    def _request(self, images: list[np.ndarray], captions: list[str] | None, names: list[str]) -> Future:
+    def _request(
+        self, images: list[np.ndarray], captions: list[str] | None, products: list[str | None], names: list[str]
+    ) -> Future:
         mine: Future[list[Detection]] = Future()
-        self.waiting.append((images, captions, names, mine))
+        self.waiting.append((images, captions, products, names, mine))
         return mine
 
     def _detect_waiting(self) -> None:
@@ -138,10 +145,10 @@ class Inspector(mlflow.pyfunc.PythonModel):
             self._answer(taken)
 
     def _answer(self, taken: list[tuple]) -> None:
-        images, captions, names, futures = zip(*taken, strict=True)
+        images, captions, products, names, futures = zip(*taken, strict=True)
         try:
             texts = [text for each in captions for text in each or ()] or None
-            found = iter(self.detector.detect([*chain(*images)], BATCH, texts, [*chain(*names)]))
+            found = iter(self.detector.detect([*chain(*images)], BATCH, texts, [*chain(*names)], chain(*products)))
             for each, future in zip(images, futures, strict=True):
                 future.set_result(list(islice(found, len(each))))
         except Exception as error:
@@ -162,6 +169,18 @@ class Inspector(mlflow.pyfunc.PythonModel):
             if not isinstance(text, str):
                 raise InputError(f"row {number}: `{column}` must be text, not {text!r}")
         return texts if kind == "image" else self.detector.captions_of(texts)
+
+    def _products(self, frame: pd.DataFrame) -> list[str | None]:
+        """Return the products that the rows tell, None where there is none."""
+        known = self.detector.calibrated().products
+        if PRODUCT not in frame or known.keys() == {""}:
+            return [None] * len(frame)
+        told = [None if _is_missing(name) else name for name in frame[PRODUCT]]
+        for number, name in enumerate(told):
+            if name is not None and name not in known:
+                shown, names = repr(name)[:SHOWN], ", ".join(sorted(known))
+                raise InputError(f"row {number}: this model does not know the `{PRODUCT}` {shown}, only {names}")
+        return told
 
     def _read(self, number: int, image: Any, path: Any, draw: bool) -> Decoded:
         if _is_missing(image) == _is_missing(path):
