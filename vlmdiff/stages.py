@@ -166,13 +166,14 @@ def evaluate(
     from vlmdiff.core.device import pick_device
     from vlmdiff.data import manifest
     from vlmdiff.data.images import load_rgb, resolve
+    from vlmdiff.data.synthesised import HeldOut
     from vlmdiff.detection.class_captions import class_captions
     from vlmdiff.detection.detector import Detector
     from vlmdiff.detection.normals import Normal
     from vlmdiff.evaluation.detectable import COST, content, measure
     from vlmdiff.evaluation.judging import captions_of, detector_captions, judge_images, write_reference
     from vlmdiff.evaluation.report import provenance
-    from vlmdiff.evaluation.weighing import Weighing
+    from vlmdiff.evaluation.weighing import Costing, Weighing
     from vlmdiff.model.pipeline import load_pipeline
 
     ours, data = params.evaluate, params.prepare
@@ -197,7 +198,9 @@ def evaluate(
     images = track(chain(read(held_out), read(training)), "learn what is normal", len(known))
     detector.learn(images, known, ours.batch_size, described=params.caption.captioner.kind == "describe")
     normal, prompts = list(read(held_out)), detector_captions(detector, held_out, texts)
-    weighing = Weighing(detector, normal, held_out["class_name"].tolist(), prompts, ours.batch_size, ours.max_fpr)
+    ground = HeldOut(normal, held_out["class_name"].tolist(), prompts)
+    weighing = Weighing(detector, ground, ours.batch_size, ours.max_fpr)
+    costs, share = ours.decision.costs, ours.decision.defect_rate
     further = training[:CALIBRATING] if ours.detection.retrieval else training[:0]
     scores = detector.calibrate(
         normal,
@@ -206,12 +209,13 @@ def evaluate(
         weighing,
         in_bank=True,
         names=held_out["path"],
-        products=held_out["class_name"].tolist(),
+        products=ground.classes,
         more=list(read(further)),
         more_products=further["class_name"].tolist(),
+        rate=Costing(detector, ground, ours.batch_size, costs, share) if costs else None,
     )
     budget, began = round(COST * (len(normal) + int((frame["split"] == "test").sum()))), time.perf_counter()
-    found = measure(detector, normal, held_out["class_name"].tolist(), prompts, budget, ours.batch_size)
+    found = measure(detector, ground, budget, ours.batch_size)
     detectable = content(found, size, time.perf_counter() - began, budget)
     if shortfall := detector.calibrated().shortfall:
         say(f"warning: {shortfall}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import SIZE, tiny_detector
-from vlmdiff.data.synthesised import LENGTH, mark
+from vlmdiff.data.synthesised import LENGTH, HeldOut, mark
 from vlmdiff.detection.normals import Normal
 from vlmdiff.evaluation.detectable import GRID, WIDTHS, content, measure, said
 
@@ -31,7 +31,8 @@ def test_what_is_found_grows_with_size_and_contrast_and_differs_by_class():
     detector = tiny_detector(samples=1, steps=1)
     detector.learn(images, [Normal(str(i), f"{i}.png", name) for i, name in enumerate(classes)])
     detector.calibrate(images, products=classes)
-    found = measure(detector, images, classes, None, 20, 16)
+    ground = HeldOut(images, classes)
+    found = measure(detector, ground, 20, 16)
     assert [one.class_name for one in found] == ["rough", "smooth"]
     assert all(one.drawn == 10 * GRID * GRID for one in found)
     for one in found:
@@ -40,10 +41,10 @@ def test_what_is_found_grows_with_size_and_contrast_and_differs_by_class():
             assert len(faint) == len(widths) and (np.diff(clear) >= 0).all()
             smallest = one.smallest[kind]["clear"]
             assert smallest is None or widths[0] * SIZE - 0.1 <= smallest <= widths[-1] * SIZE + 0.1
-    again = measure(detector, images, classes, None, 20, 16)
+    again = measure(detector, ground, 20, 16)
     assert again == found
     # A budget of less than an image a class is one each.
-    assert [one.drawn for one in measure(detector, images, classes, None, 0, 16)] == [GRID * GRID] * 2
+    assert [one.drawn for one in measure(detector, ground, 0, 16)] == [GRID * GRID] * 2
 
 
 def test_what_is_found_is_said_in_words():

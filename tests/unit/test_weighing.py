@@ -5,8 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlmdiff.data.synthesised import KINDS, SIZES, synthesise
-from vlmdiff.evaluation.weighing import DEFECTS, Weighing
+from tests.tiny import SIZE, tiny_detector
+from vlmdiff.core.params import Costs
+from vlmdiff.data.synthesised import KINDS, SIZES, HeldOut, synthesise
+from vlmdiff.detection.calibration import least_cost_rate
+from vlmdiff.detection.normals import Normal
+from vlmdiff.evaluation.weighing import DEFECTS, Costing, Weighing
 
 
 def normal(count=6, size=64):
@@ -64,7 +68,7 @@ class Detector:
 @pytest.mark.parametrize(("seeing", "expected"), [(0, 0.0), (1, 1.0)])
 def test_the_evidence_that_sees_the_defects_carries_the_map(seeing, expected):
     detector = Detector(seeing)
-    weighing = Weighing(detector, normal(), ["a", "a", "a", "b", "b", "b"], None, 8, 0.3)
+    weighing = Weighing(detector, HeldOut(normal(), ["a", "a", "a", "b", "b", "b"]), 8, 0.3)
     chosen = weighing(detector.see(normal(), normal()))
     assert abs(chosen - expected) <= 0.4
     worst = min(weighing.rows(), key=lambda row: row["au_pro"])
@@ -82,4 +86,34 @@ class Alike(Detector):
 
 def test_reconstruction_counts_only_where_it_gains():
     detector = Alike(0)
-    assert Weighing(detector, normal(), ["a"] * 6, None, 8, 0.3)(detector.see(normal(), normal())) == 1.0
+    weighing = Weighing(detector, HeldOut(normal(), ["a"] * 6), 8, 0.3)
+    assert weighing(detector.see(normal(), normal())) == 1.0
+
+
+@pytest.mark.parametrize("miss", [0.1, 1, 3, 10, 100, 1e6])
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_the_rate_of_least_expected_cost_is_the_cheapest_of_those_that_can_be_promised(miss, share):
+    rng = np.random.default_rng(int(miss))
+    normal, defective = rng.normal(0, 1, 39), rng.normal(2, 1, 60)
+    found = least_cost_rate(normal, ["a"] * 39, defective, ["a"] * 60, Costs(miss=miss, false_alarm=1), share)
+    # Without the thresholds' own code: with the rate k / 40, the k - 1 highest normal scores raise an alarm.
+    missed = [(defective <= np.sort(normal)[::-1][k - 1]).mean() for k in range(1, 40)]
+    expected = [share * miss * missed[k - 1] + (1 - share) * k / 40 for k in range(1, 40)]
+    assert found == pytest.approx((1 + int(np.argmin(expected))) / 40)
+
+
+def test_expensive_misses_lower_the_threshold_and_expensive_false_alarms_raise_it():
+    rng = np.random.default_rng(0)
+    images = list(rng.integers(60, 120, (40, SIZE, SIZE, 3)).astype(np.uint8))
+    classes = ["a", "b"] * 20
+    detector = tiny_detector(samples=1, steps=1)
+    detector.learn(images, [Normal(str(i), f"{i}.png", name) for i, name in enumerate(classes)])
+    thresholds, rates = [], []
+    for costs in (Costs(miss=1e6, false_alarm=1), Costs(miss=1, false_alarm=1e6)):
+        costing = Costing(detector, HeldOut(images, classes), 16, costs, 0.02)
+        detector.calibrate(images, products=classes, rate=costing)
+        calibration = detector.calibrated()
+        thresholds.append(calibration.threshold)
+        rates.append(calibration.false_alarm_rate)
+        assert calibration.shortfall is None and calibration.guarantee == pytest.approx(calibration.false_alarm_rate)
+    assert thresholds[0] < thresholds[1] and rates[0] > rates[1] == pytest.approx(1 / 41)

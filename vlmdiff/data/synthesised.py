@@ -1,6 +1,6 @@
 """Defects drawn on normal images: what settings are chosen by where test images must not be looked at."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,22 @@ class Spoiled:
     size: str
     image: np.ndarray
     mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Normal images to draw defects on, uint8 (N, S, S, 3), their classes, and their captions if a detector needs them.
+
+    They are the first in the detector's bank of patches, if it has one.
+    """
+
+    images: Sequence[np.ndarray]
+    classes: list[str]
+    captions: list[str] | None = None
+
+    def captions_of(self, rows: Iterable[int]) -> list[str] | None:
+        """Return the captions of images by number, None if there are none."""
+        return None if self.captions is None else [self.captions[row] for row in rows]
 
 
 def synthesise(

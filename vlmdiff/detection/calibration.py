@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from scipy import optimize, special, stats
 
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.params import Fraction, Positive, PositiveFloat
+from vlmdiff.core.params import Costs, Fraction, Positive, PositiveFloat
 
 # The ranges of the fields below hold for what is read from a file.
 FROM_FILE = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -184,13 +184,8 @@ class Calibration:
         values: logarithms (N, Q) of the statistics of normal images, the map's last; classes: their products.
         """
         products, normal = standardise(values, classes)
-        threshold = conformal_threshold(normal, self.false_alarm_rate)
-        # Of fewer images, a product's own threshold would depend on a few odd ones.
-        enough = math.ceil(round(OWN / self.false_alarm_rate, 9))
-        for name, scale in products.items():
-            if len(products) > 1 and scale.images >= enough:
-                own = conformal_threshold(normal[np.array(classes) == name], self.false_alarm_rate)
-                products[name] = replace(scale, threshold=own)
+        threshold, own = thresholds(normal, classes, self.false_alarm_rate)
+        products = {name: replace(scale, threshold=own.get(name)) for name, scale in products.items()}
         # Of the map: scores are about as far from 0.5 as the map is.
         slope = float(np.mean([scale.spreads[-1] for scale in products.values()]))
         learned = replace(self, threshold=threshold, products=products, slope=slope, normal=np.sort(normal).tolist())
@@ -267,6 +262,45 @@ def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
     if not np.isfinite(scores).all():
         raise InputError("the score of a normal image is not a finite number, so there is no threshold")
     return float(np.sort(scores)[conformal_rank(len(scores), false_alarm_rate) - 1])
+
+
+def thresholds(normal: np.ndarray, classes: Sequence[str], false_alarm_rate: float) -> tuple[float, dict[str, float]]:
+    """Return the threshold on standardised scores for all products, and those of products with enough images.
+
+    normal: the scores (N,) of normal images; classes: their products.
+    """
+    of, own = np.array(classes), {}
+    # Of fewer images, a product's own threshold would depend on a few odd ones.
+    enough = math.ceil(round(OWN / false_alarm_rate, 9))
+    names, counts = np.unique(of, return_counts=True)
+    for name, count in zip(names.tolist(), counts, strict=True):
+        if len(names) > 1 and count >= enough:
+            own[name] = conformal_threshold(normal[of == name], false_alarm_rate)
+    return conformal_threshold(normal, false_alarm_rate), own
+
+
+def least_cost_rate(
+    normal: np.ndarray,
+    classes: Sequence[str],
+    defective: np.ndarray,
+    products: Sequence[str],
+    costs: Costs,
+    share: float,
+) -> float:
+    """Return the false-alarm rate whose thresholds have the least expected cost; of equal ones, the lowest.
+
+    normal, defective: standardised scores (N,) and (D,); classes, products: what the images show; share: that of images
+    that have a defect. The rates tried are those that N images can promise, 1 / (N + 1) and its multiples.
+    """
+    of, best, found = np.array(products), math.inf, math.nan
+    for rank in range(1, len(normal) + 1):
+        rate = rank / (len(normal) + 1)
+        common, own = thresholds(normal, classes, rate)
+        missed = np.mean(defective <= np.array([own.get(name, common) for name in of]))
+        cost = share * costs.miss * missed + (1 - share) * costs.false_alarm * rate
+        if cost < best - 1e-12:
+            best, found = cost, rate
+    return found
 
 
 def f1_optimal(scores: np.ndarray, is_anomalous: np.ndarray) -> float | None:

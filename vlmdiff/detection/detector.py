@@ -17,7 +17,7 @@ from vlmdiff.core.params import BackboneFeatures, Latents
 from vlmdiff.core.params import Detection as DetectionParams
 from vlmdiff.data.images import fit
 from vlmdiff.detection.anomaly_map import SMALLEST_POOLED, compare, enlarge, fuse, image_scores, normalised, smooth
-from vlmdiff.detection.calibration import Calibration, Usual
+from vlmdiff.detection.calibration import Calibration, Usual, standardise
 from vlmdiff.detection.detection import Detection, Photograph
 from vlmdiff.detection.features import spaces
 from vlmdiff.detection.normals import Normal, Normals
@@ -159,6 +159,7 @@ class Detector:
         products: Sequence[str] | None = None,
         more: Sequence[Photograph] = (),
         more_products: Sequence[str] = (),
+        rate: Callable[[np.ndarray, Sequence[str]], float] | None = None,
     ) -> np.ndarray:
         """Learn what difference is normal from normal photographs that training does not see.
 
@@ -166,8 +167,9 @@ class Detector:
         of these photographs; without it, the share is that of the parameters, or one half. in_bank: the photographs are
         the first in the bank, so each is judged without its own patches. products: what each shows; without
         them, all are of one. more: the next images in the bank, of `more_products`; where retrieval alone is the
-        evidence, they calibrate too. Returns the photographs' scores (N,), as `detect` would give them for a photograph
-        that is new to it.
+        evidence, they calibrate too. rate: returns the false-alarm rate, given the standardised scores (N,) of these
+        photographs and their products; without it, the rate is that of the parameters. Returns the photographs' scores
+        (N,), as `detect` would give them for a photograph that is new to it.
 
         Raises InputError if there are several products and `learn` has not seen them all.
         """
@@ -206,6 +208,9 @@ class Detector:
             learned = replace(learned, images=len(normal) + len(more))
             statistics, products = np.concatenate([statistics, others]), [*products, *more_products]
         self.calibration, scores = learned.learn(statistics, products)
+        if rate is not None:
+            learned = replace(learned, false_alarm_rate=rate(standardise(statistics, products)[1], products))
+            self.calibration, scores = learned.learn(statistics, products)
         return scores[: len(normal)]
 
     def _remembered(
@@ -237,6 +242,23 @@ class Detector:
         calibration = self.calibrated()
         found = self._compare(images, batch_size, captions, without)
         return np.concatenate([self._evidence(self._parts(batch, calibration), calibration) for batch in found])
+
+    def standardised(
+        self,
+        images: Iterable[Photograph],
+        products: Sequence[str],
+        batch_size: int = 32,
+        captions: Iterable[str] | None = None,
+        without: Iterable[int] | None = None,
+    ) -> np.ndarray:
+        """Return the standardised scores (N,) of photographs of these products; `without` is as for `evidence`."""
+        calibration, values = self.calibrated(), []
+        for batch in self._compare(images, batch_size, captions, without):
+            parts = self._parts(batch, calibration)
+            raw = fuse(self._evidence(parts, calibration), calibration.weight)
+            values.extend(self._statistics(parts, raw, calibration))
+        rows = zip(products, values, strict=True)
+        return np.array([calibration.products[product].scores(row[None])[0] for product, row in rows])
 
     @torch.no_grad()
     def distances(self, images: Iterable[Photograph], without: Iterable[int], batch_size: int = 32) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import ndimage
 
-from vlmdiff.data.synthesised import LENGTH, mark
+from vlmdiff.data.synthesised import LENGTH, HeldOut, mark
 
 # The report reads what was found, and loads no networks for it.
 if TYPE_CHECKING:
@@ -41,32 +41,25 @@ class Detectable:
     smallest: dict[str, dict[str, float | None]]
 
 
-def measure(
-    detector: "Detector",
-    normal: Sequence[np.ndarray],
-    classes: Sequence[str],
-    captions: Sequence[str] | None,
-    images: int,
-    batch_size: int,
-    seed: int = 0,
-) -> list[Detectable]:
-    """Draw defects on about `images` of the normal images, uint8 (N, S, S, 3), and count those that are found.
+def measure(detector: "Detector", held_out: HeldOut, images: int, batch_size: int, seed: int = 0) -> list[Detectable]:
+    """Draw defects on about `images` of the held-out normal images, and count those that are found.
 
     A defect is found if the anomaly map is above the threshold somewhere on it. The share found is a logistic curve in
     the logarithm of the width, with a slope for each kind and an offset for each kind, contrast and class, fitted to
-    all defects together. Retrieval judges each image without its own patches, which must be the first in the bank. The
-    detector is calibrated on these classes.
+    all defects together. Retrieval judges each image without its own patches. The detector is calibrated on these
+    classes.
     """
     from vlmdiff.detection.anomaly_map import fuse, normalised
 
     rng, size = np.random.default_rng(seed), detector.pipeline.config.image_size
+    classes = held_out.classes
     rows = _spread(classes, images, rng)
     specs = [(kind, contrast, i) for kind in WIDTHS for contrast in CONTRASTS for i in range(len(WIDTHS[kind]))]
     drawn, facts, masks = [], [], []
     # Each class gets every kind, contrast and width as often.
     queues: dict[str, list] = {name: [] for name in classes}
     for row in rows:
-        image, marks = normal[row].copy(), []
+        image, marks = held_out.images[row].copy(), []
         for cell in range(GRID * GRID):
             waiting = queues[classes[row]]
             if not waiting:
@@ -79,8 +72,7 @@ def measure(
             facts.append((classes[row], kind, contrast, across))
         drawn.append(image)
         masks.append(marks)
-    texts = None if captions is None else [captions[row] for row in rows]
-    evidence = detector.evidence(drawn, batch_size, texts, rows)
+    evidence = detector.evidence(drawn, batch_size, held_out.captions_of(rows), rows)
     calibration = detector.calibrated()
     thresholds = [calibration.map_threshold(classes[row]) for row in rows]
     maps = normalised(fuse(evidence, calibration.weight), np.array(thresholds)[:, None, None])

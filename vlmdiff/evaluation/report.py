@@ -147,7 +147,7 @@ def compose(
         | {
             "curve": decision_curves(scores),
             "worst": _tiles(worst),
-            "cost": _cost(scores, costs) if costs and costs.costs else None,
+            "cost": _cost(scores, costs, calibration) if costs and costs.costs else None,
         },
     }
 
@@ -288,14 +288,15 @@ def _decision(content: Content, names: list[str]) -> dict[str, Any] | None:
     }
 
 
-def _cost(scores: pd.DataFrame, params: Decision) -> dict[str, Any]:
-    """Return the costs, the curve of the expected cost, and its lowest point on these test images."""
+def _cost(scores: pd.DataFrame, params: Decision, calibration: Calibration) -> dict[str, Any]:
+    """Return the costs, the false-alarm rate chosen by them, the curve of the expected cost, and its lowest point."""
     assert params.costs
     curve = Decisions.of(scores).cost_curve(params.costs, params.defect_rate)
     kept = curve.iloc[thin(np.arange(len(curve), dtype=float))].round(DIGITS)
     least = curve.iloc[int(curve["cost"].to_numpy().argmin())].round(DIGITS).to_dict() if len(curve) else None
     return params.costs.model_dump() | {
         "defect_rate": params.defect_rate,
+        "rate": calibration.false_alarm_rate,
         "curve": kept.to_dict("records"),
         "least": least,
     }

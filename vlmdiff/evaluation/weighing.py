@@ -1,12 +1,14 @@
-"""Weigh retrieval and reconstruction on synthesised defects, without test images."""
+"""What is chosen on synthesised defects, without test images: the share of retrieval, and the false-alarm rate."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from vlmdiff.data.synthesised import synthesise
+from vlmdiff.core.params import Costs
+from vlmdiff.data.synthesised import HeldOut, synthesise
 from vlmdiff.detection.anomaly_map import fuse
+from vlmdiff.detection.calibration import least_cost_rate
 from vlmdiff.detection.detector import Detector
 from vlmdiff.evaluation.metrics import evaluate_classes
 
@@ -33,21 +35,13 @@ class Tried:
 
 
 class Weighing:
-    """Chooses the share of retrieval on defects drawn on `normal` images, uint8 (N, S, S, 3), of these classes.
+    """Chooses the share of retrieval on defects drawn on held-out normal images.
 
-    `tried` has a row for each share, after `__call__`. captions: as for `Detector.detect`.
+    `tried` has a row for each share, after `__call__`.
     """
 
-    def __init__(
-        self,
-        detector: Detector,
-        normal: Sequence[np.ndarray],
-        classes: Sequence[str],
-        captions: Sequence[str] | None,
-        batch_size: int,
-        max_fpr: float,
-    ):
-        self.detector, self.normal, self.classes, self.captions = detector, normal, list(classes), captions
+    def __init__(self, detector: Detector, held_out: HeldOut, batch_size: int, max_fpr: float):
+        self.detector, self.held_out = detector, held_out
         self.batch_size, self.max_fpr = batch_size, max_fpr
         self.tried: list[Tried] = []
 
@@ -56,14 +50,14 @@ class Weighing:
 
         evidence: that of the normal images (N, 2, S, S), as `Detector.calibrate` gives it.
         """
-        spoiled = list(synthesise(self.normal, self.classes, DEFECTS))
+        classes = self.held_out.classes
+        spoiled = list(synthesise(self.held_out.images, classes, DEFECTS))
         rows = [one.row for one in spoiled]
-        captions = None if self.captions is None else [self.captions[row] for row in rows]
-        # The bank has the normal images first.
+        captions = self.held_out.captions_of(rows)
         theirs = self.detector.evidence([one.image for one in spoiled], self.batch_size, captions, rows)
         # The images that carry defects come first, so that every class keeps normal ones.
         kept = np.unique([*rows, *range(len(evidence))][: len(rows) + NORMAL])
-        names = [self.classes[row] for row in (*kept, *rows)]
+        names = [classes[row] for row in (*kept, *rows)]
         nothing = np.zeros(evidence.shape[2:], bool)
         masks = [*(nothing for _ in kept), *(one.mask for one in spoiled)]
         truths = [False] * len(kept) + [True] * len(rows)
@@ -78,3 +72,23 @@ class Weighing:
     def rows(self) -> list[dict[str, float]]:
         """Return what was tried, as JSON."""
         return [asdict(one) for one in self.tried]
+
+
+class Costing:
+    """Chooses the false-alarm rate of least expected cost on defects drawn on held-out normal images.
+
+    share: that of images that are expected to have a defect.
+    """
+
+    def __init__(self, detector: Detector, held_out: HeldOut, batch_size: int, costs: Costs, share: float):
+        self.detector, self.held_out, self.batch_size = detector, held_out, batch_size
+        self.costs, self.share = costs, share
+
+    def __call__(self, normal: np.ndarray, products: Sequence[str]) -> float:
+        """Return the rate, given the standardised scores (N,) of normal images of these products."""
+        spoiled = list(synthesise(self.held_out.images, self.held_out.classes, DEFECTS))
+        rows = [one.row for one in spoiled]
+        theirs = [self.held_out.classes[row] for row in rows]
+        images, captions = [one.image for one in spoiled], self.held_out.captions_of(rows)
+        defective = self.detector.standardised(images, theirs, self.batch_size, captions, rows)
+        return least_cost_rate(normal, products, defective, theirs, self.costs, self.share)
