@@ -1,16 +1,17 @@
-"""Measure what the checks of a model cost while it scores: the hashes of its files, and that each value is finite.
+"""Measure what a verdict costs beside the anomaly map: hashes of the model's files, checks of values, and products.
 
     python benchmarks/checks.py
 
-Each pair loads the detector and judges the same images once with the checks and once without, in random order. The
-table shows the median of the paired differences with a 95 % interval (bootstrap), as a share of the time without.
-It uses the detector of this workspace (`make demo` creates one) or the one of --model.
+Each pair does the same work once with a part and once without it, in random order: it loads the detector, or judges the
+same images. The table shows the median of the paired differences with a 95 % interval (bootstrap), as a share of the
+time without the part. It uses the detector of this workspace (`make demo` creates one) or the one of --model.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -24,49 +25,68 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.files import folder_mb
 from vlmdiff.detection.detector import Detector
 
-CHECKS = ("vlmdiff.model.pipeline.verify", lambda *_: True), ("vlmdiff.detection.detector.Detector._check", None)
+DETECTOR, NORMALS = "vlmdiff.detection.detector.Detector", "vlmdiff.detection.normals.Normals"
+HASHES = {"vlmdiff.model.pipeline.verify": lambda *_: True}
+FINITE = {f"{DETECTOR}._check": lambda *_: None}
 
 
-def seconds(model: Path, images: list[np.ndarray], checked: bool) -> tuple[float, float]:
-    """Return the CPU seconds of this process for loading the model, and for judging the images."""
+def one_threshold(detector: Detector) -> dict[str, Any]:
+    """Return what judges by one threshold on the score of the map, without product, p-value or similar image."""
+    calibration = detector.calibrated()
+    name, levels = next(iter(calibration.products)), len(next(iter(calibration.products.values())).levels)
+
+    def statistics(self: Detector, parts: np.ndarray, raw: np.ndarray, _: Any) -> np.ndarray:
+        scores = np.log(np.maximum(self.image_scores(raw).astype(np.float64), 1e-12))
+        return np.repeat(scores[:, None], levels, axis=1)
+
+    return {
+        f"{DETECTOR}._statistics": statistics,
+        f"{DETECTOR}._products": lambda self, features, given: ([name] * len(features), [True] * len(features)),
+        f"{NORMALS}.nearest": lambda self, features: [None] * len(features),
+        "vlmdiff.detection.detector.appearance": lambda latents: torch.zeros(len(latents), 1),
+        "vlmdiff.detection.calibration.Calibration.p_value": lambda *_: None,
+    }
+
+
+def seconds(work: Callable[[], Any], without: dict[str, Any]) -> float:
+    """Return the CPU seconds of this process for the work, with other functions in place of some."""
     with ExitStack() as stack:
-        for name, instead in () if checked else CHECKS:
-            stack.enter_context(patch(name, instead or (lambda *_: None)))
-        times = [time.process_time()]
-        detector = Detector.from_pretrained(model)
-        times.append(time.process_time())
-        detector.detect(images)
-        times.append(time.process_time())
-    return times[1] - times[0], times[2] - times[1]
+        for name, instead in without.items():
+            stack.enter_context(patch(name, instead))
+        began = time.process_time()
+        work()
+        return time.process_time() - began
 
 
 def main(
-    images: Annotated[int, typer.Option(min=1, help="Images a run.")] = 216,
-    pairs: Annotated[int, typer.Option(min=3, help="Pairs of runs.")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="Images judged at once.")] = 16,
+    pairs: Annotated[int, typer.Option(min=3, help="Pairs of runs.")] = 60,
     model: Annotated[Path, typer.Option(help="Folder of a detector.")] = w.DETECTOR,
 ) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     rng = np.random.default_rng(0)
-    size = Detector.from_pretrained(model).pipeline.config.image_size
+    detector = Detector.from_pretrained(model)
+    size = detector.pipeline.config.image_size
     photographs = list(rng.integers(0, 256, (images, size, size, 3), dtype=np.uint8))
-    seconds(model, photographs, True)
-    found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for _ in range(pairs):
-        for checked in rng.permutation([True, False]).tolist():
-            found[checked].append(seconds(model, photographs, checked))
-    having, without = (np.array(found[checked]) for checked in (True, False))
-    title = f"{model}, {folder_mb(model):.0f} MB, {images} images, {pairs} pairs, one thread"
-    table = Table("of CPU time", "without checks", "more with them", "share", "95 % interval", title=title)
-    parts = {"loading": [0], "scoring": [1], "both": [0, 1]}
-    for name, columns in parts.items():
-        base, more = without[:, columns].sum(axis=1), (having - without)[:, columns].sum(axis=1)
+    kinds: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+        "loading: hashes of the files": (lambda: Detector.from_pretrained(model), HASHES),
+        "scoring: every value is finite": (lambda: detector.detect(photographs), FINITE),
+        "scoring: verdicts by product": (lambda: detector.detect(photographs), one_threshold(detector)),
+    }
+    title = f"{model}, {folder_mb(model):.0f} MB, {images} images at once, {pairs} pairs, one thread"
+    table = Table("of CPU time", "without", "more with it", "share", "95 % interval", title=title)
+    for name, (work, without) in kinds.items():
+        seconds(work, {})
+        found: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(pairs):
+            for having in rng.permutation([True, False]).tolist():
+                found[having].append(seconds(work, {} if having else without))
+        base, more = np.array(found[False]), np.array(found[True]) - np.array(found[False])
         drawn = rng.integers(0, pairs, (2000, pairs))
-        shares = np.median(more[drawn], axis=1) / np.median(base[drawn], axis=1)
-        low, high = np.quantile(shares, [0.025, 0.975])
-        share = np.median(more) / np.median(base)
-        words = f"{np.median(base):.2f} s", f"{1000 * np.median(more):.0f} ms", f"{share:.1%}"
-        table.add_row(name, *words, f"{low:.1%} to {high:.1%}")
+        low, high = np.quantile(np.median(more[drawn], axis=1) / np.median(base[drawn], axis=1), [0.025, 0.975])
+        words = f"{1000 * np.median(base):.0f} ms", f"{1000 * np.median(more):.1f} ms"
+        table.add_row(name, *words, f"{np.median(more) / np.median(base):.1%}", f"{low:.1%} to {high:.1%}")
     Console().print(table)
 
 
