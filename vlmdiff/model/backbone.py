@@ -39,8 +39,9 @@ def concatenate(maps: Sequence[torch.Tensor], size: int | tuple[int, int]) -> to
 class Backbone:
     """Map images (B, 3, H, W) in [0, 1] to one float32 map (B, C, h, w) per layer, in the order of `params.layers`.
 
-    `channels` lists C of each layer. The weights are frozen. The number of layers and the
-    positions of the patch tokens are measured on test images, not inferred from the model's name.
+    `channels` lists C of each layer; `tokens` is whether the model is a transformer of tokens. The weights are frozen.
+    The number of layers and the positions of the patch tokens are measured on test images, not inferred from the
+    model's name.
     """
 
     def __init__(self, model: PreTrainedModel, params: VisionBackbone, mean: Sequence[float], std: Sequence[float]):
@@ -63,7 +64,8 @@ class Backbone:
         self._grid, self._first = patches
         maps = self._maps(output)
         self.channels = [x.shape[1] for x in maps]
-        if _states(output)[0].ndim == 4:
+        self.tokens = _states(output)[0].ndim == 3
+        if not self.tokens:
             model.to(memory_format=torch.channels_last)
         elif "last" not in self.layers:
             _drop_blocks(model, count - 1, max(layer for layer in self.layers if isinstance(layer, int)))
