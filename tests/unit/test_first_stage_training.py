@@ -1,12 +1,13 @@
 """Training the autoencoder: pretrained starts, the perceptual distance, the discriminator."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTokenizer, ResNetConfig, ResNetModel
@@ -14,13 +15,16 @@ from transformers import AutoModel, CLIPTextModel, CLIPTokenizer, ResNetConfig, 
 from tests.tiny import CAPTIONS, SIZE
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Discriminator, Encode, FirstStage, Perceptual
+from vlmdiff.data.images import load_rgb
 from vlmdiff.model.backbone import Backbone
+from vlmdiff.model.first_stage import downsampling, load_first_stage
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, gradient_ratio, perceptual_distance
 from vlmdiff.training.encoded import Encoded, encode
-from vlmdiff.training.first_stage import train_first_stage
+from vlmdiff.training.first_stage import start, train_first_stage
 
 CPU = torch.device("cpu")
+SHARED = Path(__file__).parents[2].parent / "shared"
 
 
 def images(count):
@@ -212,6 +216,55 @@ def test_settings_that_do_nothing_are_refused(checkpoint, tmp_path, change, word
 def test_an_image_size_that_the_pretrained_autoencoder_cannot_halve_is_refused(checkpoint, tmp_path):
     with pytest.raises(InputError, match="multiple of 4"):
         trained(checkpoint, tmp_path, image_size=30)
+
+
+@pytest.fixture
+def tiny_autoencoder(tmp_path):
+    """An AutoencoderTiny of two resolutions, random weights."""
+    torch.manual_seed(0)
+    shape = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    vae = AutoencoderTiny(**shape, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
+    vae.save_pretrained(tmp_path / "tiny")
+    return {"model": str(tmp_path / "tiny")}
+
+
+def test_a_tiny_autoencoder_is_fine_tuned_and_kept_as_it_is(tiny_autoencoder, tmp_path):
+    before = load_file(tmp_path / "tiny/diffusion_pytorch_model.safetensors")
+    vae, history = trained(None, tmp_path / "tuned", pretrained=tiny_autoencoder, steps=20)
+    assert not same(vae.state_dict(), before)
+    assert history[-1]["validation_loss"] < history[0]["validation_loss"]
+    vae, _ = trained(None, tmp_path / "as_it_is", pretrained=tiny_autoencoder, steps=0)
+    assert same(vae.state_dict(), before)
+    x = torch.rand(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        latents = AutoencoderTiny.from_pretrained(tmp_path / "tiny").encode(x).latents
+        assert torch.equal(vae.encode(x).latent_dist.mode(), latents) and latents.shape[2] == SIZE // downsampling(vae)
+    vae.save_pretrained(tmp_path / "saved")
+    assert same(load_first_stage(tmp_path / "saved").state_dict(), before)
+
+
+def test_a_tiny_autoencoder_has_no_discriminator_and_a_unet_is_no_autoencoder(tiny_autoencoder, checkpoint, tmp_path):
+    with pytest.raises(InputError, match=r"trained with first_stage"):
+        trained(None, tmp_path, pretrained=tiny_autoencoder, discriminator=adversary(1))
+    with pytest.raises(InputError, match="has a UNet2DConditionModel, not an AutoencoderKL or an AutoencoderTiny"):
+        trained(None, tmp_path, pretrained={"model": str(checkpoint), "subfolder": "unet"})
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} has the weights and photographs")
+def test_taesd_reconstructs_photographs_as_its_source_says(tmp_path):
+    source = {"model": str(SHARED / "weights/taesd")}
+    params = FirstStage(pretrained=source, image_size=256, steps=0)
+    vae = start(params)
+    # Decibels, from the file that comes with the weights.
+    for name, expected in (("bottle/test/broken_large/000.jpg", 31.22), ("pcb/test/defect/00041045.png", 18.23)):
+        pixels = load_rgb(SHARED / "real" / name, None, 10**7)
+        pixels = pixels[: len(pixels) // 8 * 8, : pixels.shape[1] // 8 * 8]
+        x = Normalization()(from_uint8(pixels[None], CPU))
+        with torch.no_grad():
+            y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        found = Normalization().inverse(y).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+        error = np.square(found - pixels / 255).mean()
+        assert -10 * np.log10(error) == pytest.approx(expected, abs=0.3)
 
 
 def test_images_reach_the_networks_by_one_normalisation_that_its_folder_keeps(tmp_path):

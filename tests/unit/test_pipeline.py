@@ -9,6 +9,7 @@ import torch
 from tests.tiny import SIZE, tiny_pipeline
 from vlmdiff.core.errors import InputError
 from vlmdiff.model.pipeline import VLMDiffPipeline
+from vlmdiff.model.tiny_autoencoder import TinyAutoencoder
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,16 @@ def test_a_saved_pipeline_loads_and_computes_the_same(pipeline, tmp_path):
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "VLMDiffPipeline"
     weights = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
     assert weights == {".json", ".safetensors"}
+
+
+def test_a_pipeline_with_a_tiny_autoencoder_is_saved_and_loaded(pipeline, tmp_path):
+    shape = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    vae = TinyAutoencoder(**shape, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)).eval()
+    ours = VLMDiffPipeline(**{**pipeline.components, "vae": vae}, image_size=SIZE)
+    ours.save_pretrained(tmp_path)
+    x = torch.rand(2, 3, SIZE, SIZE)
+    found = VLMDiffPipeline.from_pretrained(tmp_path)(x, steps=1).images
+    assert torch.equal(found, ours(x, steps=1).images) and not torch.equal(found, pipeline(x, steps=1).images)
 
 
 def test_an_image_is_reconstructed_alike_in_any_batch(pipeline):

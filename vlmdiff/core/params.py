@@ -279,9 +279,10 @@ class BackboneSpace(VisionBackbone):
 class FirstStage(Training):
     """The latent space.
 
-    "autoencoder_kl" is an AutoencoderKL, trained from scratch or `pretrained` and fine-tuned (`steps: 0` keeps it
-    unchanged). `block_channels` has one entry per resolution, each half the last; a pretrained model has its own shape
-    and scale. "backbone" uses the features of `backbone` and trains only the decoder that visualises them.
+    "autoencoder_kl" is an AutoencoderKL, trained from scratch, or a `pretrained` AutoencoderKL or AutoencoderTiny (such
+    as TAESD) that is fine-tuned (`steps: 0` keeps it unchanged). `block_channels` has one entry per resolution, each
+    half the last; a pretrained model has its own shape and scale. "backbone" uses the features of `backbone` and trains
+    only the decoder that visualises them.
     """
 
     kind: Literal["autoencoder_kl", "backbone"] = "autoencoder_kl"

@@ -80,7 +80,7 @@ def backbone_features(backbone: Backbone, places: Sequence[int]) -> Extractor:
 def autoencoder_features(pipeline: VLMDiffPipeline, layers: tuple[int, ...]) -> Extractor:
     """Extract activations of the autoencoder's encoder at the resolutions `layers`; 0 is the finest."""
     if not isinstance(pipeline.vae, AutoencoderKL):
-        raise InputError("features of kind: autoencoder need a first stage of kind: autoencoder_kl.")
+        raise InputError("features of kind: autoencoder need an AutoencoderKL as first stage: choose another kind")
     encoder = pipeline.vae.encoder
     blocks = encoder.down_blocks
     if bad := [layer for layer in layers if layer >= len(blocks)]:

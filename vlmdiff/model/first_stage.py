@@ -7,11 +7,12 @@ from diffusers import AutoencoderKL
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import read_json
-from vlmdiff.core.params import Pretrained
+from vlmdiff.core.params import Part, Pretrained
 from vlmdiff.model.feature_space import FeatureSpace
-from vlmdiff.model.pretrained import load_network
+from vlmdiff.model.pretrained import class_name, load_network
+from vlmdiff.model.tiny_autoencoder import TinyAutoencoder
 
-FirstStageModel = AutoencoderKL | FeatureSpace
+FirstStageModel = AutoencoderKL | TinyAutoencoder | FeatureSpace
 
 
 def load_first_stage(folder: Path) -> FirstStageModel:
@@ -19,10 +20,19 @@ def load_first_stage(folder: Path) -> FirstStageModel:
     if not (config := folder / "config.json").is_file():
         raise InputError(f"{folder} has no first stage. Run vlmdiff first_stage first.")
     name = read_json(config, dict[str, Any]).get("_class_name")
-    kinds = {kind.__name__: kind for kind in (AutoencoderKL, FeatureSpace)}
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, TinyAutoencoder, FeatureSpace)}
     if name not in kinds:
         raise InputError(f"{config} names the class {name!r}, not one of {', '.join(kinds)}. Restore the folder.")
     return load_network(kinds[name], Pretrained(model=str(folder)))
+
+
+def load_autoencoder(source: Part) -> AutoencoderKL | TinyAutoencoder:
+    """Load a pretrained image autoencoder of diffusers. Raises InputError as `load_network`, and for another class."""
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": TinyAutoencoder, "TinyAutoencoder": TinyAutoencoder}
+    name = class_name(AutoencoderKL, source, source.subfolder)
+    if name not in kinds:
+        raise InputError(f"{source.model} has a {name}, not an AutoencoderKL or an AutoencoderTiny")
+    return load_network(kinds[name], source, source.subfolder)
 
 
 def downsampling(first_stage: FirstStageModel) -> int:

@@ -24,11 +24,13 @@ from vlmdiff.model.reference import IMAGENET_MEAN, IMAGENET_STD, read_modules
 from vlmdiff.model.sampling import reconstruct
 from vlmdiff.model.sgn import SemanticGuidedNetwork
 from vlmdiff.model.text import embed
+from vlmdiff.model.tiny_autoencoder import TinyAutoencoder
 
 # By component and its name in model_index.json: the classes that load. A folder cannot name any other.
 CLASSES = {
     "vae": {
         ("diffusers", "AutoencoderKL"): AutoencoderKL,
+        ("vlmdiff.model.tiny_autoencoder", "TinyAutoencoder"): TinyAutoencoder,
         ("vlmdiff.model.feature_space", "FeatureSpace"): FeatureSpace,
     },
     "text_encoder": {("transformers", "CLIPTextModel"): CLIPTextModel, (None, None): None},

@@ -41,6 +41,22 @@ def load(cls: type, source: Pretrained, subfolder: str = "", **options: Any) -> 
     return loaded
 
 
+def class_name(cls: type, source: Pretrained, subfolder: str = "") -> str:
+    """Return the name of the class whose configuration lies in `source`, by diffusers' `cls`.
+
+    Raises InputError as `load` does.
+    """
+    check_pinned(source)
+    try:
+        options = {"revision": source.revision, "subfolder": subfolder}
+        config = cls.load_config(source.model, local_files_only=Path(source.model).is_dir(), **options)
+    except Exception as error:
+        if machine_fault(error):
+            raise
+        raise InputError(f"cannot read the configuration of {source.model} ({error}).") from error
+    return str(config.get("_class_name", cls.__name__))
+
+
 def load_network(cls: type, source: Pretrained, subfolder: str = "", optional: tuple[str, ...] = ()) -> Any:
     """Load a network from safetensors, in float32 and evaluation mode.
 

@@ -15,10 +15,9 @@ from vlmdiff.core.console import say, track
 from vlmdiff.core.device import process_group
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import FirstStage
-from vlmdiff.model import pretrained
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.feature_space import FeatureSpace, certain
-from vlmdiff.model.first_stage import FirstStageModel, downsampling
+from vlmdiff.model.first_stage import FirstStageModel, downsampling, load_autoencoder
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, perceptual_distance
 from vlmdiff.training.loop import History, Problem, batch_indices, fit, step_generator
@@ -194,12 +193,17 @@ def start(params: FirstStage) -> FirstStageModel:
         )
     if params.pretrained is None:
         return _untrained(params)
-    vae = pretrained.load_network(AutoencoderKL, params.pretrained, params.pretrained.subfolder)
+    vae = load_autoencoder(params.pretrained)
+    if params.discriminator and not isinstance(vae, AutoencoderKL):
+        raise InputError(
+            f"{params.pretrained.model} cannot be trained with first_stage.discriminator"
+        )
     if params.image_size % (factor := downsampling(vae)):
         raise InputError(
             f"first_stage.image_size must be a multiple of {factor}, the downsampling of {params.pretrained.model}"
         )
-    vae.register_to_config(sample_size=params.image_size)
+    if isinstance(vae, AutoencoderKL):
+        vae.register_to_config(sample_size=params.image_size)
     return vae
 
 
