@@ -48,7 +48,7 @@ def by_map_alone(detector: Detector, photographs: list[np.ndarray]) -> dict[str,
     return {
         f"{DETECTOR}._statistics": statistics,
         f"{DETECTOR}._products": lambda self, features, given: (names, [True] * len(features)),
-        f"{NORMALS}.nearest": lambda self, features: [None] * len(features),
+        f"{NORMALS}.nearest": lambda self, features, products: [None] * len(features),
         "vlmdiff.detection.detector.appearance": lambda latents: torch.zeros(len(latents), 1),
         "vlmdiff.detection.calibration.Calibration.p_value": lambda *_: None,
     }

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 
 from tests.tiny import SIZE, tiny_backbone, tiny_checkpoint
@@ -86,3 +87,24 @@ def test_stages_work_in_the_features_of_a_backbone_and_end_in_a_detector_that_ha
     (found,) = detector.detect([photograph])
     assert found.anomaly_map.shape == (SIZE, SIZE) and found.reconstruction.shape == (SIZE, SIZE, 3)
     assert not any(state.iterdir())
+
+
+def test_stages_start_from_a_tiny_autoencoder_and_end_in_a_threshold_that_costs_have_chosen(here):
+    shape = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    AutoencoderTiny(**shape, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)).save_pretrained(here / "tiny")
+    first_stage = FirstStage(pretrained={"model": str(here / "tiny")}, image_size=SIZE, steps=0)
+    train = Train(block_channels=(32, 32), hint_channels=(8, 8, 8), head_size=16, steps=2, batch_size=4)
+    data, state = Prepare(), here / ".cache/train"
+    stages.first_stage(first_stage, data, w.MANIFEST, state, w.FIRST_STAGE, w.FIRST_STAGE_REPORT)
+    stages.encode(Encode(), data, w.MANIFEST, w.CAPTIONS, w.FIRST_STAGE, w.ENCODED)
+    stages.train(train, w.ENCODED, w.FIRST_STAGE, state, w.PIPELINE, w.TRAIN_REPORT)
+    evaluate = Evaluate(
+        detection={"features": [{"kind": "latents"}, {"kind": "pixels"}]},
+        decision={"costs": {"miss": 1e6, "false_alarm": 1}},
+    )
+    stages.evaluate(
+        Params(prepare=data, evaluate=evaluate), w.MANIFEST, w.CAPTIONS, w.PIPELINE, w.DETECTOR, w.EVALUATION
+    )
+    # A miss costs so much that nearly every image has to raise an alarm.
+    assert Detector.from_pretrained(w.DETECTOR).calibrated().false_alarm_rate > 0.2
+    assert "chosen by the costs" in (w.EVALUATION / "report.html").read_text()

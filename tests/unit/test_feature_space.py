@@ -81,6 +81,19 @@ def test_codes_are_the_principal_components_of_the_layers_on_one_grid(family, wh
     assert np.abs(np.corrcoef(found.T) - np.eye(KEPT)).max() < 1e-2
 
 
+@pytest.mark.parametrize(("family", "differs"), [("vit", True), ("resnet", False)])
+def test_a_transformer_computes_in_bfloat16_where_that_is_fast(family, differs, saved, tmp_path, monkeypatch):
+    space, _ = fitted(saved(family), tmp_path)
+    x, found = Normalization()(from_uint8(photographs(), CPU)), []
+    for fast in (True, False):
+        monkeypatch.setattr("vlmdiff.model.feature_space.fast_bf16", lambda device, fast=fast: fast)
+        found.append(space.features(x))
+    assert torch.equal(*found) != differs and found[0].dtype == torch.float32
+    # Alone or in a batch, an image has the same features.
+    monkeypatch.setattr("vlmdiff.model.feature_space.fast_bf16", lambda device: True)
+    torch.testing.assert_close(space.features(x[:1]), found[0][:1], rtol=0, atol=1e-5)
+
+
 def test_what_normalizes_the_images_does_not_change_the_codes(saved, tmp_path):
     plain, _ = fitted(saved("vit"), tmp_path / "a")
     imagenet, _ = fitted(saved("vit"), tmp_path / "b", image_mean=MEAN, image_std=STD)
@@ -155,5 +168,5 @@ def test_a_detector_compares_predicted_features_with_those_of_the_photograph(sav
 
 def test_features_of_an_autoencoder_that_is_none_are_refused(saved, tmp_path):
     space, _ = fitted(saved("vit"), tmp_path)
-    with pytest.raises(InputError, match="autoencoder_kl"):
+    with pytest.raises(InputError, match="need an AutoencoderKL as first stage"):
         Detector(around(space), Detection(features=(AutoencoderFeatures(kind="autoencoder"),)))

@@ -240,7 +240,26 @@ def test_a_tiny_autoencoder_is_fine_tuned_and_kept_as_it_is(tiny_autoencoder, tm
         latents = AutoencoderTiny.from_pretrained(tmp_path / "tiny").encode(x).latents
         assert torch.equal(vae.encode(x).latent_dist.mode(), latents) and latents.shape[2] == SIZE // downsampling(vae)
     vae.save_pretrained(tmp_path / "saved")
-    assert same(load_first_stage(tmp_path / "saved").state_dict(), before)
+    again = load_first_stage(tmp_path / "saved")
+    assert same(again.state_dict(), before) and again.config.sample_size == SIZE
+
+
+@pytest.mark.parametrize(
+    "change", [{"upsampling_scaling_factor": 4}, {"num_encoder_blocks": (1, 1), "encoder_block_out_channels": (8, 8)}]
+)
+def test_an_autoencoder_that_does_not_give_back_the_image_is_refused(change, tmp_path):
+    shape = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    shape |= {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)} | change
+    AutoencoderTiny(**shape).save_pretrained(tmp_path / "tiny")
+    with pytest.raises(InputError, match="does not turn colour images into latents of 8 x 8 and back"):
+        trained(None, tmp_path, pretrained={"model": str(tmp_path / "tiny")})
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"x"', "null", "{"])
+def test_a_configuration_that_is_none_is_a_sentence(content, tiny_autoencoder, tmp_path):
+    (tmp_path / "tiny/config.json").write_text(content)
+    with pytest.raises(InputError, match=r"cannot read the configuration of .*tiny"):
+        trained(None, tmp_path, pretrained=tiny_autoencoder)
 
 
 def test_a_tiny_autoencoder_has_no_discriminator_and_a_unet_is_no_autoencoder(tiny_autoencoder, checkpoint, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
 from mlflow.models import ModelSignature
@@ -51,7 +52,9 @@ def client(tmp_path_factory) -> TestClient:
         pip_requirements=[],
     )
     # As the server's own module does.
-    return TestClient(scoring_server.init(mlflow.pyfunc.load_model(str(folder / "version"))))
+    found = TestClient(scoring_server.init(mlflow.pyfunc.load_model(str(folder / "version"))))
+    found.version = str(folder / "version")
+    return found
 
 
 def post(client: TestClient, body: Any, kind: str = "application/json"):
@@ -79,6 +82,7 @@ WRONG = {
         "row 1: this model does not know the `class_name` 'cup', only dark thing, thing",
     ),
     "a product that is a number": ({"instances": [ROW | {"class_name": 3}]}, "class_name"),
+    "a product that is a list": ({"instances": [ROW | {"class_name": ["thing"]}]}, "class_name"),
     "no rows": ({"dataframe_records": []}, "no row has a photograph"),
     "nothing": ({}, "exactly one of the input fields"),
     "two formats": ({"instances": [ROW], "inputs": [ROW]}, "exactly one of the input fields"),
@@ -126,3 +130,17 @@ def test_the_product_is_recognised_unless_the_row_tells_it(client):
     assert found[0]["score"] == found[1]["score"] != found[2]["score"]
     alone = [post(client, {"instances": [row]}).json()["predictions"][0] for row in rows]
     assert [row["score"] for row in alone] == pytest.approx([row["score"] for row in found], abs=1e-5)
+
+
+def test_products_are_those_of_their_rows_in_a_request_of_many(client):
+    rows = [ROW | {"class_name": "dark thing" if number % 3 == 0 else "thing"} for number in range(40)]
+    found = post(client, {"dataframe_records": rows}).json()["predictions"]
+    assert [row["product"] for row in found] == [row["class_name"] for row in rows]
+    # The most similar image is one of the product that is told.
+    assert all(row["nearest"].startswith(f"{row['product']}/") for row in found)
+
+
+def test_a_product_that_cannot_be_hashed_is_a_sentence_in_python_too(client, tmp_path):
+    model = mlflow.pyfunc.load_model(client.version)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="row 0: this model does not know the `class_name`"):
+        model.unwrap_python_model().predict(None, pd.DataFrame({"image": [TEXT], "class_name": [["thing"]]}))

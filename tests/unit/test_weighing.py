@@ -4,11 +4,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tests.tiny import SIZE, tiny_detector
+from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Costs
 from vlmdiff.data.synthesised import KINDS, SIZES, HeldOut, synthesise
-from vlmdiff.detection.calibration import least_cost_rate
+from vlmdiff.detection.calibration import Calibration, conformal_threshold, least_cost_rate
 from vlmdiff.detection.normals import Normal
 from vlmdiff.evaluation.weighing import DEFECTS, Costing, Weighing
 
@@ -91,7 +93,7 @@ def test_reconstruction_counts_only_where_it_gains():
 
 
 @pytest.mark.parametrize("miss", [0.1, 1, 3, 10, 100, 1e6])
-@pytest.mark.parametrize("share", [0.01, 0.2])
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.7])
 def test_the_rate_of_least_expected_cost_is_the_cheapest_of_those_that_can_be_promised(miss, share):
     rng = np.random.default_rng(int(miss))
     normal, defective = rng.normal(0, 1, 39), rng.normal(2, 1, 60)
@@ -100,6 +102,30 @@ def test_the_rate_of_least_expected_cost_is_the_cheapest_of_those_that_can_be_pr
     missed = [(defective <= np.sort(normal)[::-1][k - 1]).mean() for k in range(1, 40)]
     expected = [share * miss * missed[k - 1] + (1 - share) * k / 40 for k in range(1, 40)]
     assert found == pytest.approx((1 + int(np.argmin(expected))) / 40)
+
+
+def test_products_with_enough_images_are_costed_by_their_own_thresholds():
+    """Normal images of `a` score low, and its defects lie between them and those of `b`."""
+    normal, classes = np.concatenate([np.linspace(0, 1, 399), np.linspace(10, 11, 399)]), ["a"] * 399 + ["b"] * 399
+    costs = Costs(miss=1, false_alarm=1)
+    found = least_cost_rate(normal, classes, np.full(50, 5.0), ["a"] * 50, costs, 0.5)
+    # By one threshold, half of the normal images would have to raise an alarm.
+    assert found < 0.05
+
+
+def test_the_promise_holds_where_costs_have_chosen_it():
+    """Over many calibrations: half of the images choose, the others set the threshold."""
+    rng, promised, real = np.random.default_rng(0), [], []
+    costs = Costs(miss=20, false_alarm=1)
+    for _ in range(400):
+        normal, defective = rng.normal(0, 1, 40), rng.normal(1.5, 1, 150)
+        rate = least_cost_rate(normal[:20], ["a"] * 20, defective, ["a"] * 150, costs, 0.02)
+        calibration = Calibration(1.0, [1.0], 0.0, 20, rate)
+        threshold = conformal_threshold(normal[20:], rate)
+        promised.append(calibration.guarantee)
+        real.append(stats.norm.sf(threshold))
+    error = np.std(np.array(real) - promised) / 20
+    assert np.mean(real) <= np.mean(promised) + 2 * error
 
 
 def test_expensive_misses_lower_the_threshold_and_expensive_false_alarms_raise_it():
@@ -115,5 +141,16 @@ def test_expensive_misses_lower_the_threshold_and_expensive_false_alarms_raise_i
         calibration = detector.calibrated()
         thresholds.append(calibration.threshold)
         rates.append(calibration.false_alarm_rate)
-        assert calibration.shortfall is None and calibration.guarantee == pytest.approx(calibration.false_alarm_rate)
-    assert thresholds[0] < thresholds[1] and rates[0] > rates[1] == pytest.approx(1 / 41)
+        # Half of the images choose.
+        assert calibration.images == 20 and calibration.shortfall is None
+        assert {name: scale.images for name, scale in calibration.products.items()} == {"a": 10, "b": 10}
+    assert thresholds[0] < thresholds[1] and rates[0] > rates[1] == pytest.approx(1 / 21)
+
+
+def test_costs_need_a_product_with_two_images():
+    images = list(np.random.default_rng(0).integers(60, 120, (2, SIZE, SIZE, 3)).astype(np.uint8))
+    detector = tiny_detector(samples=1, steps=1)
+    detector.learn(images, [Normal(str(i), f"{i}.png", name) for i, name in enumerate("ab")])
+    costing = Costing(detector, HeldOut(images, ["a", "b"]), 16, Costs(miss=1, false_alarm=1), 0.02)
+    with pytest.raises(InputError, match="no product has two held-out normal images"):
+        detector.calibrate(images, products=["a", "b"], rate=costing)

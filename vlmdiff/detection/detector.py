@@ -1,6 +1,6 @@
 """`Detector`: photographs in, scores, verdicts and anomaly maps out."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice, repeat
@@ -168,10 +168,12 @@ class Detector:
         the first in the bank, so each is judged without its own patches. products: what each shows; without
         them, all are of one. more: the next images in the bank, of `more_products`; where retrieval alone is the
         evidence, they calibrate too. rate: returns the false-alarm rate, given the standardised scores (N,) of these
-        photographs and their products; without it, the rate is that of the parameters. Returns the photographs' scores
-        (N,), as `detect` would give them for a photograph that is new to it.
+        photographs and their products; without it, the rate is that of the parameters. Where it is given, every second
+        image of a product chooses the rate, and the others alone set the thresholds, so that their promise holds.
+        Returns the photographs' scores (N,), as `detect` would give them for a photograph that is new to it.
 
-        Raises InputError if there are several products and `learn` has not seen them all.
+        Raises InputError if there are several products and `learn` has not seen them all, or if `rate` is given and no
+        product has two images.
         """
         products = [""] * len(normal) if products is None else list(products)
         if len(set(products)) > 1 and not set(products) <= set(self.normals.products.names if self.normals else ()):
@@ -207,11 +209,22 @@ class Detector:
             others = self._remembered(more, numbers, batch_size, learned)
             learned = replace(learned, images=len(normal) + len(more))
             statistics, products = np.concatenate([statistics, others]), [*products, *more_products]
-        self.calibration, scores = learned.learn(statistics, products)
-        if rate is not None:
-            learned = replace(learned, false_alarm_rate=rate(standardise(statistics, products)[1], products))
+        if rate is None:
             self.calibration, scores = learned.learn(statistics, products)
-        return scores[: len(normal)]
+            return scores[: len(normal)]
+        of, chooses = np.array(products), _every_second(products)
+        if not chooses.any():
+            raise InputError("no product has two held-out normal images, by which costs could choose a threshold")
+        self.calibration, _ = learned.learn(statistics[chooses], of[chooses].tolist())
+        chosen = rate(standardise(statistics[chooses], of[chooses].tolist())[1], of[chooses].tolist())
+        learned = replace(learned, false_alarm_rate=chosen, images=int((~chooses).sum()))
+        self.calibration, scores = learned.learn(statistics[~chooses], of[~chooses].tolist())
+        every = np.empty(len(of))
+        every[~chooses] = scores
+        rows = zip(of[chooses].tolist(), statistics[chooses], strict=True)
+        others = np.array([self.calibration.products[name].scores(row[None])[0] for name, row in rows])
+        every[chooses] = self.calibration.odds(others, of[chooses].tolist())
+        return every[: len(normal)]
 
     def _remembered(
         self, images: Sequence[Photograph], numbers: Sequence[int], batch_size: int, calibration: Calibration
@@ -337,7 +350,8 @@ class Detector:
             scores = calibration.odds(standardised, nearest)
             maps = normalised(raw, np.array([calibration.map_threshold(p) for p in nearest])[:, None, None])
             self._check(batch.names, "anomaly map", maps)
-            similar = self.normals.nearest(batch.features) if self.normals else [None] * len(maps)
+            shown = [product or None if sure else None for product, sure in zip(nearest, known, strict=True)]
+            similar = self.normals.nearest(batch.features, shown) if self.normals else [None] * len(maps)
             for i, image in enumerate(batch.images):
                 found = Detection(
                     score=float(scores[i]),
@@ -541,6 +555,16 @@ class _Compared:
 def _names(names: Iterable[str] | None) -> Iterator[str]:
     """Yield what errors call images: their numbers where they have no names."""
     return iter(names) if names is not None else map("image {}".format, count())
+
+
+def _every_second(products: Sequence[str]) -> np.ndarray:
+    """Return a mask of every second image of each product, bool (N,); at most half of them."""
+    seen: Counter[str] = Counter()
+    mask = np.zeros(len(products), bool)
+    for i, name in enumerate(products):
+        mask[i] = seen[name] % 2 == 1
+        seen[name] += 1
+    return mask
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import TypeAdapter
@@ -42,11 +43,17 @@ class Normals:
         classes = [image.class_name for image in self.images]
         self.products = products or Products.fit(self.features.float().numpy(), classes)
 
-    def nearest(self, features: torch.Tensor) -> list[Normal]:
-        """Return the most similar normal image of each row of features (B, F), from `appearance`."""
-        return [
-            self.images[i] for i in torch.cdist(features.cpu().float(), self.features.float()).argmin(dim=1).tolist()
-        ]
+    def nearest(self, features: torch.Tensor, products: Sequence[str | None]) -> list[Normal]:
+        """Return the most similar normal image of each row of features (B, F), from `appearance`.
+
+        It is one of the row's product, or of any where that is None.
+        """
+        distances = torch.cdist(features.cpu().float(), self.features.float())
+        classes = np.array([image.class_name for image in self.images])
+        for row, product in zip(distances, products, strict=True):
+            if product is not None:
+                row[torch.from_numpy(classes != product)] = torch.inf
+        return [self.images[i] for i in distances.argmin(dim=1).tolist()]
 
     def words(self, photograph: Image.Image, class_name: str) -> str | None:
         """Return how a photograph in RGB differs in words from the normal images of a class, None if it does not."""

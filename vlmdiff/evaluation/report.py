@@ -140,7 +140,7 @@ def compose(
         "intervals": resampled.intervals(),
         "curves": curves,
         "scores": histograms(scores),
-        "alarms": _alarms(scores, calibration),
+        "alarms": _alarms(scores, calibration) | {"chosen": bool(costs and costs.costs)},
         "galleries": _galleries(examples),
         "provenance": provenance,
         "decision": decision

@@ -85,8 +85,12 @@ class Costing:
         self.costs, self.share = costs, share
 
     def __call__(self, normal: np.ndarray, products: Sequence[str]) -> float:
-        """Return the rate, given the standardised scores (N,) of normal images of these products."""
-        spoiled = list(synthesise(self.held_out.images, self.held_out.classes, DEFECTS))
+        """Return the rate, given the standardised scores (N,) of normal images of these products.
+
+        The detector is calibrated on them.
+        """
+        drawn = synthesise(self.held_out.images, self.held_out.classes, DEFECTS)
+        spoiled = [one for one in drawn if self.held_out.classes[one.row] in products]
         rows = [one.row for one in spoiled]
         theirs = [self.held_out.classes[row] for row in rows]
         images, captions = [one.image for one in spoiled], self.held_out.captions_of(rows)

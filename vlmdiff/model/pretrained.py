@@ -50,11 +50,13 @@ def class_name(cls: type, source: Pretrained, subfolder: str = "") -> str:
     try:
         options = {"revision": source.revision, "subfolder": subfolder}
         config = cls.load_config(source.model, local_files_only=Path(source.model).is_dir(), **options)
+        return str(config.get("_class_name", cls.__name__))
     except Exception as error:
         if machine_fault(error):
             raise
-        raise InputError(f"cannot read the configuration of {source.model} ({error}).") from error
-    return str(config.get("_class_name", cls.__name__))
+        where = f"{subfolder} of {source.model}" if subfolder else source.model
+        words = f"cannot read the configuration of {where} ({error}). Check the name and `subfolder`."
+        raise InputError(words) from error
 
 
 def load_network(cls: type, source: Pretrained, subfolder: str = "", optional: tuple[str, ...] = ()) -> Any:

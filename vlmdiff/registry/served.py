@@ -103,7 +103,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
                 f"{len(frame)} rows in one request, at most {self.max_rows} are allowed: send several requests, or "
                 f"start the server with a larger {MAX_ROWS}"
             )
-        captions, products, rows = self._captions(frame), self._products(frame), []
+        products, captions, rows = self._products(frame), self._captions(frame), []
         for batch in batches(zip(range(len(frame)), *columns, strict=True), BATCH):
             photographs = [self._read(number, image, path, draw) for number, image, path in batch]
             part = slice(len(rows), len(rows) + len(batch))
@@ -177,7 +177,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
             return [None] * len(frame)
         told = [None if _is_missing(name) else name for name in frame[PRODUCT]]
         for number, name in enumerate(told):
-            if name is not None and name not in known:
+            if name is not None and not (isinstance(name, str) and name in known):
                 shown, names = repr(name)[:SHOWN], ", ".join(sorted(known))
                 raise InputError(f"row {number}: this model does not know the `{PRODUCT}` {shown}, only {names}")
         return told

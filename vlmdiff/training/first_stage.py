@@ -19,6 +19,7 @@ from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.feature_space import FeatureSpace, certain
 from vlmdiff.model.first_stage import FirstStageModel, downsampling, load_autoencoder
 from vlmdiff.model.normalization import Normalization, from_uint8
+from vlmdiff.model.tiny_autoencoder import TinyAutoencoder
 from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, perceptual_distance
 from vlmdiff.training.loop import History, Problem, batch_indices, fit, step_generator
 
@@ -195,16 +196,32 @@ def start(params: FirstStage) -> FirstStageModel:
         return _untrained(params)
     vae = load_autoencoder(params.pretrained)
     if params.discriminator and not isinstance(vae, AutoencoderKL):
-        raise InputError(
-            f"{params.pretrained.model} cannot be trained with first_stage.discriminator"
-        )
+        raise InputError(f"{params.pretrained.model} cannot be trained with first_stage.discriminator: set it to null")
     if params.image_size % (factor := downsampling(vae)):
         raise InputError(
             f"first_stage.image_size must be a multiple of {factor}, the downsampling of {params.pretrained.model}"
         )
-    if isinstance(vae, AutoencoderKL):
-        vae.register_to_config(sample_size=params.image_size)
+    vae.register_to_config(sample_size=params.image_size)
+    _check(vae, params)
     return vae
+
+
+@torch.no_grad()
+def _check(vae: AutoencoderKL | TinyAutoencoder, params: FirstStage) -> None:
+    """Raise InputError if the autoencoder does not take and return colour images, or has latents of another size."""
+    assert params.pretrained
+    image = torch.zeros(1, 3, params.image_size, params.image_size)
+    side = params.image_size // downsampling(vae)
+    try:
+        latents = vae.encode(image).latent_dist.mode()
+        fits = latents.shape[2:] == (side, side) and vae.decode(latents).sample.shape == image.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"{params.pretrained.model} does not turn colour images into latents of {side} x {side} and back: give "
+            "another first_stage.pretrained"
+        )
 
 
 def _untrained(params: FirstStage) -> AutoencoderKL:
