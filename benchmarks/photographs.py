@@ -17,7 +17,6 @@ images, the same for all methods.
 """
 
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -126,17 +125,16 @@ def main() -> None:
         scores[f"{title}, our score"] = ours.image_scores(maps[title])
 
     classes = test["class_name"].to_numpy()
-    table = Table("class", title=f"AU-PRO / image AUROC, {Path.cwd().name}, {len(images)} test images")
     results = {t: evaluate_classes(classes, maps[t], masks, scores[t], max_fpr, None, truths) for t in maps}
-    for title in maps:
-        table.add_column(title, justify="right")
-    for name in sorted(set(classes)):
-        of_class = [result.classes[name] for result in results.values()]
-        table.add_row(name, *(f"{values['au_pro']:.3f} / {values['image_auroc']:.3f}" for values in of_class))
-    table.add_section()
-    means = [result.mean for result in results.values()]
-    table.add_row("mean", *(f"{values['au_pro']:.3f} / {values['image_auroc']:.3f}" for values in means))
-    table.add_row("images / s", *(f"{pace[title]:.1f}" if title in pace else "" for title in maps))
+    names = sorted(set(classes))
+    # A row for each method, so that the table fits a terminal.
+    table = Table(
+        "", *names, "mean", "/ s", title=f"AU-PRO, image AUROC and images per second, {len(images)} test images"
+    )
+    for title, result in results.items():
+        rows = [*(result.classes[name] for name in names), result.mean]
+        cells = (f"{values['au_pro']:.3f}\n{values['image_auroc']:.3f}" for values in rows)
+        table.add_row(title, *cells, f"{pace[title]:.1f}" if title in pace else "")
     Console().print(table)
 
     members = {name: classes == name for name in sorted(set(classes))}
