@@ -211,20 +211,31 @@ class Detector:
             statistics, products = np.concatenate([statistics, others]), [*products, *more_products]
         if rate is None:
             self.calibration, scores = learned.learn(statistics, products)
-            return scores[: len(normal)]
+        else:
+            scores = self._choose_rate(learned, statistics, products, rate)
+        return scores[: len(normal)]
+
+    def _choose_rate(
+        self,
+        learned: Calibration,
+        statistics: np.ndarray,
+        products: Sequence[str],
+        rate: Callable[[np.ndarray, Sequence[str]], float],
+    ) -> np.ndarray:
+        """Set the calibration by a rate that every second image has chosen; return the scores (N,) of all."""
         of, chooses = np.array(products), _every_second(products)
         if not chooses.any():
             raise InputError("no product has two held-out normal images, by which costs could choose a threshold")
-        self.calibration, _ = learned.learn(statistics[chooses], of[chooses].tolist())
-        chosen = rate(standardise(statistics[chooses], of[chooses].tolist())[1], of[chooses].tolist())
+        theirs, names = statistics[chooses], of[chooses].tolist()
+        self.calibration, _ = learned.learn(theirs, names)
+        chosen = rate(standardise(theirs, names)[1], names)
         learned = replace(learned, false_alarm_rate=chosen, images=int((~chooses).sum()))
-        self.calibration, scores = learned.learn(statistics[~chooses], of[~chooses].tolist())
-        every = np.empty(len(of))
-        every[~chooses] = scores
-        rows = zip(of[chooses].tolist(), statistics[chooses], strict=True)
-        others = np.array([self.calibration.products[name].scores(row[None])[0] for name, row in rows])
-        every[chooses] = self.calibration.odds(others, of[chooses].tolist())
-        return every[: len(normal)]
+        scores = np.empty(len(of))
+        self.calibration, scores[~chooses] = learned.learn(statistics[~chooses], of[~chooses].tolist())
+        scales = [self.calibration.products[name] for name in names]
+        found = np.array([scale.scores(row[None])[0] for scale, row in zip(scales, theirs, strict=True)])
+        scores[chooses] = self.calibration.odds(found, names)
+        return scores
 
     def _remembered(
         self, images: Sequence[Photograph], numbers: Sequence[int], batch_size: int, calibration: Calibration
