@@ -32,7 +32,7 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import load_rgb, resolve
 from vlmdiff.data.synthesised import synthesise
 from vlmdiff.detection.detector import Detector
-from vlmdiff.detection.explain import _tokens
+from vlmdiff.detection.explain import words_of
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
 # Pseudo-counts of a word, and of all pairs that a word begins.
@@ -56,7 +56,7 @@ class Words:
 
     @staticmethod
     def split(caption: str) -> list[tuple[str, str]]:
-        return list(pairwise(["", *_tokens(caption), ""]))
+        return list(pairwise(["", *words_of(caption), ""]))
 
     def unlikely(self, caption: str, counted: bool = False) -> float:
         """Return how unlikely a caption is; `counted`: it is one of those that the model has counted."""
@@ -70,7 +70,7 @@ class Words:
 
 
 def of_captions(normal: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
-    """Return the standardised evidence (N,) of the captions of rows, none of which is among the `normal` ones."""
+    """Return the standardised evidence (N,) of the captions of `rows`. `normal` holds other images."""
     values = np.zeros(len(rows))
     for name, part in normal.groupby("class_name"):
         model = Words(part["caption"])

@@ -361,8 +361,8 @@ class Detector:
             scores = calibration.odds(standardised, nearest)
             maps = normalised(raw, np.array([calibration.map_threshold(p) for p in nearest])[:, None, None])
             self._check(batch.names, "anomaly map", maps)
-            shown = [product or None if sure else None for product, sure in zip(nearest, known, strict=True)]
-            similar = self.normals.nearest(batch.features, shown) if self.normals else [None] * len(maps)
+            certain = [product or None if sure else None for product, sure in zip(nearest, known, strict=True)]
+            similar = self.normals.nearest(batch.features, certain) if self.normals else [None] * len(maps)
             for i, image in enumerate(batch.images):
                 found = Detection(
                     score=float(scores[i]),

@@ -118,8 +118,8 @@ def difference(caption: str, normal: Sequence[str]) -> str | None:
     For example "eight parts expected, seven seen". None if there are no normal captions, one of them is the same, or
     none is alike.
     """
-    ours = _tokens(caption)
-    theirs = list(dict.fromkeys(tuple(_tokens(text)) for text in normal))
+    ours = words_of(caption)
+    theirs = list(dict.fromkeys(tuple(words_of(text)) for text in normal))
     if not theirs or tuple(ours) in theirs:
         return None
     count = Counter(ours)
@@ -147,7 +147,8 @@ def _phrase(words: Sequence[str]) -> str:
     return " ".join(words[kept[0] : kept[-1] + 1]) if kept else ""
 
 
-def _tokens(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case, in order."""
     return re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.casefold())
 
 

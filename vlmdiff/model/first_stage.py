@@ -9,7 +9,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import read_json
 from vlmdiff.core.params import Part, Pretrained
 from vlmdiff.model.feature_space import FeatureSpace
-from vlmdiff.model.pretrained import class_name, load_network
+from vlmdiff.model.pretrained import load_network, network_class
 from vlmdiff.model.tiny_autoencoder import TinyAutoencoder
 
 FirstStageModel = AutoencoderKL | TinyAutoencoder | FeatureSpace
@@ -29,7 +29,7 @@ def load_first_stage(folder: Path) -> FirstStageModel:
 def load_autoencoder(source: Part) -> AutoencoderKL | TinyAutoencoder:
     """Load a pretrained image autoencoder of diffusers. Raises InputError as `load_network`, and for another class."""
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": TinyAutoencoder, "TinyAutoencoder": TinyAutoencoder}
-    name = class_name(AutoencoderKL, source, source.subfolder)
+    name = network_class(AutoencoderKL, source, source.subfolder)
     if name not in kinds:
         raise InputError(f"{source.model} has a {name}, not an AutoencoderKL or an AutoencoderTiny")
     return load_network(kinds[name], source, source.subfolder)

@@ -21,7 +21,7 @@ def load(cls: type, source: Pretrained, subfolder: str = "", **options: Any) -> 
     Raises InputError if a name on the hub has no revision, if loading fails, or if a tokenizer has no vocabulary.
     """
     check_pinned(source)
-    where = f"{subfolder} of {source.model}" if subfolder else source.model
+    where = _place(source, subfolder)
     try:
         loaded = cls.from_pretrained(
             source.model,
@@ -41,8 +41,8 @@ def load(cls: type, source: Pretrained, subfolder: str = "", **options: Any) -> 
     return loaded
 
 
-def class_name(cls: type, source: Pretrained, subfolder: str = "") -> str:
-    """Return the name of the class whose configuration lies in `source`, by diffusers' `cls`.
+def network_class(cls: type, source: Pretrained, subfolder: str = "") -> str:
+    """Return the name of the class that the network in `source` was saved as. cls: any network class of diffusers.
 
     Raises InputError as `load` does.
     """
@@ -54,8 +54,9 @@ def class_name(cls: type, source: Pretrained, subfolder: str = "") -> str:
     except Exception as error:
         if machine_fault(error):
             raise
-        where = f"{subfolder} of {source.model}" if subfolder else source.model
-        words = f"cannot read the configuration of {where} ({error}). Check the name and `subfolder`."
+        words = (
+            f"cannot read the configuration of {_place(source, subfolder)} ({error}). Check the name and `subfolder`."
+        )
         raise InputError(words) from error
 
 
@@ -71,3 +72,7 @@ def load_network(cls: type, source: Pretrained, subfolder: str = "", optional: t
             "Check that it is the right model."
         )
     return network.float().eval()
+
+
+def _place(source: Pretrained, subfolder: str) -> str:
+    return f"{subfolder} of {source.model}" if subfolder else source.model
