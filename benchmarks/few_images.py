@@ -86,7 +86,7 @@ def main() -> None:
     for count in COUNTS:
         chosen = normal.groupby("class_name").head(count).index
         images = torch.stack([kept[row] for row in chosen])
-        ours = PatchBank.fit([images.float()], len(images), retrieval.patches, retrieval.expected, 0)
+        ours = PatchBank.fit([images.float()], len(images), retrieval, 0)
         random = sample(images, NEAREST)
         candidates = sample(pooled(images), POOL)
         directions = torch.randn(candidates.shape[1], PROJECTED, generator=torch.Generator().manual_seed(0))

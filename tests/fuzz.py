@@ -37,7 +37,7 @@ from vlmdiff.core.dvc import read_lock
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import read_json
 from vlmdiff.core.network import refusal
-from vlmdiff.core.params import CaptionFile, Params, Prepare, load
+from vlmdiff.core.params import CaptionFile, Params, Prepare, Retrieval, load
 from vlmdiff.data import manifest
 from vlmdiff.data.images import decode, mask_values, read_image
 from vlmdiff.data.layouts import LAYOUTS
@@ -244,12 +244,12 @@ def banks(folder: Path) -> Try:
     import torch
 
     file = folder / "bank.safetensors"
-    PatchBank(torch.eye(8)[:, :4], torch.ones(6, 4), torch.ones(6), 0.5).save(file)
+    PatchBank(torch.eye(8)[:, :4], torch.ones(6, 4), torch.ones(6), Retrieval()).save(file)
     whole = file.read_bytes()
 
     def read(rng: random.Random) -> None:
         file.write_bytes(mutated(rng, whole, [whole]))
-        PatchBank.load(file, 0.5, 8)
+        PatchBank.load(file, Retrieval(), 8)
 
     return read
 

@@ -1,5 +1,7 @@
 """A bank of normal patches: distances beside an independent oracle, saving, and a detector that has both evidences."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from tests.backbones import GIVEN
 from tests.tiny import named, tiny_pipeline
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import seal, write_json
 from vlmdiff.core.params import Detection, FirstStage, Latents, Retrieval, Train
 from vlmdiff.detection.anomaly_map import fuse
 from vlmdiff.detection.detector import Detector
@@ -40,7 +43,7 @@ def test_each_layer_has_the_same_share_of_a_unit_vector():
 def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there(monkeypatch, fast):
     monkeypatch.setattr("vlmdiff.detection.retrieval.fast_bf16", lambda device: fast)
     normal, test = features(4), features(2, seed=1)
-    bank = PatchBank.fit([normal[:3], normal[3:]], 4, size=4 * 36, expected=0.5, seed=0)
+    bank = PatchBank.fit([normal[:3], normal[3:]], 4, Retrieval(patches=4 * 36, expected=0.5, level=0), seed=0)
     patches, image = bank.patches.double().numpy(), np.repeat(np.arange(4), 36)
     usual = np.array([1 - (patches[image != own] @ patch).max() for patch, own in zip(patches, image, strict=True)])
     near = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute", metric=lambda a, b: 1 - a @ b).fit(patches)
@@ -49,6 +52,25 @@ def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there(monke
     off = np.abs(bank(test).flatten().numpy() - expected)
     # Which ten are nearest may differ by a rounding of bfloat16; how near they are does not.
     assert np.quantile(off, 0.9) < 1e-6 and off.max() < 2e-2
+
+
+@given(st.floats(0, 1), st.integers(1, 3), st.integers(1, 7))
+def test_an_image_loses_a_share_of_its_own_level_and_no_other_images(share, images, size):
+    bank = PatchBank.fit([features(3, seed=2)], 3, Retrieval(patches=60, level=0), seed=0)
+    test = features(images, seed=1, size=size)
+    before = bank(test).numpy()
+    bank.params = Retrieval(patches=60, level=share)
+    level = np.quantile(before, 0.5, axis=(1, 2), method="lower", keepdims=True)
+    np.testing.assert_allclose(bank(test).numpy(), before - share * level, atol=1e-5)
+
+
+def test_a_detector_of_an_earlier_release_judges_as_it_did(detector, tmp_path):
+    detector.save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "detector.json").read_text())
+    assert facts["detection"]["retrieval"].pop("level") == 0.5
+    write_json(tmp_path / "detector.json", facts)
+    seal(tmp_path)
+    assert Detector.from_pretrained(tmp_path, "cpu").params.retrieval.level == 0
 
 
 @given(st.integers(1, 400), st.integers(1, 12), st.integers(0, 2**32 - 1), st.booleans())
@@ -63,23 +85,23 @@ def test_the_largest_values_are_those_of_a_sort(columns, wanted, seed, ties):
 
 
 def test_a_bank_has_as_many_patches_of_each_image_as_asked_for():
-    bank = PatchBank.fit([features(5)], 5, size=52, expected=0.5, seed=0)
+    bank = PatchBank.fit([features(5)], 5, Retrieval(patches=52, expected=0.5, level=0), seed=0)
     assert len(bank.patches) == 5 * 11
-    again = PatchBank.fit([features(5)[:2], features(5)[2:]], 5, size=52, expected=0.5, seed=0)
+    again = PatchBank.fit([features(5)[:2], features(5)[2:]], 5, Retrieval(patches=52, expected=0.5, level=0), seed=0)
     assert torch.equal(bank.patches, again.patches) and torch.equal(bank.usual, again.usual)
 
 
 def test_copies_of_one_patch_are_as_usual_as_can_be_and_an_opposite_one_is_not():
     x = features(1, size=1).expand(2, -1, 6, 6)
-    bank = PatchBank.fit([x], 2, size=72, expected=1.0, seed=0)
+    bank = PatchBank.fit([x], 2, Retrieval(patches=72, expected=1.0, level=0), seed=0)
     assert bank(x).abs().max() < 1e-2
     torch.testing.assert_close(bank(-x), torch.full((2, 6, 6), 2.0), atol=2e-2, rtol=0)
 
 
 def test_an_image_is_judged_without_its_own_patches():
     x = features(4)
-    bank = PatchBank.fit([x], 4, size=4 * 36, expected=0.0, seed=0)
-    others = PatchBank.fit([x[1:]], 3, size=3 * 36, expected=0.0, seed=0)
+    bank = PatchBank.fit([x], 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
+    others = PatchBank.fit([x[1:]], 3, Retrieval(patches=3 * 36, expected=0.0, level=0), seed=0)
     torch.testing.assert_close(bank(x[:1], without=[0]), others(x[:1]), atol=1e-2, rtol=0)
     assert bank(x[:1]).abs().max() < 1e-2 < bank(x[:1], without=[0]).min()
 
@@ -100,7 +122,7 @@ def test_a_wide_patch_is_kept_as_its_principal_directions():
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(20, 700, generator=generator)
     x = unit_length((torch.randn(4, 36, 20, generator=generator) @ few).transpose(1, 2).unflatten(2, (6, 6)), (700,))
-    bank = PatchBank.fit([x], 4, size=4 * 36, expected=0.0, seed=0)
+    bank = PatchBank.fit([x], 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
     assert bank.patches.shape == (144, COMPONENTS)
     whole = 1 - (rows(x[:1]) @ rows(x[1:]).T).max(axis=1)
     np.testing.assert_allclose(bank(x[:1], without=[0]).flatten(), whole, atol=1e-2)
@@ -108,7 +130,7 @@ def test_a_wide_patch_is_kept_as_its_principal_directions():
 
 def test_one_image_makes_no_bank():
     with pytest.raises(InputError, match="at least two"):
-        PatchBank.fit([features(1)], 1, size=10, expected=0.5, seed=0)
+        PatchBank.fit([features(1)], 1, Retrieval(patches=10, expected=0.5, level=0), seed=0)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
@@ -116,7 +138,7 @@ def test_a_bank_that_cannot_be_read_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "bank.safetensors").write_bytes(content)
     with pytest.raises(InputError, match=r"bank\.safetensors is not a bank of patches"):
-        PatchBank.load(tmp_path / "bank.safetensors", 0.5, 6)
+        PatchBank.load(tmp_path / "bank.safetensors", Retrieval(), 6)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +157,12 @@ def test_a_bank_that_cannot_be_read_is_named(tmp_path, content):
 )
 def test_a_bank_whose_tensors_do_not_fit_is_refused(tmp_path, name, change):
     file = tmp_path / "bank.safetensors"
-    PatchBank.fit([features(2)], 2, size=10, expected=0.5, seed=0).save(file)
-    PatchBank.load(file, 0.5, sum(CHANNELS))
+    PatchBank.fit([features(2)], 2, Retrieval(patches=10, expected=0.5, level=0), seed=0).save(file)
+    PatchBank.load(file, Retrieval(), sum(CHANNELS))
     tensors = load_file(file)
     save_file(tensors | {name: change(tensors[name]).contiguous()}, file)
     with pytest.raises(InputError, match=r"bank\.safetensors is not a bank of patches"):
-        PatchBank.load(file, 0.5, sum(CHANNELS))
+        PatchBank.load(file, Retrieval(), sum(CHANNELS))
 
 
 def photographs(count, seed):

@@ -466,12 +466,14 @@ Solver = Literal["ddim", "dpmsolver++"]
 class Retrieval(Section):
     """How far an image's patches are from the nearest normal patches of the training images, in a backbone's features.
 
-    `patches` is the size of the bank. `expected` is the share of the usual distance that is subtracted from a distance.
+    `patches` is the size of the bank. `expected` is the share of the usual distance that is subtracted from a distance,
+    `level` the share of the image's median that is subtracted from all its places.
     `weight` is the share of this evidence beside that of the reconstruction; "auto" chooses it on synthesised defects.
     """
 
     patches: Positive = 90_000
     expected: Share = 0.5
+    level: Share = 0.5
     weight: Share | Literal["auto"] = "auto"
 
 

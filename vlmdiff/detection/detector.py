@@ -87,7 +87,7 @@ class Detector:
                 where = f"{folder / SETTINGS}, detection.retrieval"
                 raise InputError(f"{where}: the first stage here is not a vision backbone. Restore the folder.")
             size = sum(pipeline.vae.config.feature_channels)
-            bank = PatchBank.load(folder / BANK, params.retrieval.expected, size).to(pipeline.device)
+            bank = PatchBank.load(folder / BANK, params.retrieval, size).to(pipeline.device)
         # Detectors of earlier releases remember none.
         normals = Normals.load(folder / NORMALS) if (folder / NORMALS).exists() else None
         with explained(folder, "Run `vlmdiff evaluate` again, or restore the folder"):
@@ -145,7 +145,7 @@ class Detector:
         if wanted is None:
             deque(patches(), 0)
         else:
-            self.bank = PatchBank.fit(patches(), len(images), wanted.patches, wanted.expected, self.params.seed)
+            self.bank = PatchBank.fit(patches(), len(images), wanted, self.params.seed)
         self.normals = Normals(images, torch.cat(features), described)
 
     def calibrate(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vlmdiff.core.device import fast_bf16
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.params import Retrieval
 
 # How many of the nearest patches say how far apart normal patches usually are at such a place.
 NEIGHBOURS = 10
@@ -24,9 +25,11 @@ BLOCK = 16
 class PatchBank:
     """Patches of normal images, and how far normal patches usually are from the nearest patch of another image.
 
-    A patch's evidence is its distance to the nearest patch of the bank, 1 - cosine similarity, less `expected` times
-    the usual distance there: the mean of that of its nearest patches. A place that differs from image to image, such as
-    grain or a label, is thus judged less strictly than one that always looks the same.
+    A patch's evidence is its distance to the nearest patch of the bank, 1 - cosine similarity, less `params.expected`
+    times the usual distance there: the mean of that of its nearest patches. A place that differs from image to image,
+    such as grain or a label, is thus judged less strictly than one that always looks the same. Then the image's level,
+    the median of its evidence, is subtracted, `params.level` times: light or focus that is a little different makes
+    every patch of an image more unusual, and none of them a defect.
 
     basis: (D, K), the principal directions of the patches; patches: (M, K), projected to them, of length one, in
     bfloat16; usual: (M,); image: (M,), the number of each patch's image, which is not saved.
@@ -37,21 +40,21 @@ class PatchBank:
         basis: torch.Tensor,
         patches: torch.Tensor,
         usual: torch.Tensor,
-        expected: float,
+        params: Retrieval,
         image: torch.Tensor | None = None,
     ):
-        self.basis, self.patches, self.usual, self.expected, self.image = basis, patches, usual, expected, image
+        self.basis, self.patches, self.usual, self.params, self.image = basis, patches, usual, params, image
 
     @classmethod
-    def fit(cls, features: Iterable[torch.Tensor], images: int, size: int, expected: float, seed: int) -> "PatchBank":
-        """Keep about `size` random patches, as many of each of `images` images.
+    def fit(cls, features: Iterable[torch.Tensor], images: int, params: Retrieval, seed: int) -> "PatchBank":
+        """Keep about `params.patches` random patches, as many of each of `images` images.
 
         features: batches (B, D, h, w) of normal images, from `unit_length`. Raises InputError for fewer than two.
         """
         if images < 2:
             raise InputError("a bank of normal patches needs at least two normal training images")
         generator = torch.Generator().manual_seed(seed)
-        each, kept = -(-size // images), []
+        each, kept = -(-params.patches // images), []
         for batch in features:
             for patches in batch.flatten(2).transpose(1, 2):
                 kept.append(patches[torch.randperm(len(patches), generator=generator)[:each].to(patches.device)])
@@ -66,7 +69,7 @@ class PatchBank:
             # Patches of one image are alike, so only other images say what is usual.
             similarity, _ = _nearest(part, patches, own[:, None] == image)
             usual.append(1 - similarity.amax(dim=1))
-        return cls(basis, patches, torch.cat(usual), expected, image)
+        return cls(basis, patches, torch.cat(usual), params, image)
 
     @torch.no_grad()
     def __call__(self, features: torch.Tensor, without: Sequence[int] | None = None) -> torch.Tensor:
@@ -79,14 +82,15 @@ class PatchBank:
             own = None if without is None or self.image is None else (self.image == without[i])[None]
             for part in F.normalize(patches @ self.basis, dim=1).split(AT_ONCE):
                 similarity, index = _nearest(part, self.patches, own)
-                found.append(1 - similarity.amax(dim=1) - self.expected * self.usual[index].mean(dim=1))
-        return torch.cat(found).unflatten(0, (len(features), *features.shape[2:]))
+                found.append(1 - similarity.amax(dim=1) - self.params.expected * self.usual[index].mean(dim=1))
+        evidence = torch.cat(found).unflatten(0, (len(features), *features.shape[2:]))
+        return evidence - self.params.level * evidence.flatten(1).median(dim=1).values[:, None, None]
 
     def to(self, device: torch.device) -> "PatchBank":
         """Return the bank on a device."""
         image = None if self.image is None else self.image.to(device)
         basis, patches, usual = (tensor.to(device) for tensor in (self.basis, self.patches, self.usual))
-        return PatchBank(basis, patches, usual, self.expected, image)
+        return PatchBank(basis, patches, usual, self.params, image)
 
     def save(self, file: Path) -> None:
         """Write the bank in safetensors."""
@@ -94,7 +98,7 @@ class PatchBank:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
 
     @classmethod
-    def load(cls, file: Path, expected: float, size: int) -> "PatchBank":
+    def load(cls, file: Path, params: Retrieval, size: int) -> "PatchBank":
         """Read what `save` wrote, for features of `size` numbers. Raises InputError if it is missing or not a bank."""
         try:
             tensors = load_file(file)
@@ -104,7 +108,7 @@ class PatchBank:
                 raise ValueError("its tensors do not fit the features")
             if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in (basis, patches, usual)):
                 raise ValueError("its tensors are not finite numbers")
-            return cls(basis, patches, usual, expected)
+            return cls(basis, patches, usual, params)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
 

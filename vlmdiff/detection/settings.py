@@ -25,8 +25,14 @@ class Settings(Section):
     @model_validator(mode="before")
     @classmethod
     def _earlier_releases(cls, facts: Any) -> Any:
-        if isinstance(facts, dict) and isinstance(calibration := facts.get("calibration"), dict):
-            return facts | {"calibration": Calibration.one_threshold(calibration)}
+        if not isinstance(facts, dict):
+            return facts
+        if isinstance(calibration := facts.get("calibration"), dict):
+            facts = facts | {"calibration": Calibration.one_threshold(calibration)}
+        detection = facts.get("detection")
+        if isinstance(detection, dict) and isinstance(retrieval := detection.get("retrieval"), dict):
+            # Once, an image's level was not subtracted.
+            facts = facts | {"detection": detection | {"retrieval": {"level": 0.0} | retrieval}}
         return facts
 
     @model_validator(mode="after")
