@@ -5,7 +5,8 @@ MLFLOW_PORT ?= 5000
 REPORTS_PORT ?= 5080
 
 BIN := $(CURDIR)/.venv/bin
-BENCHMARKS := $(filter-out benchmarks/photographs.py benchmarks/few_images.py,$(wildcard benchmarks/*.py))
+PHOTOGRAPHS := $(addprefix benchmarks/,photographs.py few_images.py decoders.py)
+BENCHMARKS := $(filter-out $(PHOTOGRAPHS),$(wildcard benchmarks/*.py))
 INSTALLED := .venv/.installed
 
 export PATH := $(BIN):$(PATH)
@@ -52,7 +53,7 @@ down: $(INSTALLED) ## Stop what `make up` started
 bench: $(INSTALLED) ## Run the benchmarks on the model of `make demo`
 	@"$(BIN)/pip" install --quiet --quiet --constraint constraints.txt --editable '.[test,bench]'
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; python $$file; done
-	@echo "Not run: benchmarks/photographs.py and benchmarks/few_images.py need your own photos. These train for hours:"
+	@echo "Not run: $(PHOTOGRAPHS) need your own photos. These train for hours:"
 	@for plan in benchmarks/ablations/*.yaml; do echo "  python benchmarks/ablations $$plan"; done
 
 $(INSTALLED): pyproject.toml constraints.txt

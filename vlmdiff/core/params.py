@@ -471,7 +471,7 @@ class Retrieval(Section):
     `weight` is the share of this evidence beside that of the reconstruction; "auto" chooses it on synthesised defects.
     """
 
-    patches: Positive = 90_000
+    patches: Positive = 200_000
     expected: Share = 0.5
     level: Share = 0.5
     weight: Share | Literal["auto"] = "auto"

@@ -17,7 +17,7 @@ NEIGHBOURS = 10
 # Numbers that describe a patch: as good as the 768 of two layers of ViT-S, at a third of the time and the memory.
 COMPONENTS = 256
 # Patches compared with the bank at once, so that memory stays the same for any number of images.
-AT_ONCE = 1024
+AT_ONCE = 512
 # Values in a block. `largest` compares the maxima of blocks before it compares single values.
 BLOCK = 16
 
