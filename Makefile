@@ -53,7 +53,7 @@ down: $(INSTALLED) ## Stop what `make up` started
 bench: $(INSTALLED) ## Run the benchmarks on the model of `make demo`
 	@"$(BIN)/pip" install --quiet --quiet --constraint constraints.txt --editable '.[test,bench]'
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; python $$file; done
-	@echo "Not run: $(PHOTOGRAPHS) need your own photos. These train for hours:"
+	@echo "Not run, because they need your own photos: $(PHOTOGRAPHS). These train for hours:"
 	@for plan in benchmarks/ablations/*.yaml; do echo "  python benchmarks/ablations $$plan"; done
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -6,9 +6,9 @@ Run it in a workspace where `dvc repro` has run with presets/photographs.yaml:
 
 Each baseline is one model for all classes. It learns from the training and the held-out images, and does not know the
 class of a test image. The encoder is the workspace's backbone, a frozen transformer. Eight layers from a quarter to
-five sixths of its depth are used: blocks 3 to 10 of twelve. A shallower network repeats some. The targets are the means
-of the first four and of the last four, and the input is the mean of all. A decoder of eight blocks reconstructs the
-deep target in its first half and the shallow one in its second.
+five sixths of its depth are used: blocks 3 to 10 of twelve. A network with fewer blocks uses some of them twice. The
+targets are the means of the first four and of the last four, and the input is the mean of all. A decoder of eight
+blocks reconstructs the deep target in its first half and the shallow one in its second.
 
 - Dinomaly-like (Guo et al., CVPR 2025, arXiv 2405.14325): dropout in the bottleneck, linear attention in the decoder.
   The best reconstructed places get a tenth of the gradient. Their share rises to 90 % over the first steps.
@@ -20,8 +20,9 @@ as in benchmarks/photographs.py; the papers cut theirs to 5 x 5. The image's sco
 
 The papers train ViT-B/14 with registers on 392 pixels, cropped from 448, for 10,000 steps (Dinomaly) or 200 epochs
 (INP-Former) of 16 images, by StableAdamW. A CPU cannot do that in minutes: the defaults are 280 pixels (20 x 20 tokens)
-and 400 steps, by AdamW. The learning rate rises over 100 steps as in the papers, Dinomaly's share also over 100, not
-over 1,000. With fewer than 400 steps, both rise over a quarter of them. The decoder does not see the class token.
+and 400 steps, by AdamW. The learning rate rises over 100 steps, as in the papers. Dinomaly's share rises over 100 too;
+in the paper over 1,000. With fewer than 400 steps, both rise over a quarter of them. The decoder does not see the class
+token.
 """
 
 import argparse
@@ -80,7 +81,7 @@ class Encoder:
 
 
 def linear(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Attend with the similarity of elu + 1 (Katharopoulos et al., ICML 2020), which cannot focus on single places."""
+    """Attend with the similarity of elu + 1 (Katharopoulos et al., ICML 2020), which spreads over many places."""
     queries, keys = F.elu(queries) + 1, F.elu(keys) + 1
     return queries @ (keys.transpose(2, 3) @ values) / (queries @ keys.sum(dim=2)[..., None])
 
@@ -264,6 +265,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=SIZE, help="pixels of the encoder's images")
     parser.add_argument("--layers", type=int, nargs=2, metavar=("FIRST", "LAST"), help="the outermost hidden states")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
     if not (w.DETECTOR / "bank.safetensors").is_file():
         print("skipped: this is not a workspace where presets/photographs.yaml has run")
         return

@@ -20,7 +20,7 @@ from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import explained
 from vlmdiff.core.files import atomic_folder, folder_mb
 
-# Training images that calibrate retrieval beside the held-out ones: a minute on a CPU.
+# Training images that calibrate retrieval beside the held-out ones: about two minutes on a CPU.
 CALIBRATING = 200
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there(monke
 
 
 @given(st.floats(0, 1), st.integers(1, 3), st.integers(1, 7))
-def test_an_image_loses_a_share_of_its_own_level_and_no_other_images(share, images, size):
+def test_an_image_loses_a_share_of_its_own_level_and_not_of_that_of_others(share, images, size):
     bank = PatchBank.fit([features(3, seed=2)], 3, Retrieval(patches=60, level=0), seed=0)
     test = features(images, seed=1, size=size)
     before = bank(test).numpy()
@@ -70,7 +70,10 @@ def test_a_detector_of_an_earlier_release_judges_as_it_did(detector, tmp_path):
     assert facts["detection"]["retrieval"].pop("level") == 0.5
     write_json(tmp_path / "detector.json", facts)
     seal(tmp_path)
-    assert Detector.from_pretrained(tmp_path, "cpu").params.retrieval.level == 0
+    images = photographs(2, 4)
+    found = Detector.from_pretrained(tmp_path, "cpu").distances(images, [9, 9])
+    levels = np.quantile(found, 0.5, axis=(1, 2), method="lower", keepdims=True)
+    np.testing.assert_allclose(found - 0.5 * levels, detector.distances(images, [9, 9]), atol=1e-5)
 
 
 @given(st.integers(1, 400), st.integers(1, 12), st.integers(0, 2**32 - 1), st.booleans())

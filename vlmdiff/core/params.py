@@ -466,8 +466,8 @@ Solver = Literal["ddim", "dpmsolver++"]
 class Retrieval(Section):
     """How far an image's patches are from the nearest normal patches of the training images, in a backbone's features.
 
-    `patches` is the size of the bank. `expected` is the share of the usual distance that is subtracted from a distance,
-    `level` the share of the image's median that is subtracted from all its places.
+    `patches` is the size of the bank. `expected` is the share of the usual distance that is subtracted from a distance.
+    `level` is the share of the image's level, the median of its evidence, that is subtracted everywhere.
     `weight` is the share of this evidence beside that of the reconstruction; "auto" chooses it on synthesised defects.
     """
 

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -200,6 +200,10 @@ class Calibration:
         """Return the value above which a place of the map of an image of a product is anomalous."""
         scale = self.products[product]
         return math.exp(scale.levels[-1] + scale.spreads[-1] * self.limit(product))
+
+    def standardised(self, values: Iterable[np.ndarray], products: Sequence[str]) -> np.ndarray:
+        """Return the standardised scores (B,) of images of these products, from logarithms (Q,) of their statistics."""
+        return np.array([self.products[p].scores(row[None])[0] for p, row in zip(products, values, strict=True)])
 
     def odds(self, standardised: np.ndarray, products: Sequence[str]) -> np.ndarray:
         """Return scores in [0, 1] of standardised ones (B,): 0.5 at the limit of the image's product."""

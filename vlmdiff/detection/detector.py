@@ -232,9 +232,7 @@ class Detector:
         learned = replace(learned, false_alarm_rate=chosen, images=int((~chooses).sum()))
         scores = np.empty(len(of))
         self.calibration, scores[~chooses] = learned.learn(statistics[~chooses], of[~chooses].tolist())
-        scales = [self.calibration.products[name] for name in names]
-        found = np.array([scale.scores(row[None])[0] for scale, row in zip(scales, theirs, strict=True)])
-        scores[chooses] = self.calibration.odds(found, names)
+        scores[chooses] = self.calibration.odds(self.calibration.standardised(theirs, names), names)
         return scores
 
     def _remembered(
@@ -281,8 +279,7 @@ class Detector:
             parts = self._parts(batch, calibration)
             raw = fuse(self._evidence(parts, calibration), calibration.weight)
             values.extend(self._statistics(parts, raw, calibration))
-        rows = zip(products, values, strict=True)
-        return np.array([calibration.products[product].scores(row[None])[0] for product, row in rows])
+        return calibration.standardised(values, products)
 
     @torch.no_grad()
     def distances(self, images: Iterable[Photograph], without: Iterable[int], batch_size: int = 32) -> np.ndarray:
@@ -355,9 +352,7 @@ class Detector:
             values = self._statistics(parts, raw, calibration)
             self._check(batch.names, "score", values)
             nearest, known = self._products(batch.features, list(islice(given, len(raw))))
-            standardised = np.array(
-                [calibration.products[p].scores(row[None])[0] for p, row in zip(nearest, values, strict=True)]
-            )
+            standardised = calibration.standardised(values, nearest)
             scores = calibration.odds(standardised, nearest)
             maps = normalised(raw, np.array([calibration.map_threshold(p) for p in nearest])[:, None, None])
             self._check(batch.names, "anomaly map", maps)

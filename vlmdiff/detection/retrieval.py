@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vlmdiff.core.console import track
 from vlmdiff.core.device import fast_bf16
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Retrieval
@@ -29,7 +30,8 @@ class PatchBank:
     times the usual distance there: the mean of that of its nearest patches. A place that differs from image to image,
     such as grain or a label, is thus judged less strictly than one that always looks the same. Then the image's level,
     the median of its evidence, is subtracted, `params.level` times: light or focus that is a little different makes
-    every patch of an image more unusual, and none of them a defect.
+    every patch of an image more unusual, although none is a defect. A defect of more than half of an image loses part
+    of its evidence too.
 
     basis: (D, K), the principal directions of the patches; patches: (M, K), projected to them, of length one, in
     bfloat16; usual: (M,); image: (M,), the number of each patch's image, which is not saved.
@@ -58,16 +60,20 @@ class PatchBank:
         for batch in features:
             for patches in batch.flatten(2).transpose(1, 2):
                 kept.append(patches[torch.randperm(len(patches), generator=generator)[:each].to(patches.device)])
-        every = torch.cat(kept)
+        counts, every = torch.tensor([len(patches) for patches in kept]), torch.cat(kept)
+        del kept
         # The directions of the largest second moments, so that products of patches change least.
-        _, directions = torch.linalg.eigh(sum(part.T @ part for part in every.double().split(AT_ONCE)))
+        doubles = (part.double() for part in every.split(AT_ONCE))
+        _, directions = torch.linalg.eigh(sum(part.T @ part for part in doubles))
         basis = directions[:, -COMPONENTS:].to(every)
         patches = F.normalize(every @ basis, dim=1).bfloat16()
-        image = torch.arange(len(kept), device=patches.device).repeat_interleave(torch.tensor([len(p) for p in kept]))
-        usual = []
-        for part, own in zip(patches.split(AT_ONCE), image.split(AT_ONCE), strict=True):
+        del every
+        image = torch.arange(len(counts)).repeat_interleave(counts).to(patches.device)
+        searched, usual = _searchable(patches), []
+        parts = zip(patches.split(AT_ONCE), image.split(AT_ONCE), strict=True)
+        for part, own in track(parts, "compare normal patches", -(-len(patches) // AT_ONCE)):
             # Patches of one image are alike, so only other images say what is usual.
-            similarity, _ = _nearest(part, patches, own[:, None] == image)
+            similarity, _ = _nearest(part, searched, own[:, None] == image)
             usual.append(1 - similarity.amax(dim=1))
         return cls(basis, patches, torch.cat(usual), params, image)
 
@@ -77,11 +83,11 @@ class PatchBank:
 
         without: for each of the B images, the number of an image of the bank whose patches do not count.
         """
-        found = []
+        searched, found = _searchable(self.patches), []
         for i, patches in enumerate(features.flatten(2).transpose(1, 2)):
             own = None if without is None or self.image is None else (self.image == without[i])[None]
             for part in F.normalize(patches @ self.basis, dim=1).split(AT_ONCE):
-                similarity, index = _nearest(part, self.patches, own)
+                similarity, index = _nearest(part, searched, own)
                 found.append(1 - similarity.amax(dim=1) - self.params.expected * self.usual[index].mean(dim=1))
         evidence = torch.cat(found).unflatten(0, (len(features), *features.shape[2:]))
         return evidence - self.params.level * evidence.flatten(1).median(dim=1).values[:, None, None]
@@ -113,13 +119,17 @@ class PatchBank:
             raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
 
 
+def _searchable(patches: torch.Tensor) -> torch.Tensor:
+    """Return patches in the type in which they are searched."""
+    # bfloat16 is several times as fast as float32 where the device has it, but rounds to three digits.
+    return patches.to(torch.bfloat16 if fast_bf16(patches.device) else torch.float32)
+
+
 def _nearest(
     queries: torch.Tensor, patches: torch.Tensor, left_out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cosine similarities (Q, k) of queries (Q, D) to the nearest of patches (M, D), and their indices."""
-    # bfloat16 finds them several times as fast as float32 where the device has it, but rounds to three digits.
-    kind = torch.bfloat16 if fast_bf16(queries.device) else torch.float32
-    rough = queries.to(kind) @ patches.to(kind).T
+    rough = queries.to(patches.dtype) @ patches.T
     if left_out is not None:
         rough.masked_fill_(left_out, -2)
     index = largest(rough, min(NEIGHBOURS, len(patches)))

@@ -31,7 +31,7 @@ class Settings(Section):
             facts = facts | {"calibration": Calibration.one_threshold(calibration)}
         detection = facts.get("detection")
         if isinstance(detection, dict) and isinstance(retrieval := detection.get("retrieval"), dict):
-            # Once, an image's level was not subtracted.
+            # Detectors of earlier releases have no `level`: they subtract nothing.
             facts = facts | {"detection": detection | {"retrieval": {"level": 0.0} | retrieval}}
         return facts
 
