@@ -17,7 +17,7 @@ from vlmdiff.core.files import seal, write_json
 from vlmdiff.core.params import Detection, FirstStage, Latents, Retrieval, Train
 from vlmdiff.detection.anomaly_map import fuse
 from vlmdiff.detection.detector import Detector
-from vlmdiff.detection.retrieval import COMPONENTS, NEIGHBOURS, PatchBank, largest, unit_length
+from vlmdiff.detection.retrieval import CANDIDATES, COMPONENTS, NEIGHBOURS, ROUGH, PatchBank, largest, unit_length
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.first_stage import train_first_stage
 
@@ -129,6 +129,19 @@ def test_a_wide_patch_is_kept_as_its_principal_directions():
     assert bank.patches.shape == (144, COMPONENTS)
     whole = 1 - (rows(x[:1]) @ rows(x[1:]).T).max(axis=1)
     np.testing.assert_allclose(bank(x[:1], without=[0]).flatten(), whole, atol=1e-2)
+
+
+def test_the_nearest_patches_are_found_by_their_largest_components():
+    generator = torch.Generator().manual_seed(0)
+    # Components fall as those of a backbone's patches do; more of them than find candidates count.
+    scales = torch.arange(1, 201) ** -0.7
+    x = unit_length(
+        (torch.randn(5, 100, 200, generator=generator) * scales).transpose(1, 2).unflatten(2, (10, 10)), (200,)
+    )
+    bank = PatchBank.fit([x[:4]], 4, Retrieval(patches=400, expected=0, level=0), seed=0)
+    nearest = 1 - (rows(x[4:]) @ rows(x[:4]).T).max(axis=1)
+    off = np.abs(bank(x[4:]).flatten().numpy() - nearest)
+    assert ROUGH < 200 and CANDIDATES < 400 and np.quantile(off, 0.95) < 5e-3
 
 
 def test_one_image_makes_no_bank():

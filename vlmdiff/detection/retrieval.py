@@ -17,6 +17,8 @@ from vlmdiff.core.params import Retrieval
 NEIGHBOURS = 10
 # Numbers that describe a patch: as good as the 768 of two layers of ViT-S, at a third of the time and the memory.
 COMPONENTS = 256
+# Of these, how many find candidates, and how many candidates: of DINOv2's patches, 0.2 % then miss the nearest.
+ROUGH, CANDIDATES = 96, 32
 # Patches compared with the bank at once, so that memory stays the same for any number of images.
 AT_ONCE = 512
 # Values in a block. `largest` compares the maxima of blocks before it compares single values.
@@ -69,11 +71,11 @@ class PatchBank:
         patches = F.normalize(every @ basis, dim=1).bfloat16()
         del every
         image = torch.arange(len(counts)).repeat_interleave(counts).to(patches.device)
-        searched, usual = _searchable(patches), []
+        nearest, usual = _Nearest(patches), []
         parts = zip(patches.split(AT_ONCE), image.split(AT_ONCE), strict=True)
         for part, own in track(parts, "compare normal patches", -(-len(patches) // AT_ONCE)):
             # Patches of one image are alike, so only other images say what is usual.
-            similarity, _ = _nearest(part, searched, own[:, None] == image)
+            similarity, _ = nearest(part, own[:, None] == image)
             usual.append(1 - similarity.amax(dim=1))
         return cls(basis, patches, torch.cat(usual), params, image)
 
@@ -83,11 +85,11 @@ class PatchBank:
 
         without: for each of the B images, the number of an image of the bank whose patches do not count.
         """
-        searched, found = _searchable(self.patches), []
+        nearest, found = _Nearest(self.patches), []
         for i, patches in enumerate(features.flatten(2).transpose(1, 2)):
             own = None if without is None or self.image is None else (self.image == without[i])[None]
             for part in F.normalize(patches @ self.basis, dim=1).split(AT_ONCE):
-                similarity, index = _nearest(part, searched, own)
+                similarity, index = nearest(part, own)
                 found.append(1 - similarity.amax(dim=1) - self.params.expected * self.usual[index].mean(dim=1))
         evidence = torch.cat(found).unflatten(0, (len(features), *features.shape[2:]))
         return evidence - self.params.level * evidence.flatten(1).median(dim=1).values[:, None, None]
@@ -119,24 +121,33 @@ class PatchBank:
             raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
 
 
-def _searchable(patches: torch.Tensor) -> torch.Tensor:
-    """Return patches in the type in which they are searched."""
-    # bfloat16 is several times as fast as float32 where the device has it, but rounds to three digits.
-    return patches.to(torch.bfloat16 if fast_bf16(patches.device) else torch.float32)
+class _Nearest:
+    """Finds the nearest of patches (M, K): candidates by their largest components, then the nearest by all of them."""
 
+    def __init__(self, patches: torch.Tensor):
+        # bfloat16 is several times as fast as float32 where the device has it, but rounds to three digits.
+        kind = torch.bfloat16 if fast_bf16(patches.device) else torch.float32
+        self.patches, self.rough = patches, patches[:, -ROUGH:].to(kind).contiguous()
+        # Used again and again: getting so much memory takes as long as the product.
+        self.products = self.rough.new_empty(AT_ONCE, len(patches))
 
-def _nearest(
-    queries: torch.Tensor, patches: torch.Tensor, left_out: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosine similarities (Q, k) of queries (Q, D) to the nearest of patches (M, D), and their indices."""
-    rough = queries.to(patches.dtype) @ patches.T
-    if left_out is not None:
-        rough.masked_fill_(left_out, -2)
-    index = largest(rough, min(NEIGHBOURS, len(patches)))
-    exact = torch.einsum("qd,qkd->qk", queries.float(), patches[index].float())
-    if left_out is not None:
-        exact = exact.masked_fill(left_out.expand(len(queries), -1).gather(1, index), -1)
-    return exact, index
+    def __call__(
+        self, queries: torch.Tensor, left_out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cosine similarities (Q, k) of queries (Q, K) to the nearest patches, and their indices.
+
+        left_out: the patches that do not count, bool (Q, M) or (1, M). Q is at most AT_ONCE.
+        """
+        parts, products = queries[:, -ROUGH:].to(self.rough), self.products[: len(queries)]
+        torch.mm(parts, self.rough.T, out=products)
+        if left_out is not None:
+            products.masked_fill_(left_out, -2)
+        index = largest(products, min(CANDIDATES, len(self.patches)))
+        exact = torch.einsum("qd,qkd->qk", queries.float(), self.patches[index].float())
+        if left_out is not None:
+            exact = exact.masked_fill(left_out.expand(len(queries), -1).gather(1, index), -1)
+        similarity, best = exact.topk(min(NEIGHBOURS, exact.shape[1]), dim=1)
+        return similarity, index.gather(1, best)
 
 
 def largest(values: torch.Tensor, count: int) -> torch.Tensor:
