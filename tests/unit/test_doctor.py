@@ -22,7 +22,6 @@ from tests.tiny import SIZE
 from vlmdiff.cli import app
 from vlmdiff.core.params import Params, Prepare, Train
 from vlmdiff.data import listing
-from vlmdiff.data.listing import outline
 from vlmdiff.setup import doctor
 from vlmdiff.setup.doctor import Requirement, examine
 from vlmdiff.training.cost import GIB, Cost, measure
@@ -212,7 +211,7 @@ def test_a_backbone_whose_features_are_the_latents_is_found_and_what_it_takes_is
 
     sections["evaluate"]["detection"]["retrieval"] = {"patches": 10**6}
     more = checks(measuring=True, **sections)
-    normal = sum(int(row["split"] != "test") for _, row in outline(Params.model_validate(TINY).prepare).iterrows())
+    normal = int((listing.outline(Params.model_validate(TINY).prepare)["split"] != "test").sum())
     # Every patch is kept, 16 x 16 of each image, in 256 numbers of two bytes.
     sizes = [float(re.search(r"([\d.]+) MiB per model", one["disk"].needed)[1]) for one in (found, more)]
     assert sizes[1] - sizes[0] == pytest.approx(normal * 256 * 512 / 2**20, abs=0.11)

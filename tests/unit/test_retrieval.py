@@ -133,7 +133,7 @@ def test_a_wide_patch_is_kept_as_its_principal_directions():
 
 def test_the_nearest_patches_are_found_by_their_largest_components():
     generator = torch.Generator().manual_seed(0)
-    # Components fall as those of a backbone's patches do; more of them than find candidates count.
+    # More components count than those that find the candidates.
     scales = torch.arange(1, 201) ** -0.5
     x = unit_length(
         (torch.randn(21, 100, 200, generator=generator) * scales).transpose(1, 2).unflatten(2, (10, 10)), (200,)

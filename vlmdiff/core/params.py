@@ -476,6 +476,10 @@ class Retrieval(Section):
     level: Share = 0.5
     weight: Share | Literal["auto"] = "auto"
 
+    def of_each(self, images: int) -> int:
+        """Return how many patches of each of `images` images are kept, if it has so many."""
+        return -(-self.patches // images)
+
 
 class Detection(Section):
     """How to compute an anomaly map from an image. The model stores these settings."""

@@ -58,7 +58,7 @@ class PatchBank:
         if images < 2:
             raise InputError("a bank of normal patches needs at least two normal training images")
         generator = torch.Generator().manual_seed(seed)
-        each, kept = -(-params.patches // images), []
+        each, kept = params.of_each(images), []
         for batch in features:
             for patches in batch.flatten(2).transpose(1, 2):
                 kept.append(patches[torch.randperm(len(patches), generator=generator)[:each].to(patches.device)])
@@ -128,7 +128,7 @@ class _Nearest:
         # bfloat16 is several times as fast as float32 where the device has it, but rounds to three digits.
         kind = torch.bfloat16 if fast_bf16(patches.device) else torch.float32
         self.patches, self.rough = patches, patches[:, -ROUGH:].to(kind).contiguous()
-        # Used again and again: getting so much memory takes as long as the product.
+        # One buffer for all products: getting so much memory anew takes as long as the product.
         self.products = self.rough.new_empty(AT_ONCE, len(patches))
 
     def __call__(

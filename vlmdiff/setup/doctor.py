@@ -336,20 +336,20 @@ def _memory(
     size = None if tested is None else tested * 15 * params.first_stage.image_size**2 + AROUND
     advice = "lower first_stage.image_size, test fewer images of a class, or use a machine with more memory"
     what = "maps of a class" if tested is None else f"maps of a class's {tested} images"
-    if size is not None and (patches := _bank(params, frame)):
+    if size is not None and (patches := _kept_patches(params, frame)):
         # The bank, and how similar some patches are to all of it.
         size, what = size + patches * (2 * COMPONENTS + 4 * AT_ONCE), f"{what}, {patches} normal patches"
     rows.append(_room("evaluate", size, here, what, advice))
     return rows
 
 
-def _bank(params: p.Params, frame: pd.DataFrame | None) -> int:
+def _kept_patches(params: p.Params, frame: pd.DataFrame | None) -> int:
     """Return how many normal patches a detector keeps."""
     wanted = params.evaluate.detection.retrieval
     if wanted is None or frame is None:
         return 0
     images = int((frame["split"] != "test").sum())
-    return images * min(-(-wanted.patches // max(images, 1)), params.first_stage.backbone.grid**2)
+    return images and images * min(wanted.of_each(images), params.first_stage.backbone.grid**2)
 
 
 def _encoded_images(params: p.Params, frame: pd.DataFrame) -> int:
@@ -377,7 +377,7 @@ def _disk(
     encoded = count * (8 * cost.latents + 4 * params.encode.max_windows * cost.tokens + pixels)
     backbones = {model.folder: model.size for key, model in models.items() if key.startswith("detection.features")}
     pipeline = 4 * sum(cost.weights.values())
-    detector = pipeline + sum(backbones.values()) + 2 * COMPONENTS * _bank(params, frame)
+    detector = pipeline + sum(backbones.values()) + 2 * COMPONENTS * _kept_patches(params, frame)
     # DVC keeps a copy of each stage's outputs in its cache; the registry has the detector.
     kept = 2 * (encoded + 4 * cost.weights["vae"] + pipeline + detector) + detector
     # Weights, their average, the best and two moments, of the last checkpoint and the one being written.
