@@ -30,6 +30,7 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, smooth
 from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.products import Products, appearance
 from vlmdiff.detection.retrieval import PatchBank, unit_length
 from vlmdiff.evaluation.metrics import evaluate_classes
 from vlmdiff.model.normalization import from_uint8
@@ -67,15 +68,17 @@ def main() -> None:
     size = pipeline.config.image_size
 
     @torch.no_grad()
-    def features(path: str) -> torch.Tensor:
+    def features(path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the patches (D, h, w) of an image, and what it looks like as a whole (F,)."""
         x = from_uint8(load_rgb(resolve(data.image_root, path), size, data.max_pixels)[None], pipeline.device)
         found = pipeline.vae.features(pipeline.normalize(x))
-        return unit_length(found, pipeline.vae.config.feature_channels)[0].half().cpu()
+        patches = unit_length(found, pipeline.vae.config.feature_channels)[0].half().cpu()
+        return patches, appearance(pipeline.vae.project(found))[0]
 
     normal = frame[frame["split"] != "test"].sample(frac=1, random_state=0)
     test = frame[frame["split"] == "test"].reset_index(drop=True)
     kept = {row: features(path) for row, path in track(normal["path"].items(), "normal images", len(normal))}
-    tested = torch.stack([features(path) for path in track(test["path"], "test images", len(test))])
+    tested, looks = zip(*(features(path) for path in track(test["path"], "test images", len(test))), strict=True)
     empty = np.zeros((size, size), bool)
     masks = [
         empty if path is None else load_mask(resolve(data.image_root, path), size, data.max_pixels)
@@ -85,15 +88,18 @@ def main() -> None:
     rows = []
     for count in COUNTS:
         chosen = normal.groupby("class_name").head(count).index
-        images = torch.stack([kept[row] for row in chosen])
-        ours = PatchBank.fit([images.float()], len(images), retrieval, 0)
+        images = torch.stack([kept[row][0] for row in chosen])
+        of = normal.loc[chosen, "class_name"].tolist()
+        ours = PatchBank.fit((image[None].float() for image in images), of, retrieval, 0)
+        # Whose patches count is recognised, as by a detector.
+        shown, _ = Products.fit(torch.stack([kept[row][1] for row in chosen]).numpy(), of)(torch.stack(looks).numpy())
         random = sample(images, NEAREST)
         candidates = sample(pooled(images), POOL)
         directions = torch.randn(candidates.shape[1], PROJECTED, generator=torch.Generator().manual_seed(0))
         coreset = candidates[farthest(candidates @ directions, CORESET)]
         maps: dict[str, list[np.ndarray]] = {method: [] for method in methods}
-        for one in track(tested, f"{count} images", len(tested)):
-            maps["our bank"].append(ours(one[None].float()).numpy())
+        for one, product in track(zip(tested, shown, strict=True), f"{count} images", len(tested)):
+            maps["our bank"].append(ours(one[None].float(), [product]).numpy())
             maps["nearest patches"].append(nearest(random, one).numpy())
             maps["PatchCore"].append(nearest(coreset, pooled(one[None])[0]).clamp_min(0).sqrt().numpy())
         for method in methods:

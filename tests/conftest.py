@@ -18,6 +18,11 @@ import httpx
 import pytest
 import yaml
 from filelock import FileLock
+from hypothesis import settings
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 ROOT = Path(__file__).parents[1]
 # What a workspace has of the repository: the graph, the sources that its stages depend on, DVC's settings.

@@ -244,7 +244,7 @@ def banks(folder: Path) -> Try:
     import torch
 
     file = folder / "bank.safetensors"
-    PatchBank(torch.eye(8)[:, :4], torch.ones(6, 4), torch.ones(6), Retrieval()).save(file)
+    PatchBank(torch.eye(8)[:, :4], torch.ones(6, 4), torch.ones(6), Retrieval(), {"thing": 6}).save(file)
     whole = file.read_bytes()
 
     def read(rng: random.Random) -> None:

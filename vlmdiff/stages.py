@@ -20,9 +20,6 @@ from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import explained
 from vlmdiff.core.files import atomic_folder, folder_mb
 
-# Training images that calibrate retrieval beside the held-out ones: about two minutes on a CPU.
-CALIBRATING = 200
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -190,8 +187,6 @@ def evaluate(
     def read(rows: "pd.DataFrame") -> Iterator[np.ndarray]:
         return (load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in rows["path"])
 
-    # An even mix of products, of which the first may calibrate.
-    training = training.sample(frac=1, random_state=ours.detection.seed)
     # Held-out images first: each is judged without its own patches, and new images by all normal ones.
     columns = zip(*(pd.concat([held_out, training])[name] for name in ("image_id", "path", "class_name")), strict=True)
     known = [Normal(image_id, path, name, texts.get(image_id)) for image_id, path, name in columns]
@@ -201,7 +196,6 @@ def evaluate(
     ground = HeldOut(normal, held_out["class_name"].tolist(), prompts)
     weighing = Weighing(detector, ground, ours.batch_size, ours.max_fpr)
     costs, share = ours.decision.costs, ours.decision.defect_rate
-    further = training[:CALIBRATING] if ours.detection.retrieval else training[:0]
     scores = detector.calibrate(
         normal,
         ours.batch_size,
@@ -210,8 +204,6 @@ def evaluate(
         in_bank=True,
         names=held_out["path"],
         products=ground.classes,
-        more=list(read(further)),
-        more_products=further["class_name"].tolist(),
         rate=Costing(detector, ground, ours.batch_size, costs, share) if costs else None,
     )
     budget, began = round(COST * (len(normal) + int((frame["split"] == "test").sum()))), time.perf_counter()

@@ -106,7 +106,7 @@ def test_kinds_belong_to_their_class_and_regions_to_their_own_size():
     assert counts["decision"]["decision"] == {"defective": [3, 4], "normal": [1, 4], "regions": [2, 4]}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.sampled_from([None, 4, 20]))
 def test_pooled_and_by_class_metrics_are_what_scikit_learn_computes(seed, levels):
     frame = many(seed, levels=levels)
@@ -129,7 +129,7 @@ def test_pooled_and_by_class_metrics_are_what_scikit_learn_computes(seed, levels
             assert row[metric] == pytest.approx(max(recall for alarms, recall in rates.values() if alarms <= rate))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 3), min_size=24, max_size=24))
 def test_weights_are_repetitions(seed, weights):
     frame = many(seed, images=24, levels=10)
@@ -144,7 +144,7 @@ def test_weights_are_repetitions(seed, weights):
                 assert value[0] == pytest.approx(wanted, nan_ok=True), (key, name, metric)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32))
 def test_the_recall_at_a_rate_rises_with_the_rate_and_ranks_alone_matter(seed):
     frame = many(seed)
@@ -232,7 +232,7 @@ def test_five_lost_images_are_worse_by_one_in_32():
     assert mcnemar(5, 0) == 1 / 32 and mcnemar(0, 0) == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32))
 def test_the_interval_of_a_share_has_the_share_in_it(seed):
     decisions = Decisions.of(many(seed))
@@ -289,7 +289,7 @@ def test_the_expected_cost_weighs_misses_and_false_alarms_by_how_often_they_come
     assert "expected_cost" not in values_of(summarise(decisions, samples=2))["decision"]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32), st.floats(0.1, 1000), st.floats(0.001, 0.999))
 def test_no_threshold_costs_less_than_the_lowest_point_of_the_curve(seed, ratio, defect_rate):
     frame = many(seed, images=24, levels=20)

@@ -605,7 +605,7 @@ def rows(draw) -> Record:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(records=st.lists(rows(), min_size=1, max_size=6), order=st.permutations(Record._fields))
 def test_whatever_a_csv_writer_writes_is_read_as_it_was(pool, records, order):
     frame = pd.DataFrame(records, columns=Record._fields)[order]
@@ -619,7 +619,7 @@ def test_whatever_a_csv_writer_writes_is_read_as_it_was(pool, records, order):
 HEADER = "path,class_name,label,split,defect,mask_path"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     text=st.one_of(
         st.binary(max_size=60),

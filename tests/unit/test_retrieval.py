@@ -33,6 +33,10 @@ def rows(x):
     return x.permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
 
 
+def judged(bank, x, without=None, product="thing"):
+    return bank(x, [product] * len(x), without)
+
+
 def test_each_layer_has_the_same_share_of_a_unit_vector():
     x = features(3)
     for layer in x.split(CHANNELS, dim=1):
@@ -43,25 +47,27 @@ def test_each_layer_has_the_same_share_of_a_unit_vector():
 def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there(monkeypatch, fast):
     monkeypatch.setattr("vlmdiff.detection.retrieval.fast_bf16", lambda device: fast)
     normal, test = features(4), features(2, seed=1)
-    bank = PatchBank.fit([normal[:3], normal[3:]], 4, Retrieval(patches=4 * 36, expected=0.5, level=0), seed=0)
+    bank = PatchBank.fit(
+        [normal[:3], normal[3:]], ["thing"] * 4, Retrieval(patches=4 * 36, expected=0.5, level=0), seed=0
+    )
     patches, image = bank.patches.double().numpy(), np.repeat(np.arange(4), 36)
     usual = np.array([1 - (patches[image != own] @ patch).max() for patch, own in zip(patches, image, strict=True)])
     near = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute", metric=lambda a, b: 1 - a @ b).fit(patches)
     distance, index = near.kneighbors(rows(test) @ bank.basis.double().numpy())
     expected = distance[:, 0] - 0.5 * usual[index].mean(axis=1)
-    off = np.abs(bank(test).flatten().numpy() - expected)
+    off = np.abs(judged(bank, test).flatten().numpy() - expected)
     # Which ten are nearest may differ by a rounding of bfloat16; how near they are does not.
     assert np.quantile(off, 0.9) < 1e-6 and off.max() < 2e-2
 
 
 @given(st.floats(0, 1), st.integers(1, 3), st.integers(1, 7))
 def test_an_image_loses_a_share_of_its_own_level_and_not_of_that_of_others(share, images, size):
-    bank = PatchBank.fit([features(3, seed=2)], 3, Retrieval(patches=60, level=0), seed=0)
+    bank = PatchBank.fit([features(3, seed=2)], ["thing"] * 3, Retrieval(patches=60, level=0), seed=0)
     test = features(images, seed=1, size=size)
-    before = bank(test).numpy()
+    before = judged(bank, test).numpy()
     bank.params = Retrieval(patches=60, level=share)
     level = np.quantile(before, 0.5, axis=(1, 2), method="lower", keepdims=True)
-    np.testing.assert_allclose(bank(test).numpy(), before - share * level, atol=1e-5)
+    np.testing.assert_allclose(judged(bank, test).numpy(), before - share * level, atol=1e-5)
 
 
 def test_a_detector_of_an_earlier_release_judges_as_it_did(detector, tmp_path):
@@ -71,9 +77,9 @@ def test_a_detector_of_an_earlier_release_judges_as_it_did(detector, tmp_path):
     write_json(tmp_path / "detector.json", facts)
     seal(tmp_path)
     images = photographs(2, 4)
-    found = Detector.from_pretrained(tmp_path, "cpu").distances(images, [9, 9])
+    found = Detector.from_pretrained(tmp_path, "cpu").distances(images)
     levels = np.quantile(found, 0.5, axis=(1, 2), method="lower", keepdims=True)
-    np.testing.assert_allclose(found - 0.5 * levels, detector.distances(images, [9, 9]), atol=1e-5)
+    np.testing.assert_allclose(found - 0.5 * levels, detector.distances(images), atol=1e-5)
 
 
 @given(st.integers(1, 400), st.integers(1, 12), st.integers(0, 2**32 - 1), st.booleans())
@@ -88,25 +94,27 @@ def test_the_largest_values_are_those_of_a_sort(columns, wanted, seed, ties):
 
 
 def test_a_bank_has_as_many_patches_of_each_image_as_asked_for():
-    bank = PatchBank.fit([features(5)], 5, Retrieval(patches=52, expected=0.5, level=0), seed=0)
+    bank = PatchBank.fit([features(5)], ["thing"] * 5, Retrieval(patches=52, expected=0.5, level=0), seed=0)
     assert len(bank.patches) == 5 * 11
-    again = PatchBank.fit([features(5)[:2], features(5)[2:]], 5, Retrieval(patches=52, expected=0.5, level=0), seed=0)
+    again = PatchBank.fit(
+        [features(5)[:2], features(5)[2:]], ["thing"] * 5, Retrieval(patches=52, expected=0.5, level=0), seed=0
+    )
     assert torch.equal(bank.patches, again.patches) and torch.equal(bank.usual, again.usual)
 
 
 def test_copies_of_one_patch_are_as_usual_as_can_be_and_an_opposite_one_is_not():
     x = features(1, size=1).expand(2, -1, 6, 6)
-    bank = PatchBank.fit([x], 2, Retrieval(patches=72, expected=1.0, level=0), seed=0)
-    assert bank(x).abs().max() < 1e-2
-    torch.testing.assert_close(bank(-x), torch.full((2, 6, 6), 2.0), atol=2e-2, rtol=0)
+    bank = PatchBank.fit([x], ["thing"] * 2, Retrieval(patches=72, expected=1.0, level=0), seed=0)
+    assert judged(bank, x).abs().max() < 1e-2
+    torch.testing.assert_close(judged(bank, -x), torch.full((2, 6, 6), 2.0), atol=2e-2, rtol=0)
 
 
 def test_an_image_is_judged_without_its_own_patches():
     x = features(4)
-    bank = PatchBank.fit([x], 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
-    others = PatchBank.fit([x[1:]], 3, Retrieval(patches=3 * 36, expected=0.0, level=0), seed=0)
-    torch.testing.assert_close(bank(x[:1], without=[0]), others(x[:1]), atol=1e-2, rtol=0)
-    assert bank(x[:1]).abs().max() < 1e-2 < bank(x[:1], without=[0]).min()
+    bank = PatchBank.fit([x], ["thing"] * 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
+    others = PatchBank.fit([x[1:]], ["thing"] * 3, Retrieval(patches=3 * 36, expected=0.0, level=0), seed=0)
+    torch.testing.assert_close(judged(bank, x[:1], [0]), judged(others, x[:1]), atol=1e-2, rtol=0)
+    assert judged(bank, x[:1]).abs().max() < 1e-2 < judged(bank, x[:1], [0]).min()
 
 
 def test_calibration_by_images_of_the_bank_is_that_by_new_ones(detector):
@@ -121,14 +129,84 @@ def test_calibration_by_images_of_the_bank_is_that_by_new_ones(detector):
     assert kept > lost and again.calibration.threshold == pytest.approx(fresh, rel=0.5)
 
 
+def two_products(params):
+    x, y = features(3), -features(3)
+    # Their images come mixed, as those of a dataset do.
+    mixed = torch.stack([x, y], dim=1).flatten(0, 1)
+    return PatchBank.fit([mixed[:4], mixed[4:]], ["this", "that"] * 3, params, seed=0), x, y
+
+
+def test_an_image_is_compared_with_patches_of_its_product():
+    params = Retrieval(patches=3 * 36, expected=0.5, level=0.5)
+    bank, x, y = two_products(params)
+    assert bank.counts == {"that": 108, "this": 108}
+    test = features(2, seed=1)
+    for product, normal in (("this", x), ("that", y)):
+        alone = PatchBank.fit([normal], [product] * 3, params, seed=0)
+        torch.testing.assert_close(
+            judged(bank, test, None, product), judged(alone, test, None, product), atol=1e-2, rtol=0
+        )
+    both = bank(test, ["this", "that"])
+    for i, product in enumerate(("this", "that")):
+        assert torch.equal(both[i], judged(bank, test[i : i + 1], None, product)[0])
+
+
+def test_an_image_of_no_known_product_is_compared_with_all_patches():
+    bank, x, y = two_products(Retrieval(patches=3 * 36, expected=0, level=0))
+    for normal in (x, y):
+        assert judged(bank, normal, None, "neither").abs().max() < 1e-2
+
+
+def test_the_only_image_of_a_product_is_compared_with_all_others():
+    x = features(3)
+    bank = PatchBank.fit([x], ["only", "other", "other"], Retrieval(patches=72, expected=0, level=0), seed=0)
+    others = PatchBank.fit([x[1:]], ["other"] * 2, Retrieval(patches=72, expected=0, level=0), seed=0)
+    torch.testing.assert_close(
+        judged(bank, x[:1], [0], "only"), judged(others, x[:1], None, "other"), atol=1e-2, rtol=0
+    )
+    assert bank.usual.max() < 2
+
+
+@given(st.integers(1, 36), st.sampled_from([0.0, 0.5]))
+def test_a_bank_knows_the_evidence_of_the_images_that_it_has_whole(each, level):
+    x = features(5)
+    params = Retrieval(patches=2 * each, expected=0.5, level=level)
+    bank = PatchBank.fit([x[:2], x[2:]], ["a", "b", "a", "b", "b"], params, seed=0)
+    whole = {0, 2} if each == 36 else set()
+    # Of a product with three images, two thirds of `each` are kept of each.
+    assert set(bank.known) == whole
+    for i in whole:
+        torch.testing.assert_close(bank.known[i], judged(bank, x[i : i + 1], [i], "a")[0], atol=2e-2, rtol=0)
+
+
+def test_a_saved_bank_keeps_its_products_and_one_of_an_earlier_release_searches_all(tmp_path):
+    params = Retrieval(patches=3 * 36, expected=0.5, level=0)
+    bank, _, _ = two_products(params)
+    bank.save(tmp_path / "bank.safetensors")
+    test, again = features(2, seed=1), PatchBank.load(tmp_path / "bank.safetensors", params, sum(CHANNELS))
+    assert torch.equal(judged(bank, test, None, "this"), judged(again, test, None, "this"))
+    save_file(load_file(tmp_path / "bank.safetensors"), tmp_path / "bank.safetensors")
+    earlier = PatchBank.load(tmp_path / "bank.safetensors", params, sum(CHANNELS))
+    assert torch.equal(judged(earlier, test, None, "this"), judged(bank, test, None, "neither"))
+
+
+@pytest.mark.parametrize("counts", ["{", '{"this": 0, "that": 216}', '{"this": 108}', "[108, 108]"])
+def test_a_bank_whose_products_do_not_fit_is_refused(tmp_path, counts):
+    file = tmp_path / "bank.safetensors"
+    two_products(Retrieval(patches=3 * 36))[0].save(file)
+    save_file(load_file(file), file, metadata={"counts": counts})
+    with pytest.raises(InputError, match=r"bank\.safetensors is not a bank of patches"):
+        PatchBank.load(file, Retrieval(), sum(CHANNELS))
+
+
 def test_a_wide_patch_is_kept_as_its_principal_directions():
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(20, 700, generator=generator)
     x = unit_length((torch.randn(4, 36, 20, generator=generator) @ few).transpose(1, 2).unflatten(2, (6, 6)), (700,))
-    bank = PatchBank.fit([x], 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
+    bank = PatchBank.fit([x], ["thing"] * 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
     assert bank.patches.shape == (144, COMPONENTS)
     whole = 1 - (rows(x[:1]) @ rows(x[1:]).T).max(axis=1)
-    np.testing.assert_allclose(bank(x[:1], without=[0]).flatten(), whole, atol=1e-2)
+    np.testing.assert_allclose(judged(bank, x[:1], [0]).flatten(), whole, atol=1e-2)
 
 
 def test_the_nearest_patches_are_found_by_their_largest_components():
@@ -138,15 +216,15 @@ def test_the_nearest_patches_are_found_by_their_largest_components():
     x = unit_length(
         (torch.randn(21, 100, 200, generator=generator) * scales).transpose(1, 2).unflatten(2, (10, 10)), (200,)
     )
-    bank = PatchBank.fit([x[:20]], 20, Retrieval(patches=2000, expected=0, level=0), seed=0)
+    bank = PatchBank.fit([x[:20]], ["thing"] * 20, Retrieval(patches=2000, expected=0, level=0), seed=0)
     nearest = 1 - (rows(x[20:]) @ rows(x[:20]).T).max(axis=1)
-    off = np.abs(bank(x[20:]).flatten().numpy() - nearest)
+    off = np.abs(judged(bank, x[20:]).flatten().numpy() - nearest)
     assert ROUGH < 200 and CANDIDATES < 2000 and np.quantile(off, 0.95) < 5e-3
 
 
 def test_one_image_makes_no_bank():
     with pytest.raises(InputError, match="at least two"):
-        PatchBank.fit([features(1)], 1, Retrieval(patches=10, expected=0.5, level=0), seed=0)
+        PatchBank.fit([features(1)], ["thing"] * 1, Retrieval(patches=10, expected=0.5, level=0), seed=0)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
@@ -173,7 +251,7 @@ def test_a_bank_that_cannot_be_read_is_named(tmp_path, content):
 )
 def test_a_bank_whose_tensors_do_not_fit_is_refused(tmp_path, name, change):
     file = tmp_path / "bank.safetensors"
-    PatchBank.fit([features(2)], 2, Retrieval(patches=10, expected=0.5, level=0), seed=0).save(file)
+    PatchBank.fit([features(2)], ["thing"] * 2, Retrieval(patches=10, expected=0.5, level=0), seed=0).save(file)
     PatchBank.load(file, Retrieval(), sum(CHANNELS))
     tensors = load_file(file)
     save_file(tensors | {name: change(tensors[name]).contiguous()}, file)
@@ -221,7 +299,7 @@ def test_an_image_of_the_bank_is_compared_with_the_others(detector):
     images[5] = images[5].copy()
     images[5][16:32, 16:32] = [250, 20, 20]
     again.learn(images, named(8))
-    own, others = again.distances(images, [9] * 8), again.distances(images, range(8))
+    own, others = again.distances(images), again.distances(images, range(8))
     assert others.max(axis=(1, 2)).argmax() == 5 and own[5].max() < others[5].max()
 
 
@@ -254,21 +332,18 @@ def test_an_autoencoder_has_no_features_to_retrieve():
         detector.learn([], [])
 
 
-def test_where_retrieval_is_all_the_evidence_every_image_of_the_bank_calibrates(detector):
+def test_where_retrieval_is_all_the_evidence_every_image_that_the_bank_has_whole_calibrates(detector):
     held_out, training = photographs(10, seed=1), photographs(30, seed=5)
-    alone, both = (Detector(detector.pipeline, detector.params) for _ in range(2))
-    for one, weight in ((alone, 1.0), (both, 0.9)):
+    # 64 patches of each image are all that it has.
+    whole = detector.params.model_copy(update={"retrieval": Retrieval(patches=40 * 64)})
+    alone, both, few = (Detector(detector.pipeline, params) for params in (whole, whole, detector.params))
+    for one, weight in ((alone, 1.0), (both, 0.9), (few, 1.0)):
         one.learn([*held_out, *training], named(40))
         scores = one.calibrate(
-            held_out,
-            weigh=lambda evidence, weight=weight: weight,
-            in_bank=True,
-            products=["thing"] * 10,
-            more=training,
-            more_products=["thing"] * 30,
+            held_out, weigh=lambda evidence, weight=weight: weight, in_bank=True, products=["thing"] * 10
         )
         assert scores.shape == (10,)
-    assert (alone.calibration.images, both.calibration.images) == (40, 10)
+    assert [one.calibration.images for one in (alone, both, few)] == [40, 10, 10]
     assert len(alone.calibration.products["thing"].levels) == 1
     # A new image is as unusual as those that calibrate, each judged without its own patches.
     found = [one.score for one in alone.detect(photographs(30, seed=6))]

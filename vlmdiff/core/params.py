@@ -264,12 +264,14 @@ class Discriminator(Section):
 class BackboneSpace(VisionBackbone):
     """Features of a frozen vision model as latents: its layers on one grid, projected to `latent_channels`.
 
-    `grid` is the side of the latents, `decoder_channels` the width of the decoder that visualises them. `whitening`
-    equalises the deviations of the principal components: 0 keeps them, 1 makes them equal.
+    The model sees an image at `image_size` and at each of `more_sizes`, and all its features count. `grid` is the side
+    of the latents, `decoder_channels` the width of the decoder that visualises them. `whitening` equalises the
+    deviations of the principal components: 0 keeps them, 1 makes them equal.
     """
 
     model: str = "models/backbone"
     image_size: Positive = 256
+    more_sizes: tuple[Annotated[int, Field(gt=0, le=8192)], ...] = ()
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)] = (1, 4, 7, 11)
     grid: Positive = 32
     whitening: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -466,9 +468,10 @@ Solver = Literal["ddim", "dpmsolver++"]
 class Retrieval(Section):
     """How far an image's patches are from the nearest normal patches of the training images, in a backbone's features.
 
-    `patches` is the size of the bank. `expected` is the share of the usual distance that is subtracted from a distance.
-    `level` is the share of the image's level, the median of its evidence, that is subtracted everywhere.
-    `weight` is the share of this evidence beside that of the reconstruction; "auto" chooses it on synthesised defects.
+    `patches` is how many of them the bank keeps of each product. `expected` is the share of the usual distance that is
+    subtracted from a distance. `level` is the share of the image's level, the median of its evidence, that is
+    subtracted everywhere. `weight` is the share of this evidence beside that of the reconstruction; "auto" chooses it
+    on synthesised defects.
     """
 
     patches: Positive = 200_000
@@ -477,7 +480,7 @@ class Retrieval(Section):
     weight: Share | Literal["auto"] = "auto"
 
     def of_each(self, images: int) -> int:
-        """Return how many patches of each of `images` images are kept, if it has so many."""
+        """Return how many patches of each of a product's `images` images are kept, if it has so many."""
         return -(-self.patches // images)
 
 

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice, repeat
+from itertools import count, islice, repeat, tee
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +145,8 @@ class Detector:
         if wanted is None:
             deque(patches(), 0)
         else:
-            self.bank = PatchBank.fit(patches(), len(images), wanted, self.params.seed)
+            products = [image.class_name for image in images]
+            self.bank = PatchBank.fit(patches(), products, wanted, self.params.seed)
         self.normals = Normals(images, torch.cat(features), described)
 
     def calibrate(
@@ -157,28 +158,26 @@ class Detector:
         in_bank: bool = False,
         names: Iterable[str] | None = None,
         products: Sequence[str] | None = None,
-        more: Sequence[Photograph] = (),
-        more_products: Sequence[str] = (),
         rate: Callable[[np.ndarray, Sequence[str]], float] | None = None,
     ) -> np.ndarray:
         """Learn what difference is normal from normal photographs that training does not see.
 
         normal, captions, names: as for `detect`. weigh: returns the share of retrieval, given the evidence (N, 2, S, S)
         of these photographs; without it, the share is that of the parameters, or one half. in_bank: the photographs are
-        the first in the bank, so each is judged without its own patches. products: what each shows; without
-        them, all are of one. more: the next images in the bank, of `more_products`; where retrieval alone is the
-        evidence, they calibrate too. rate: returns the false-alarm rate, given the standardised scores (N,) of these
-        photographs and their products; without it, the rate is that of the parameters. Where it is given, every second
-        image of a product chooses the rate, and the others alone set the thresholds, so that their promise holds.
-        Returns the photographs' scores (N,), as `detect` would give them for a photograph that is new to it.
+        the first in the bank, so each is judged without its own patches; where retrieval alone is the evidence, the
+        others that the bank has whole calibrate too. products: what each shows; without them, all are of one. rate:
+        returns the false-alarm rate, given the standardised scores (N,) of these photographs and their products;
+        without it, the rate is that of the parameters. Where it is given, every second image of a product chooses the
+        rate, and the others alone set the thresholds, so that their promise holds. Returns the photographs' scores
+        (N,), as `detect` would give them for a photograph that is new to it.
 
         Raises InputError if there are several products and `learn` has not seen them all, or if `rate` is given and no
         product has two images.
         """
-        products = [""] * len(normal) if products is None else list(products)
+        shown, products = products, [""] * len(normal) if products is None else list(products)
         if len(set(products)) > 1 and not set(products) <= set(self.normals.products.names if self.normals else ()):
             raise InputError("several products are calibrated only after `learn` has seen images of each of them")
-        found = list(self._compare(normal, batch_size, captions, range(len(normal)) if in_bank else None, names))
+        found = list(self._compare(normal, batch_size, captions, range(len(normal)) if in_bank else None, names, shown))
         deviation = float(np.sqrt(np.square(np.concatenate([batch.deviations for batch in found])).mean()))
         relative = np.concatenate([self._relative(batch, deviation) for batch in found])
         learned = Calibration(
@@ -203,12 +202,12 @@ class Detector:
             learned = replace(learned, weight=weight)
         statistics = self._statistics(parts, fuse(evidence, learned.weight), learned)
         self._check([name for batch in found for name in batch.names], "score", statistics)
-        if in_bank and learned.weight == 1 and len(more):
+        if in_bank and learned.weight == 1 and self.bank is not None and self.normals is not None:
             # The denoiser, which has seen them, has no say.
-            numbers = range(len(normal), len(normal) + len(more))
-            others = self._remembered(more, numbers, batch_size, learned)
-            learned = replace(learned, images=len(normal) + len(more))
-            statistics, products = np.concatenate([statistics, others]), [*products, *more_products]
+            more = [i for i in self.bank.known if i >= len(normal)]
+            statistics = np.concatenate([statistics, *(self._remembered(i, learned) for i in more)])
+            products += [self.normals.images[i].class_name for i in more]
+            learned = replace(learned, images=len(products))
         if rate is None:
             self.calibration, scores = learned.learn(statistics, products)
         else:
@@ -235,19 +234,14 @@ class Detector:
         scores[chooses] = self.calibration.odds(self.calibration.standardised(theirs, names), names)
         return scores
 
-    def _remembered(
-        self, images: Sequence[Photograph], numbers: Sequence[int], batch_size: int, calibration: Calibration
-    ) -> np.ndarray:
-        """Return the statistics (N, 1) of images of the bank, by retrieval alone."""
-        found, size = [], self.pipeline.config.image_size
-        assert calibration.retrieval is not None and calibration.tails is not None
-        for batch in batches(zip(images, numbers, strict=True), batch_size):
-            distances = self.distances([image for image, _ in batch], [number for _, number in batch], batch_size)
-            small = torch.from_numpy(calibration.retrieval.positive(distances))
-            maps = smooth(enlarge(small, size, self.params.align_corners).numpy(), self.params.smoothing)
-            maps = (maps / calibration.tails[1]).astype(np.float32)
-            found.append(self._statistics(maps[:, None], maps, calibration))
-        return np.concatenate(found)
+    def _remembered(self, number: int, calibration: Calibration) -> np.ndarray:
+        """Return the statistics (1, 1) of an image that the bank has whole, by retrieval alone."""
+        assert self.bank is not None and calibration.retrieval is not None and calibration.tails is not None
+        distances = self.bank.known[number][None].cpu().numpy()
+        small = torch.from_numpy(calibration.retrieval.positive(distances))
+        maps = enlarge(small, self.pipeline.config.image_size, self.params.align_corners).numpy()
+        maps = (smooth(maps, self.params.smoothing) / calibration.tails[1]).astype(np.float32)
+        return self._statistics(maps[:, None], maps, calibration)
 
     def evidence(
         self,
@@ -282,20 +276,40 @@ class Detector:
         return calibration.standardised(values, products)
 
     @torch.no_grad()
-    def distances(self, images: Iterable[Photograph], without: Iterable[int], batch_size: int = 32) -> np.ndarray:
+    def distances(
+        self, images: Iterable[Photograph], without: Iterable[int] | None = None, batch_size: int = 32
+    ) -> np.ndarray:
         """Return how far the patches of photographs are from the bank (N, h, w), without the denoiser.
 
         without: as for `evidence`. Raises InputError for a detector without a bank.
         """
         if self.bank is None:
             raise InputError("this detector has no bank of patches: set evaluate.detection.retrieval")
-        found, numbers = [], iter(without)
+        found, numbers = [], None if without is None else iter(without)
         for batch in batches(images, batch_size):
-            _, features = self._encode(self._tensors(batch))
-            if features is not None:
-                left_out = list(islice(numbers, len(batch)))
-                found.append(self.bank(unit_length(features, self._layers), left_out).cpu().numpy())
+            clean, features = self._encode(self._tensors(batch))
+            own = None if numbers is None else list(islice(numbers, len(batch)))
+            found.append(self._to_bank(features, appearance(clean), [None] * len(batch), own))
         return np.concatenate(found)
+
+    def _to_bank(
+        self, features: torch.Tensor | None, look: torch.Tensor, products: list[str | None], own: list[int] | None
+    ) -> np.ndarray | None:
+        """Return how far the features (B, D, h, w) of images are from the bank (B, h, w), None if there is no bank.
+
+        look: (B, F), of `appearance`; products: what each image shows; where it is None, its number in the bank, `own`,
+        or its look tells.
+        """
+        if self.bank is None or features is None:
+            return None
+        if self.normals is None:
+            shown = [""] * len(products)
+        elif own is not None:
+            shown = [self.normals.images[i].class_name for i in own]
+        else:
+            shown, _ = self.normals.products(look.numpy())
+        names = [other if name is None else name for name, other in zip(products, shown, strict=True)]
+        return self.bank(unit_length(features, self._layers), names, own).cpu().numpy()
 
     def image_scores(self, maps: np.ndarray) -> np.ndarray:
         """Return the scores (B,) of anomaly maps (B, S, S), by the parameters' `image_score`."""
@@ -344,8 +358,9 @@ class Detector:
         products: Iterable[str | None] | None = None,
     ) -> Iterator[Detection]:
         """Judge photographs as `detect` does, with no more than one batch of them in memory."""
-        calibration, given = self.calibrated(), repeat(None) if products is None else iter(products)
-        for batch in self._compare(images, batch_size, captions, names=names):
+        calibration = self.calibrated()
+        given, asked = tee(repeat(None) if products is None else products)
+        for batch in self._compare(images, batch_size, captions, names=names, products=asked):
             parts = self._parts(batch, calibration)
             evidence = self._evidence(parts, calibration)
             raw = fuse(evidence, calibration.weight)
@@ -416,8 +431,13 @@ class Detector:
         captions: Iterable[str] | None,
         without: Iterable[int] | None = None,
         names: Iterable[str] | None = None,
+        products: Iterable[str | None] | None = None,
     ) -> Iterator["_Compared"]:
-        """Compare photographs with the mean of their samples, and with the bank, batch by batch."""
+        """Compare photographs with the mean of their samples, and with the bank, batch by batch.
+
+        products: with whose patches they are compared; where it is None, their number in the bank or their appearance
+        tells.
+        """
         params, size = self.params, self.pipeline.config.image_size
         if (captions is None) != (params.captions == "none"):
             raise InputError(
@@ -426,15 +446,15 @@ class Detector:
             )
         pairs = zip(images, repeat(None), strict=False) if captions is None else zip(images, captions, strict=True)
         numbers, called = None if without is None else iter(without), _names(names)
+        asked = repeat(None) if products is None else iter(products)
         for batch in batches(pairs, batch_size):
             given = [image for image, _ in batch]
             x = self._tensors(given)
             texts = None if captions is None else [caption for _, caption in batch]
-            ours, distances = list(islice(called, len(batch))), None
+            ours = list(islice(called, len(batch)))
             clean, features = self._encode(x)
-            if self.bank is not None and features is not None:
-                left_out = None if numbers is None else list(islice(numbers, len(batch)))
-                distances = self.bank(unit_length(features, self._layers), left_out).cpu().numpy()
+            look, own = appearance(clean), None if numbers is None else list(islice(numbers, len(batch)))
+            distances = self._to_bank(features, look, list(islice(asked, len(batch))), own)
             before = [extract(x, clean) for extract, _ in self.spaces]
             samples, expected, rebuilt, shown = [], [], x, np.empty(0)
             for sample in range(params.samples):
@@ -456,7 +476,7 @@ class Detector:
                 maps.append(compare(before[i], mean, distance, size, params.align_corners))
             deviations = enlarge(torch.stack(expected).mean(dim=0), size, params.align_corners)
             differences = torch.stack(maps, dim=1).cpu().numpy()
-            found = _Compared(ours, differences, deviations.cpu().numpy(), distances, shown, given, appearance(clean))
+            found = _Compared(ours, differences, deviations.cpu().numpy(), distances, shown, given, look)
             for what in ("differences", "deviations", "distances"):
                 self._check(ours, what, getattr(found, what))
             yield found

@@ -1,17 +1,21 @@
 """`PatchBank`: how far the patches of an image are from the nearest normal patches (cf. arXiv 2106.08265)."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from vlmdiff.core.console import track
 from vlmdiff.core.device import fast_bf16
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.params import Retrieval
+from vlmdiff.core.params import Positive, Retrieval
 
 # How many of the nearest patches say how far apart normal patches usually are at such a place.
 NEIGHBOURS = 10
@@ -28,15 +32,17 @@ BLOCK = 16
 class PatchBank:
     """Patches of normal images, and how far normal patches usually are from the nearest patch of another image.
 
-    A patch's evidence is its distance to the nearest patch of the bank, 1 - cosine similarity, less `params.expected`
-    times the usual distance there: the mean of that of its nearest patches. A place that differs from image to image,
-    such as grain or a label, is thus judged less strictly than one that always looks the same. Then the image's level,
-    the median of its evidence, is subtracted, `params.level` times: light or focus that is a little different makes
-    every patch of an image more unusual, although none is a defect. A defect of more than half of an image loses part
-    of its evidence too.
+    A patch's evidence is its distance to the nearest patch of its product, 1 - cosine similarity, less
+    `params.expected` times the usual distance there: the mean of that of its nearest patches. A place that differs from
+    image to image, such as grain or a label, is thus judged less strictly than one that always looks the same. Then the
+    image's level, the median of its evidence, is subtracted, `params.level` times: light or focus that is a little
+    different makes every patch of an image more unusual, although none is a defect. A defect of more than half of an
+    image loses part of its evidence too.
 
     basis: (D, K), the principal directions of the patches; patches: (M, K), projected to them, of length one, in
-    bfloat16; usual: (M,); image: (M,), the number of each patch's image, which is not saved.
+    bfloat16; usual: (M,); counts: how many patches are of each product, in order. Not saved are image: (M,), the number
+    of each patch's image, and known: the evidence (h, w) of images, by number, that are in the bank with all their
+    patches, each judged without its own.
     """
 
     def __init__(
@@ -45,78 +51,127 @@ class PatchBank:
         patches: torch.Tensor,
         usual: torch.Tensor,
         params: Retrieval,
+        counts: Mapping[str, int],
         image: torch.Tensor | None = None,
+        known: Mapping[int, torch.Tensor] | None = None,
     ):
-        self.basis, self.patches, self.usual, self.params, self.image = basis, patches, usual, params, image
+        self.basis, self.patches, self.usual, self.params = basis, patches, usual, params
+        self.counts, self.image, self.known = dict(counts), image, dict(known or {})
+        ends = [0, *accumulate(self.counts.values())]
+        self._parts = {name: slice(*ends[i : i + 2]) for i, name in enumerate(self.counts)}
+        # Images of one product often follow each other.
+        self._last: tuple[slice, _Nearest] | None = None
 
     @classmethod
-    def fit(cls, features: Iterable[torch.Tensor], images: int, params: Retrieval, seed: int) -> "PatchBank":
-        """Keep about `params.patches` random patches, as many of each of `images` images.
+    def fit(
+        cls, features: Iterable[torch.Tensor], products: Sequence[str], params: Retrieval, seed: int
+    ) -> "PatchBank":
+        """Keep about `params.patches` random patches of each product, as many of each of its images, or all it has.
 
-        features: batches (B, D, h, w) of normal images, from `unit_length`. Raises InputError for fewer than two.
+        features: batches (B, D, h, w) of normal images, from `unit_length`; products: what each of the N images shows.
+        Raises InputError for fewer than two images.
         """
-        if images < 2:
+        if len(products) < 2:
             raise InputError("a bank of normal patches needs at least two normal training images")
         generator = torch.Generator().manual_seed(seed)
-        each, kept = params.of_each(images), []
+        images, kept, grid = Counter(products), [], (1, 1)
+        # Second moments, whose largest directions change products of patches least.
+        moments = torch.zeros(())
         for batch in features:
+            grid = batch.shape[2:]
             for patches in batch.flatten(2).transpose(1, 2):
-                kept.append(patches[torch.randperm(len(patches), generator=generator)[:each].to(patches.device)])
-        counts, every = torch.tensor([len(patches) for patches in kept]), torch.cat(kept)
+                each = params.of_each(images[products[len(kept)]])
+                chosen = patches[
+                    torch.randperm(len(patches), generator=generator)[:each].sort().values.to(batch.device)
+                ]
+                moments = moments.to(chosen) + chosen.T @ chosen
+                kept.append(chosen.bfloat16())
+        _, directions = torch.linalg.eigh(moments.double())
+        basis = directions[:, -COMPONENTS:].float()
+        order = sorted(range(len(kept)), key=lambda i: products[i])
+        patches = torch.cat([F.normalize(kept[i].float() @ basis, dim=1).bfloat16() for i in order])
+        counts = {name: sum(len(kept[i]) for i in order if products[i] == name) for name in sorted(images)}
+        image = torch.tensor(order).repeat_interleave(torch.tensor([len(kept[i]) for i in order])).to(patches.device)
         del kept
-        # The directions of the largest second moments, so that products of patches change least.
-        doubles = (part.double() for part in every.split(AT_ONCE))
-        _, directions = torch.linalg.eigh(sum(part.T @ part for part in doubles))
-        basis = directions[:, -COMPONENTS:].to(every)
-        patches = F.normalize(every @ basis, dim=1).bfloat16()
-        del every
-        image = torch.arange(len(counts)).repeat_interleave(counts).to(patches.device)
-        nearest, usual = _Nearest(patches), []
-        parts = zip(patches.split(AT_ONCE), image.split(AT_ONCE), strict=True)
-        for part, own in track(parts, "compare normal patches", -(-len(patches) // AT_ONCE)):
-            # Patches of one image are alike, so only other images say what is usual.
-            similarity, _ = nearest(part, own[:, None] == image)
-            usual.append(1 - similarity.amax(dim=1))
-        return cls(basis, patches, torch.cat(usual), params, image)
+        bank = cls(basis, patches, torch.zeros(len(patches), device=patches.device), params, counts, image)
+        # Patches of one image are alike, so only other images say what is usual.
+        found = [
+            bank._nearest(patches[image == i].float(), products[i], i)
+            for i in track(order, "compare normal patches", len(order))
+        ]
+        bank.usual = torch.cat([1 - similarity.amax(dim=1) for similarity, _ in found])
+        for i, (similarity, index) in zip(order, found, strict=True):
+            if len(index) == grid[0] * grid[1]:
+                bank.known[i] = bank._evidence(similarity, index).unflatten(0, grid)
+        return bank
 
     @torch.no_grad()
-    def __call__(self, features: torch.Tensor, without: Sequence[int] | None = None) -> torch.Tensor:
+    def __call__(
+        self, features: torch.Tensor, products: Sequence[str], without: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Return the evidence (B, h, w) of features (B, D, h, w) from `unit_length`; higher is more unusual.
 
-        without: for each of the B images, the number of an image of the bank whose patches do not count.
+        products: what each of the B images shows; an image of a product that the bank does not know is compared with
+        all patches. without: for each image, the number of an image of the bank whose patches do not count.
         """
-        nearest, found = _Nearest(self.patches), []
-        for i, patches in enumerate(features.flatten(2).transpose(1, 2)):
-            own = None if without is None or self.image is None else (self.image == without[i])[None]
-            for part in F.normalize(patches @ self.basis, dim=1).split(AT_ONCE):
-                similarity, index = nearest(part, own)
-                found.append(1 - similarity.amax(dim=1) - self.params.expected * self.usual[index].mean(dim=1))
-        evidence = torch.cat(found).unflatten(0, (len(features), *features.shape[2:]))
-        return evidence - self.params.level * evidence.flatten(1).median(dim=1).values[:, None, None]
+        found, numbers = [], [None] * len(products) if without is None or self.image is None else without
+        for patches, product, own in zip(features.flatten(2).transpose(1, 2), products, numbers, strict=True):
+            found.append(self._evidence(*self._nearest(F.normalize(patches @ self.basis, dim=1), product, own)))
+        return torch.stack(found).unflatten(1, features.shape[2:])
+
+    def _nearest(self, patches: torch.Tensor, product: str, own: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the similarities (P, k) of projected patches (P, K) to the nearest of a product, and their indices.
+
+        own: the number of an image whose patches do not count.
+        """
+        part, left_out = self._parts.get(product, slice(0, len(self.patches))), None
+        if own is not None and self.image is not None:
+            left_out = self.image[part] == own
+            if left_out.all():
+                # The product has no other image.
+                part = slice(0, len(self.patches))
+                left_out = self.image == own
+        if self._last is None or self._last[0] != part:
+            self._last = part, _Nearest(self.patches[part])
+        found = [self._last[1](some, left_out) for some in patches.split(AT_ONCE)]
+        return torch.cat([one for one, _ in found]), torch.cat([index for _, index in found]) + part.start
+
+    def _evidence(self, similarity: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Return the evidence (P,) of an image's patches, from `_nearest`."""
+        evidence = 1 - similarity.amax(dim=1) - self.params.expected * self.usual[index].mean(dim=1)
+        return evidence - self.params.level * evidence.median()
 
     def to(self, device: torch.device) -> "PatchBank":
         """Return the bank on a device."""
-        image = None if self.image is None else self.image.to(device)
         basis, patches, usual = (tensor.to(device) for tensor in (self.basis, self.patches, self.usual))
-        return PatchBank(basis, patches, usual, self.params, image)
+        image = None if self.image is None else self.image.to(device)
+        return PatchBank(basis, patches, usual, self.params, self.counts, image, self.known)
 
     def save(self, file: Path) -> None:
         """Write the bank in safetensors."""
         tensors = {"basis": self.basis, "patches": self.patches, "usual": self.usual}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, file, metadata={"counts": json.dumps(self.counts)})
 
     @classmethod
     def load(cls, file: Path, params: Retrieval, size: int) -> "PatchBank":
-        """Read what `save` wrote, for features of `size` numbers. Raises InputError if it is missing or not a bank."""
+        """Read what `save` wrote, for features of `size` numbers. Raises InputError if it is missing or not a bank.
+
+        A bank of an earlier release does not say which patches are of which product: all are searched.
+        """
         try:
-            tensors = load_file(file)
-            basis, patches, usual = (tensors[name] for name in ("basis", "patches", "usual"))
+            with safe_open(file, "pt") as content:
+                facts = content.metadata() or {}
+                basis, patches, usual = map(content.get_tensor, ("basis", "patches", "usual"))
             count = max(len(patches), 1)
             if (basis.ndim, *patches.shape, *usual.shape) != (2, count, basis.shape[-1], count) or len(basis) != size:
                 raise ValueError("its tensors do not fit the features")
             if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in (basis, patches, usual)):
                 raise ValueError("its tensors are not finite numbers")
-            return cls(basis, patches, usual, params)
+            counts = TypeAdapter(dict[str, Positive]).validate_json(facts.get("counts", "{}"))
+            if counts and sum(counts.values()) != count:
+                raise ValueError("its products do not fit its patches")
+            return cls(basis, patches, usual, params, counts)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
 
@@ -136,7 +191,7 @@ class _Nearest:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cosine similarities (Q, k) of queries (Q, K) to the nearest patches, and their indices.
 
-        left_out: the patches that do not count, bool (Q, M) or (1, M). Q is at most AT_ONCE.
+        left_out: the patches that do not count, bool (M,). Q is at most AT_ONCE.
         """
         parts, products = queries[:, -ROUGH:].to(self.rough), self.products[: len(queries)]
         torch.mm(parts, self.rough.T, out=products)
@@ -145,7 +200,7 @@ class _Nearest:
         index = largest(products, min(CANDIDATES, len(self.patches)))
         exact = torch.einsum("qd,qkd->qk", queries.float(), self.patches[index].float())
         if left_out is not None:
-            exact = exact.masked_fill(left_out.expand(len(queries), -1).gather(1, index), -1)
+            exact = exact.masked_fill(left_out[index], -1)
         similarity, best = exact.topk(min(NEIGHBOURS, exact.shape[1]), dim=1)
         return similarity, index.gather(1, best)
 

@@ -39,6 +39,8 @@ from vlmdiff.training.cost import GIB, Cost, free_memory, measure
 
 # Seconds for the measurement of a training.
 LIMIT = 60.0
+# Numbers that describe a patch before it is projected: about those of two layers of ViT-S or one of ViT-B.
+WIDTH = 768
 # The libraries in memory.
 AROUND = GIB
 # Names that `save_pretrained` of transformers and of diffusers gives the weights.
@@ -337,8 +339,8 @@ def _memory(
     advice = "lower first_stage.image_size, test fewer images of a class, or use a machine with more memory"
     what = "maps of a class" if tested is None else f"maps of a class's {tested} images"
     if size is not None and (patches := _kept_patches(params, frame)):
-        # The bank, and how similar some patches are to all of it.
-        size, what = size + patches * (2 * COMPONENTS + 4 * AT_ONCE), f"{what}, {patches} normal patches"
+        # The bank, the features that it is made of, and how similar some patches are to all of it.
+        size, what = size + patches * (2 * COMPONENTS + 2 * WIDTH + 4 * AT_ONCE), f"{what}, {patches} normal patches"
     rows.append(_room("evaluate", size, here, what, advice))
     return rows
 
@@ -348,8 +350,11 @@ def _kept_patches(params: p.Params, frame: pd.DataFrame | None) -> int:
     wanted = params.evaluate.detection.retrieval
     if wanted is None or frame is None:
         return 0
-    images = int((frame["split"] != "test").sum())
-    return images and images * min(wanted.of_each(images), params.first_stage.backbone.grid**2)
+    counts, whole = (
+        frame.loc[frame["split"] != "test", "class_name"].value_counts(),
+        params.first_stage.backbone.grid**2,
+    )
+    return sum(images * min(wanted.of_each(images), whole) for images in counts.tolist())
 
 
 def _encoded_images(params: p.Params, frame: pd.DataFrame) -> int:
