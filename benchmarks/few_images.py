@@ -31,7 +31,7 @@ from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, smooth
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.products import Products, appearance
-from vlmdiff.detection.retrieval import PatchBank, unit_length
+from vlmdiff.detection.retrieval import Collected, PatchBank, unit_length
 from vlmdiff.evaluation.metrics import evaluate_classes
 from vlmdiff.model.normalization import from_uint8
 
@@ -90,7 +90,7 @@ def main() -> None:
         chosen = normal.groupby("class_name").head(count).index
         images = torch.stack([kept[row][0] for row in chosen])
         of = normal.loc[chosen, "class_name"].tolist()
-        ours = PatchBank.fit((image[None].float() for image in images), of, retrieval, 0)
+        ours = PatchBank.fit(Collected(of, retrieval, 0).add(images.float()))
         # Whose patches count is recognised, as by a detector.
         shown, _ = Products.fit(torch.stack([kept[row][1] for row in chosen]).numpy(), of)(torch.stack(looks).numpy())
         random = sample(images, NEAREST)

@@ -13,11 +13,10 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import AutoencoderFeatures, Detection, FirstStage, Latents, Train, VisionBackbone
 from vlmdiff.detection.detector import Detector
 from vlmdiff.model.backbone import Backbone, concatenate
-from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.normalization import Normalization, from_uint8
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.training.diffusion import build
-from vlmdiff.training.first_stage import start, train_first_stage
+from vlmdiff.training.first_stage import train_first_stage
 
 CPU = torch.device("cpu")
 GRID, KEPT = 8, 6
@@ -32,9 +31,8 @@ def photographs(count=12):
     return (x * 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def settings(folder, whitening=0.5, more_sizes=(), **changes):
+def settings(folder, whitening=0.5, **changes):
     backbone = {"model": str(folder), "image_size": GIVEN, "layers": (1, 2), "grid": GRID, "whitening": whitening}
-    backbone["more_sizes"] = more_sizes
     return FirstStage(
         **{
             "kind": "backbone",
@@ -94,28 +92,6 @@ def test_a_transformer_computes_in_bfloat16_where_that_is_fast(family, differs, 
     # Alone or in a batch, an image has the same features.
     monkeypatch.setattr("vlmdiff.model.feature_space.fast_bf16", lambda device: True)
     torch.testing.assert_close(space.features(x[:1]), found[0][:1], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_a_backbone_sees_an_image_at_each_size(family, saved, tmp_path):
-    space, _ = fitted(saved(family), tmp_path / "state", more_sizes=(GIVEN // 2,))
-    x, found = from_uint8(photographs(), CPU), []
-    for size in (GIVEN, GIVEN // 2):
-        backbone = Backbone.load(VisionBackbone(model=str(saved(family)), image_size=size, layers=(1, 2)))
-        found += [concatenate([one], GRID) for one in backbone(x)]
-    layers = space.features(Normalization()(x)).split(list(space.config.feature_channels), dim=1)
-    assert len(layers) == 4
-    # A space may compute in bfloat16.
-    for one, other in zip(layers, found, strict=True):
-        assert (one - other).norm() < 0.01 * other.norm()
-    space.save_pretrained(tmp_path / "space")
-    again = FeatureSpace.from_pretrained(tmp_path / "space")
-    torch.testing.assert_close(codes(again, photographs()), codes(space, photographs()))
-
-
-def test_a_size_that_the_backbone_rejects_is_named(saved):
-    with pytest.raises(InputError, match="image_size = 30 is not a multiple"):
-        start(settings(saved("vit"), more_sizes=(30,)))
 
 
 def test_what_normalizes_the_images_does_not_change_the_codes(saved, tmp_path):

@@ -17,7 +17,16 @@ from vlmdiff.core.files import seal, write_json
 from vlmdiff.core.params import Detection, FirstStage, Latents, Retrieval, Train
 from vlmdiff.detection.anomaly_map import fuse
 from vlmdiff.detection.detector import Detector
-from vlmdiff.detection.retrieval import CANDIDATES, COMPONENTS, NEIGHBOURS, ROUGH, PatchBank, largest, unit_length
+from vlmdiff.detection.retrieval import (
+    CANDIDATES,
+    COMPONENTS,
+    NEIGHBOURS,
+    ROUGH,
+    Collected,
+    PatchBank,
+    largest,
+    unit_length,
+)
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.first_stage import train_first_stage
 
@@ -31,6 +40,13 @@ def features(images, seed=0, size=6):
 
 def rows(x):
     return x.permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
+
+
+def fitted(batches, products, params, seed):
+    collected = Collected(products, params, seed)
+    for batch in batches:
+        collected.add(batch)
+    return PatchBank.fit(collected)
 
 
 def judged(bank, x, without=None, product="thing"):
@@ -47,9 +63,7 @@ def test_each_layer_has_the_same_share_of_a_unit_vector():
 def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there(monkeypatch, fast):
     monkeypatch.setattr("vlmdiff.detection.retrieval.fast_bf16", lambda device: fast)
     normal, test = features(4), features(2, seed=1)
-    bank = PatchBank.fit(
-        [normal[:3], normal[3:]], ["thing"] * 4, Retrieval(patches=4 * 36, expected=0.5, level=0), seed=0
-    )
+    bank = fitted([normal[:3], normal[3:]], ["thing"] * 4, Retrieval(patches=4 * 36, expected=0.5, level=0), seed=0)
     patches, image = bank.patches.double().numpy(), np.repeat(np.arange(4), 36)
     usual = np.array([1 - (patches[image != own] @ patch).max() for patch, own in zip(patches, image, strict=True)])
     near = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute", metric=lambda a, b: 1 - a @ b).fit(patches)
@@ -62,7 +76,7 @@ def test_evidence_is_the_distance_less_a_share_of_the_usual_distance_there(monke
 
 @given(st.floats(0, 1), st.integers(1, 3), st.integers(1, 7))
 def test_an_image_loses_a_share_of_its_own_level_and_not_of_that_of_others(share, images, size):
-    bank = PatchBank.fit([features(3, seed=2)], ["thing"] * 3, Retrieval(patches=60, level=0), seed=0)
+    bank = fitted([features(3, seed=2)], ["thing"] * 3, Retrieval(patches=60, level=0), seed=0)
     test = features(images, seed=1, size=size)
     before = judged(bank, test).numpy()
     bank.params = Retrieval(patches=60, level=share)
@@ -94,9 +108,9 @@ def test_the_largest_values_are_those_of_a_sort(columns, wanted, seed, ties):
 
 
 def test_a_bank_has_as_many_patches_of_each_image_as_asked_for():
-    bank = PatchBank.fit([features(5)], ["thing"] * 5, Retrieval(patches=52, expected=0.5, level=0), seed=0)
+    bank = fitted([features(5)], ["thing"] * 5, Retrieval(patches=52, expected=0.5, level=0), seed=0)
     assert len(bank.patches) == 5 * 11
-    again = PatchBank.fit(
+    again = fitted(
         [features(5)[:2], features(5)[2:]], ["thing"] * 5, Retrieval(patches=52, expected=0.5, level=0), seed=0
     )
     assert torch.equal(bank.patches, again.patches) and torch.equal(bank.usual, again.usual)
@@ -104,15 +118,15 @@ def test_a_bank_has_as_many_patches_of_each_image_as_asked_for():
 
 def test_copies_of_one_patch_are_as_usual_as_can_be_and_an_opposite_one_is_not():
     x = features(1, size=1).expand(2, -1, 6, 6)
-    bank = PatchBank.fit([x], ["thing"] * 2, Retrieval(patches=72, expected=1.0, level=0), seed=0)
+    bank = fitted([x], ["thing"] * 2, Retrieval(patches=72, expected=1.0, level=0), seed=0)
     assert judged(bank, x).abs().max() < 1e-2
     torch.testing.assert_close(judged(bank, -x), torch.full((2, 6, 6), 2.0), atol=2e-2, rtol=0)
 
 
 def test_an_image_is_judged_without_its_own_patches():
     x = features(4)
-    bank = PatchBank.fit([x], ["thing"] * 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
-    others = PatchBank.fit([x[1:]], ["thing"] * 3, Retrieval(patches=3 * 36, expected=0.0, level=0), seed=0)
+    bank = fitted([x], ["thing"] * 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
+    others = fitted([x[1:]], ["thing"] * 3, Retrieval(patches=3 * 36, expected=0.0, level=0), seed=0)
     torch.testing.assert_close(judged(bank, x[:1], [0]), judged(others, x[:1]), atol=1e-2, rtol=0)
     assert judged(bank, x[:1]).abs().max() < 1e-2 < judged(bank, x[:1], [0]).min()
 
@@ -133,7 +147,7 @@ def two_products(params):
     x, y = features(3), -features(3)
     # Their images come mixed, as those of a dataset do.
     mixed = torch.stack([x, y], dim=1).flatten(0, 1)
-    return PatchBank.fit([mixed[:4], mixed[4:]], ["this", "that"] * 3, params, seed=0), x, y
+    return fitted([mixed[:4], mixed[4:]], ["this", "that"] * 3, params, seed=0), x, y
 
 
 def test_an_image_is_compared_with_patches_of_its_product():
@@ -142,7 +156,7 @@ def test_an_image_is_compared_with_patches_of_its_product():
     assert bank.counts == {"that": 108, "this": 108}
     test = features(2, seed=1)
     for product, normal in (("this", x), ("that", y)):
-        alone = PatchBank.fit([normal], [product] * 3, params, seed=0)
+        alone = fitted([normal], [product] * 3, params, seed=0)
         torch.testing.assert_close(
             judged(bank, test, None, product), judged(alone, test, None, product), atol=1e-2, rtol=0
         )
@@ -159,8 +173,8 @@ def test_an_image_of_no_known_product_is_compared_with_all_patches():
 
 def test_the_only_image_of_a_product_is_compared_with_all_others():
     x = features(3)
-    bank = PatchBank.fit([x], ["only", "other", "other"], Retrieval(patches=72, expected=0, level=0), seed=0)
-    others = PatchBank.fit([x[1:]], ["other"] * 2, Retrieval(patches=72, expected=0, level=0), seed=0)
+    bank = fitted([x], ["only", "other", "other"], Retrieval(patches=72, expected=0, level=0), seed=0)
+    others = fitted([x[1:]], ["other"] * 2, Retrieval(patches=72, expected=0, level=0), seed=0)
     torch.testing.assert_close(
         judged(bank, x[:1], [0], "only"), judged(others, x[:1], None, "other"), atol=1e-2, rtol=0
     )
@@ -171,7 +185,7 @@ def test_the_only_image_of_a_product_is_compared_with_all_others():
 def test_a_bank_knows_the_evidence_of_the_images_that_it_has_whole(each, level):
     x = features(5)
     params = Retrieval(patches=2 * each, expected=0.5, level=level)
-    bank = PatchBank.fit([x[:2], x[2:]], ["a", "b", "a", "b", "b"], params, seed=0)
+    bank = fitted([x[:2], x[2:]], ["a", "b", "a", "b", "b"], params, seed=0)
     whole = {0, 2} if each == 36 else set()
     # Of a product with three images, two thirds of `each` are kept of each.
     assert set(bank.known) == whole
@@ -203,7 +217,7 @@ def test_a_wide_patch_is_kept_as_its_principal_directions():
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(20, 700, generator=generator)
     x = unit_length((torch.randn(4, 36, 20, generator=generator) @ few).transpose(1, 2).unflatten(2, (6, 6)), (700,))
-    bank = PatchBank.fit([x], ["thing"] * 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
+    bank = fitted([x], ["thing"] * 4, Retrieval(patches=4 * 36, expected=0.0, level=0), seed=0)
     assert bank.patches.shape == (144, COMPONENTS)
     whole = 1 - (rows(x[:1]) @ rows(x[1:]).T).max(axis=1)
     np.testing.assert_allclose(judged(bank, x[:1], [0]).flatten(), whole, atol=1e-2)
@@ -216,7 +230,7 @@ def test_the_nearest_patches_are_found_by_their_largest_components():
     x = unit_length(
         (torch.randn(21, 100, 200, generator=generator) * scales).transpose(1, 2).unflatten(2, (10, 10)), (200,)
     )
-    bank = PatchBank.fit([x[:20]], ["thing"] * 20, Retrieval(patches=2000, expected=0, level=0), seed=0)
+    bank = fitted([x[:20]], ["thing"] * 20, Retrieval(patches=2000, expected=0, level=0), seed=0)
     nearest = 1 - (rows(x[20:]) @ rows(x[:20]).T).max(axis=1)
     off = np.abs(judged(bank, x[20:]).flatten().numpy() - nearest)
     assert ROUGH < 200 and CANDIDATES < 2000 and np.quantile(off, 0.95) < 5e-3
@@ -224,7 +238,7 @@ def test_the_nearest_patches_are_found_by_their_largest_components():
 
 def test_one_image_makes_no_bank():
     with pytest.raises(InputError, match="at least two"):
-        PatchBank.fit([features(1)], ["thing"] * 1, Retrieval(patches=10, expected=0.5, level=0), seed=0)
+        fitted([features(1)], ["thing"] * 1, Retrieval(patches=10, expected=0.5, level=0), seed=0)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
@@ -251,7 +265,7 @@ def test_a_bank_that_cannot_be_read_is_named(tmp_path, content):
 )
 def test_a_bank_whose_tensors_do_not_fit_is_refused(tmp_path, name, change):
     file = tmp_path / "bank.safetensors"
-    PatchBank.fit([features(2)], ["thing"] * 2, Retrieval(patches=10, expected=0.5, level=0), seed=0).save(file)
+    fitted([features(2)], ["thing"] * 2, Retrieval(patches=10, expected=0.5, level=0), seed=0).save(file)
     PatchBank.load(file, Retrieval(), sum(CHANNELS))
     tensors = load_file(file)
     save_file(tensors | {name: change(tensors[name]).contiguous()}, file)

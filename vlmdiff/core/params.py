@@ -264,14 +264,12 @@ class Discriminator(Section):
 class BackboneSpace(VisionBackbone):
     """Features of a frozen vision model as latents: its layers on one grid, projected to `latent_channels`.
 
-    The model sees an image at `image_size` and at each of `more_sizes`, and all its features count. `grid` is the side
-    of the latents, `decoder_channels` the width of the decoder that visualises them. `whitening` equalises the
-    deviations of the principal components: 0 keeps them, 1 makes them equal.
+    `grid` is the side of the latents, `decoder_channels` the width of the decoder that visualises them. `whitening`
+    equalises the deviations of the principal components: 0 keeps them, 1 makes them equal.
     """
 
     model: str = "models/backbone"
     image_size: Positive = 256
-    more_sizes: tuple[Annotated[int, Field(gt=0, le=8192)], ...] = ()
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)] = (1, 4, 7, 11)
     grid: Positive = 32
     whitening: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -468,13 +466,15 @@ Solver = Literal["ddim", "dpmsolver++"]
 class Retrieval(Section):
     """How far an image's patches are from the nearest normal patches of the training images, in a backbone's features.
 
-    `patches` is how many of them the bank keeps of each product. `expected` is the share of the usual distance that is
-    subtracted from a distance. `level` is the share of the image's level, the median of its evidence, that is
-    subtracted everywhere. `weight` is the share of this evidence beside that of the reconstruction; "auto" chooses it
-    on synthesised defects.
+    `patches` is how many of them a bank keeps of each product. The backbone sees an image at its own size and at each
+    of `more_sizes`. Each size has a bank, on the grid that the backbone gives it, and the evidence is their mean.
+    `expected` is the share of the usual distance that is subtracted from a distance. `level` is the share of the
+    image's level, the median of its evidence, that is subtracted everywhere. `weight` is the share of this evidence
+    beside that of the reconstruction; "auto" chooses it on synthesised defects.
     """
 
     patches: Positive = 200_000
+    more_sizes: tuple[Annotated[int, Field(gt=0, le=8192)], ...] = ()
     expected: Share = 0.5
     level: Share = 0.5
     weight: Share | Literal["auto"] = "auto"

@@ -1,6 +1,6 @@
 """`Detector`: photographs in, scores, verdicts and anomaly maps out."""
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice, repeat, tee
@@ -22,13 +22,13 @@ from vlmdiff.detection.detection import Detection, Photograph
 from vlmdiff.detection.features import spaces
 from vlmdiff.detection.normals import Normal, Normals
 from vlmdiff.detection.products import appearance
-from vlmdiff.detection.retrieval import PatchBank, unit_length
+from vlmdiff.detection.retrieval import Collected, PatchBank, PatchBanks, unit_length
 from vlmdiff.detection.settings import SETTINGS, Settings
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
 
-BANK, NORMALS = "bank.safetensors", "normals.safetensors"
+NORMALS = "normals.safetensors"
 
 
 class Detector:
@@ -44,7 +44,7 @@ class Detector:
         params: DetectionParams,
         calibration: Calibration | None = None,
         class_captions: Mapping[str, str] | None = None,
-        bank: PatchBank | None = None,
+        bank: PatchBanks | None = None,
         normals: Normals | None = None,
     ):
         size = pipeline.config.image_size
@@ -87,7 +87,7 @@ class Detector:
                 where = f"{folder / SETTINGS}, detection.retrieval"
                 raise InputError(f"{where}: the first stage here is not a vision backbone. Restore the folder.")
             size = sum(pipeline.vae.config.feature_channels)
-            bank = PatchBank.load(folder / BANK, params.retrieval, size).to(pipeline.device)
+            bank = PatchBanks.load(folder, params.retrieval, size).to(pipeline.device)
         # Detectors of earlier releases remember none.
         normals = Normals.load(folder / NORMALS) if (folder / NORMALS).exists() else None
         with explained(folder, "Run `vlmdiff evaluate` again, or restore the folder"):
@@ -112,7 +112,7 @@ class Detector:
             "class_captions": self.class_captions,
         }
         if self.bank is not None:
-            self.bank.save(folder / BANK)
+            self.bank.save(folder)
         if self.normals is not None:
             self.normals.save(folder / NORMALS)
         write_json(folder / SETTINGS, facts)
@@ -130,24 +130,24 @@ class Detector:
 
         Raises InputError if retrieval has fewer than two images, or a first stage that is no vision backbone.
         """
-        wanted, features = self.params.retrieval, []
+        wanted, looks = self.params.retrieval, []
         if wanted is not None and not isinstance(self.pipeline.vae, FeatureSpace):
             raise InputError("evaluate.detection.retrieval needs first_stage.kind: backbone: set it to null")
-
-        def patches() -> Iterator[torch.Tensor]:
-            for batch in batches(zip(normal, _names(None), strict=False), batch_size):
-                clean, backbone = self._encode(self._tensors([image for image, _ in batch]))
-                kept = appearance(clean)
-                self._check([name for _, name in batch], "features", kept.numpy())
-                features.append(kept)
-                yield unit_length(backbone, self._layers) if wanted is not None and backbone is not None else clean
-
-        if wanted is None:
-            deque(patches(), 0)
-        else:
-            products = [image.class_name for image in images]
-            self.bank = PatchBank.fit(patches(), products, wanted, self.params.seed)
-        self.normals = Normals(images, torch.cat(features), described)
+        products, collected = [image.class_name for image in images], []
+        for batch in batches(zip(normal, _names(None), strict=False), batch_size):
+            clean, features = self._encode(self._tensors([image for image, _ in batch]))
+            looks.append(appearance(clean))
+            self._check([name for _, name in batch], "features", looks[-1].numpy())
+            if wanted is not None:
+                collected = collected or [Collected(products, wanted, self.params.seed) for _ in features]
+                collected = [bank.add(one) for bank, one in zip(collected, features, strict=True)]
+        if wanted is not None:
+            banks = []
+            # Of one size after the other: what was collected is large.
+            while collected:
+                banks.append(PatchBank.fit(collected.pop(0)))
+            self.bank = PatchBanks(banks)
+        self.normals = Normals(images, torch.cat(looks), described)
 
     def calibrate(
         self,
@@ -293,14 +293,14 @@ class Detector:
         return np.concatenate(found)
 
     def _to_bank(
-        self, features: torch.Tensor | None, look: torch.Tensor, products: list[str | None], own: list[int] | None
+        self, features: list[torch.Tensor], look: torch.Tensor, products: list[str | None], own: list[int] | None
     ) -> np.ndarray | None:
-        """Return how far the features (B, D, h, w) of images are from the bank (B, h, w), None if there is no bank.
+        """Return how far the features of images, from `_encode`, are from the bank (B, h, w), None if there is no bank.
 
         look: (B, F), of `appearance`; products: what each image shows; where it is None, its number in the bank, `own`,
         or its look tells.
         """
-        if self.bank is None or features is None:
+        if self.bank is None:
             return None
         if self.normals is None:
             shown = [""] * len(products)
@@ -309,7 +309,7 @@ class Detector:
         else:
             shown, _ = self.normals.products(look.numpy())
         names = [other if name is None else name for name, other in zip(products, shown, strict=True)]
-        return self.bank(unit_length(features, self._layers), names, own).cpu().numpy()
+        return self.bank(features, names, own).cpu().numpy()
 
     def image_scores(self, maps: np.ndarray) -> np.ndarray:
         """Return the scores (B,) of anomaly maps (B, S, S), by the parameters' `image_score`."""
@@ -495,19 +495,18 @@ class Detector:
         size = self.pipeline.config.image_size
         return torch.stack([to_tensor(image, size) for image in images]).to(self.pipeline.device)
 
-    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return latents (B, C, h, w) of images and, for retrieval, the backbone's unprojected features (B, D, h, w).
+    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return latents (B, C, h, w) of images and, for retrieval, the backbone's features (B, D, h, w) at each size.
 
-        The backbone runs once for both.
+        The backbone runs once for both. The features have length one.
         """
-        if self.params.retrieval is None:
-            return self.pipeline.encode_images(x), None
-        features = self.pipeline.vae.features(self.pipeline.normalize(x))
-        return self.pipeline.vae.project(features) * self.pipeline.vae.config.scaling_factor, features
-
-    @property
-    def _layers(self) -> Sequence[int]:
-        return self.pipeline.vae.config.feature_channels
+        if (wanted := self.params.retrieval) is None:
+            return self.pipeline.encode_images(x), []
+        vae, images = self.pipeline.vae, self.pipeline.normalize(x)
+        features = vae.features(images)
+        every = [features, *(vae.features(images, size) for size in wanted.more_sizes)]
+        clean = vae.project(features) * vae.config.scaling_factor
+        return clean, [unit_length(one, vae.config.feature_channels) for one in every]
 
     def _relative(self, batch: "_Compared", typical: float) -> np.ndarray:
         """Divide differences (B, F, S, S) by the expected deviations, where the parameters ask for it."""

@@ -63,36 +63,18 @@ class PatchBank:
         self._last: tuple[slice, _Nearest] | None = None
 
     @classmethod
-    def fit(
-        cls, features: Iterable[torch.Tensor], products: Sequence[str], params: Retrieval, seed: int
-    ) -> "PatchBank":
-        """Keep about `params.patches` random patches of each product, as many of each of its images, or all it has.
-
-        features: batches (B, D, h, w) of normal images, from `unit_length`; products: what each of the N images shows.
-        Raises InputError for fewer than two images.
-        """
-        if len(products) < 2:
+    def fit(cls, collected: "Collected") -> "PatchBank":
+        """Make a bank of what was collected. Raises InputError for fewer than two images."""
+        kept, products, params = collected.kept, collected.products, collected.params
+        if len(kept) < 2:
             raise InputError("a bank of normal patches needs at least two normal training images")
-        generator = torch.Generator().manual_seed(seed)
-        images, kept, grid = Counter(products), [], (1, 1)
-        # Second moments, whose largest directions change products of patches least.
-        moments = torch.zeros(())
-        for batch in features:
-            grid = batch.shape[2:]
-            for patches in batch.flatten(2).transpose(1, 2):
-                each = params.of_each(images[products[len(kept)]])
-                chosen = patches[
-                    torch.randperm(len(patches), generator=generator)[:each].sort().values.to(batch.device)
-                ]
-                moments = moments.to(chosen) + chosen.T @ chosen
-                kept.append(chosen.bfloat16())
-        _, directions = torch.linalg.eigh(moments.double())
+        # The directions of the largest second moments change products of patches least.
+        _, directions = torch.linalg.eigh(collected.moments.double())
         basis = directions[:, -COMPONENTS:].float()
         order = sorted(range(len(kept)), key=lambda i: products[i])
+        counts = {name: sum(len(kept[i]) for i in order if products[i] == name) for name in sorted(set(products))}
         patches = torch.cat([F.normalize(kept[i].float() @ basis, dim=1).bfloat16() for i in order])
-        counts = {name: sum(len(kept[i]) for i in order if products[i] == name) for name in sorted(images)}
         image = torch.tensor(order).repeat_interleave(torch.tensor([len(kept[i]) for i in order])).to(patches.device)
-        del kept
         bank = cls(basis, patches, torch.zeros(len(patches), device=patches.device), params, counts, image)
         # Patches of one image are alike, so only other images say what is usual.
         found = [
@@ -101,8 +83,8 @@ class PatchBank:
         ]
         bank.usual = torch.cat([1 - similarity.amax(dim=1) for similarity, _ in found])
         for i, (similarity, index) in zip(order, found, strict=True):
-            if len(index) == grid[0] * grid[1]:
-                bank.known[i] = bank._evidence(similarity, index).unflatten(0, grid)
+            if len(index) == collected.grid.numel():
+                bank.known[i] = bank._evidence(similarity, index).unflatten(0, collected.grid)
         return bank
 
     @torch.no_grad()
@@ -174,6 +156,74 @@ class PatchBank:
             return cls(basis, patches, usual, params, counts)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
+
+
+class Collected:
+    """Patches of normal images for a bank: about `params.patches` random ones of each product, or all that it has.
+
+    Each image of a product gives as many. products: what each of the images shows. kept: (P, D) of each image that was
+    added, in bfloat16; moments: (D, D), the sum of their outer products; grid: (h, w) of an image.
+    """
+
+    def __init__(self, products: Sequence[str], params: Retrieval, seed: int):
+        self.products, self.params = list(products), params
+        self.kept: list[torch.Tensor] = []
+        self.moments, self.grid = torch.zeros(()), torch.Size()
+        self._images, self._generator = Counter(products), torch.Generator().manual_seed(seed)
+
+    def add(self, features: torch.Tensor) -> "Collected":
+        """Add the features (B, D, h, w) of the next images, from `unit_length`."""
+        self.grid = features.shape[2:]
+        for patches in features.flatten(2).transpose(1, 2):
+            each = self.params.of_each(self._images[self.products[len(self.kept)]])
+            chosen = torch.randperm(len(patches), generator=self._generator)[:each].sort().values
+            patches = patches[chosen.to(patches.device)]
+            self.moments = self.moments.to(patches) + patches.T @ patches
+            self.kept.append(patches.bfloat16())
+        return self
+
+
+class PatchBanks:
+    """A bank for each size at which the backbone sees an image, the first for its own; the evidence is their mean.
+
+    known: as of a bank, for the images that all of them have whole.
+    """
+
+    def __init__(self, banks: Sequence[PatchBank]):
+        self.banks = list(banks)
+        numbers = set.intersection(*(set(bank.known) for bank in banks))
+        self.known = {i: _mean([bank.known[i][None] for bank in banks])[0] for i in sorted(numbers)}
+
+    def __call__(
+        self, features: Sequence[torch.Tensor], products: Sequence[str], without: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Return the evidence (B, h, w) on the finest grid. features: those of each size; all else is as of a bank."""
+        return _mean([bank(x, products, without) for bank, x in zip(self.banks, features, strict=True)])
+
+    def to(self, device: torch.device) -> "PatchBanks":
+        """Return the banks on a device."""
+        return PatchBanks([bank.to(device) for bank in self.banks])
+
+    def save(self, folder: Path) -> None:
+        """Write each bank in safetensors."""
+        for bank, file in zip(self.banks, self._files(folder, len(self.banks)), strict=True):
+            bank.save(file)
+
+    @classmethod
+    def load(cls, folder: Path, params: Retrieval, size: int) -> "PatchBanks":
+        """Read what `save` wrote, for features of `size` numbers. Raises InputError if a bank is missing or damaged."""
+        files = cls._files(folder, 1 + len(params.more_sizes))
+        return cls([PatchBank.load(file, params, size) for file in files])
+
+    @staticmethod
+    def _files(folder: Path, count: int) -> list[Path]:
+        return [folder / ("bank.safetensors" if i == 0 else f"bank_{i}.safetensors") for i in range(count)]
+
+
+def _mean(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the mean of maps (B, h, w) of several grids, on the finest."""
+    size = max(one.shape[1:] for one in maps)
+    return torch.stack([F.interpolate(one[:, None], size=size, mode="bilinear")[:, 0] for one in maps]).mean(dim=0)
 
 
 class _Nearest:

@@ -45,9 +45,8 @@ class FeatureSpace(ModelMixin, ConfigMixin):
     """Encode images as layers of a frozen backbone on one grid, centred and projected. A decoder visualises the codes.
 
     The interface and the names in the configuration are those of `AutoencoderKL`: normalised images (B, 3, S, S) become
-    codes (B, C, grid, grid). `backbone` is the backbone's configuration. It sees each image at `backbone_size` and at
-    `more_sizes`; `feature_channels` are the channels of each layer, for one size after the other. `image_mean` and
-    `image_std` convert the given images to the backbone's normalization.
+    codes (B, C, grid, grid). `backbone` is the backbone's configuration, `feature_channels` are the channels of each
+    layer. `image_mean` and `image_std` convert the given images to the backbone's normalization.
     """
 
     @register_to_config
@@ -64,7 +63,6 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         latent_channels: int = 64,
         decoder_channels: int = 128,
         scaling_factor: float = 1.0,
-        more_sizes: tuple[int, ...] = (),
     ):
         super().__init__()
         network = AutoModel.from_config(AutoConfig.for_model(**backbone), trust_remote_code=False)
@@ -73,16 +71,13 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("projection", torch.eye(total, latent_channels))
         self.decoder = PatchDecoder(latent_channels, decoder_channels, sample_size // grid)
-        self._extractors: list[Backbone] = []
+        self._extractors: dict[int, Backbone] = {}
 
     @classmethod
-    def around(
-        cls, backbone: Backbone, normalization: Normalization, more_sizes: tuple[int, ...] = (), **config
-    ) -> "FeatureSpace":
+    def around(cls, backbone: Backbone, normalization: Normalization, **config) -> "FeatureSpace":
         """Return an unfitted space of the backbone's layers, for images in `normalization`.
 
-        `config` holds the remaining arguments of the constructor. Raises InputError if the backbone rejects images of
-        one of `more_sizes`.
+        `config` holds the remaining arguments of the constructor.
         """
         theirs, ours = backbone.normalization, normalization
         channels = list(zip(theirs.image_mean, theirs.image_std, ours.image_mean, ours.image_std, strict=True))
@@ -90,14 +85,12 @@ class FeatureSpace(ModelMixin, ConfigMixin):
             backbone=_shape(backbone.network.config),
             backbone_size=backbone.size[0],
             layers=backbone.layers,
-            feature_channels=tuple(backbone.channels) * (1 + len(more_sizes)),
+            feature_channels=tuple(backbone.channels),
             image_mean=tuple((m - mean) / std for m, _, mean, std in channels),
             image_std=tuple(s / std for _, s, _, std in channels),
-            more_sizes=more_sizes,
             **config,
         )
         space.network = backbone.network
-        space._extractors = space._extract_at_each_size()
         return space
 
     def train(self, mode: bool = True) -> "FeatureSpace":
@@ -106,22 +99,25 @@ class FeatureSpace(ModelMixin, ConfigMixin):
         self.network.eval()
         return self
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the unprojected layers (B, sum of channels, h, w) of normalised images (B, 3, S, S)."""
-        # Backbone runs the network when it is built, so it must wait until the weights are loaded.
-        self._extractors = self._extractors or self._extract_at_each_size()
-        # A transformer takes half the time in bfloat16; its features are as float32's to a cosine similarity of 0.9999.
-        half = self._extractors[0].tokens and fast_bf16(x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            maps = [one for extractor in self._extractors for one in extractor(x)]
-        return concatenate([one.float() for one in maps], self.config.grid)
+    def features(self, x: torch.Tensor, size: int | None = None) -> torch.Tensor:
+        """Return the unprojected layers (B, sum of channels, h, w) of normalised images (B, 3, S, S).
 
-    def _extract_at_each_size(self) -> list[Backbone]:
-        """Return what extracts the features at each size."""
-        config, name = self.config, self.network.config.model_type
-        sizes = (config.backbone_size, *config.more_sizes)
-        wanted = [VisionBackbone(model=name, image_size=size, layers=config.layers) for size in sizes]
-        return [Backbone(self.network, params, config.image_mean, config.image_std) for params in wanted]
+        size: at how many pixels the backbone sees them, in place of `backbone_size`; h and w are then those of its
+        finest layer. Raises InputError for a size that it rejects.
+        """
+        wanted = self.config.backbone_size if size is None else size
+        if wanted not in self._extractors:
+            # Backbone runs the network when it is built, so it must wait until the weights are loaded.
+            params = VisionBackbone(model=self.network.config.model_type, image_size=wanted, layers=self.config.layers)
+            extractor = Backbone(self.network, params, self.config.image_mean, self.config.image_std)
+            self._extractors[wanted] = extractor
+        extractor = self._extractors[wanted]
+        # A transformer takes half the time in bfloat16; its features are as float32's to a cosine similarity of 0.9999.
+        half = extractor.tokens and fast_bf16(x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            maps = extractor(x)
+        grid = self.config.grid if size is None else max((one.shape[-2], one.shape[-1]) for one in maps)
+        return concatenate([one.float() for one in maps], grid)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Return the codes (B, C, grid, grid) of `features` (B, sum of channels, grid, grid)."""

@@ -187,7 +187,6 @@ def start(params: FirstStage) -> FirstStageModel:
         return FeatureSpace.around(
             Backbone.load(params.backbone),
             Normalization(params.image_mean, params.image_std),
-            more_sizes=params.backbone.more_sizes,
             sample_size=params.image_size,
             grid=params.backbone.grid,
             latent_channels=params.latent_channels,
