@@ -350,11 +350,11 @@ def _kept_patches(params: p.Params, frame: pd.DataFrame | None) -> int:
     wanted = params.evaluate.detection.retrieval
     if wanted is None or frame is None:
         return 0
-    counts, whole = (
-        frame.loc[frame["split"] != "test", "class_name"].value_counts(),
-        params.first_stage.backbone.grid**2,
-    )
-    return sum(images * min(wanted.of_each(images), whole) for images in counts.tolist())
+    backbone, counts = params.first_stage.backbone, frame.loc[frame["split"] != "test", "class_name"].value_counts()
+    # At another size, an image has as many more patches as pixels, about.
+    ratios = [1.0, *(size / backbone.image_size for size in wanted.more_sizes)]
+    whole = [round(backbone.grid * ratio) ** 2 for ratio in ratios]
+    return sum(images * min(wanted.of_each(images), one) for images in counts.tolist() for one in whole)
 
 
 def _encoded_images(params: p.Params, frame: pd.DataFrame) -> int:
