@@ -94,6 +94,26 @@ def test_a_transformer_computes_in_bfloat16_where_that_is_fast(family, differs, 
     torch.testing.assert_close(space.features(x[:1]), found[0][:1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_features_at_another_size_are_those_of_the_backbone_there(family, saved, tmp_path):
+    space, _ = fitted(saved(family), tmp_path)
+    x, size = from_uint8(photographs(), CPU), GIVEN // 2
+    backbone = Backbone.load(VisionBackbone(model=str(saved(family)), image_size=size, layers=(1, 2)))
+    exact = backbone(x)
+    found = space.features(Normalization()(x), size)
+    assert found.shape[2:] == exact[0].shape[2:]
+    exact = concatenate(exact, tuple(found.shape[2:]))
+    # A space may compute in bfloat16.
+    assert (found - exact).norm() < 0.01 * exact.norm()
+    assert space.features(Normalization()(x)).shape[2:] == (GRID, GRID)
+
+
+def test_a_size_that_the_backbone_rejects_is_named(saved, tmp_path):
+    space, _ = fitted(saved("vit"), tmp_path)
+    with pytest.raises(InputError, match="image_size = 30 is not a multiple"):
+        space.features(torch.zeros(1, 3, GIVEN, GIVEN), 30)
+
+
 def test_what_normalizes_the_images_does_not_change_the_codes(saved, tmp_path):
     plain, _ = fitted(saved("vit"), tmp_path / "a")
     imagenet, _ = fitted(saved("vit"), tmp_path / "b", image_mean=MEAN, image_std=STD)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from scipy import ndimage
 from sklearn.neighbors import NearestNeighbors
 
 from tests.backbones import GIVEN
@@ -24,6 +25,7 @@ from vlmdiff.detection.retrieval import (
     ROUGH,
     Collected,
     PatchBank,
+    PatchBanks,
     largest,
     unit_length,
 )
@@ -239,6 +241,39 @@ def test_the_nearest_patches_are_found_by_their_largest_components():
 def test_one_image_makes_no_bank():
     with pytest.raises(InputError, match="at least two"):
         fitted([features(1)], ["thing"] * 1, Retrieval(patches=10, expected=0.5, level=0), seed=0)
+
+
+def test_the_evidence_of_several_sizes_is_their_mean_on_the_finest_grid():
+    params = Retrieval(patches=10**6)
+    small, large = features(4, size=3), features(4, seed=5, size=6)
+    banks = PatchBanks([fitted([x], ["thing"] * 4, params, seed=0) for x in (small, large)])
+    for at in (slice(0, 1), slice(1, 4)):
+        one, other = (judged(bank, x[at]).numpy() for bank, x in zip(banks.banks, (small, large), strict=True))
+        # A pixel of three becomes two; bilinear, with the outer edges aligned.
+        finer = ndimage.zoom(one, (1, 2, 2), order=1, mode="nearest", grid_mode=True)
+        found = banks([small[at], large[at]], ["thing"] * len(one)).numpy()
+        np.testing.assert_allclose(found, (finer + other) / 2, atol=1e-5)
+    assert set(banks.known) == {0, 1, 2, 3} and banks.known[2].shape == (6, 6)
+    alone = banks([small[2:3], large[2:3]], ["thing"], [2])[0]
+    torch.testing.assert_close(banks.known[2], alone, atol=2e-2, rtol=0)
+
+
+def test_a_detector_of_several_sizes_has_a_bank_for_each(detector, tmp_path):
+    wanted = Retrieval(patches=10**6, more_sizes=(GIVEN // 2,))
+    several = Detector(detector.pipeline, detector.params.model_copy(update={"retrieval": wanted}))
+    several.learn(photographs(8, seed=0), named(8))
+    several.calibrate(photographs(20, seed=1), weigh=lambda evidence: 1.0)
+    several.save_pretrained(tmp_path)
+    sizes = [len(load_file(tmp_path / name)["patches"]) for name in ("bank.safetensors", "bank_1.safetensors")]
+    assert sizes[0] == 8 * 8 * 8 and sizes[1] == 8 * 4 * 4
+    images = photographs(2, 4)
+    again = Detector.from_pretrained(tmp_path, "cpu")
+    np.testing.assert_allclose(again.distances(images), several.distances(images), atol=1e-5)
+    assert again.detect(images)[0].score == pytest.approx(several.detect(images)[0].score, abs=1e-5)
+    (tmp_path / "bank_1.safetensors").unlink()
+    seal(tmp_path)
+    with pytest.raises(InputError, match=r"bank_1\.safetensors is not a bank of patches"):
+        Detector.from_pretrained(tmp_path, "cpu")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
