@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from PIL import Image
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from tests.conftest import TINY
@@ -221,6 +222,21 @@ def test_a_backbone_whose_features_are_the_latents_is_found_and_what_it_takes_is
     found = checks(measuring=True, **sections)
     assert found["first_stage.backbone"].ok is False and found["memory, train"].ok is None
     assert "not measured" in found["memory, train"].needed and "not measured" in found["time, train"].found
+
+
+def test_sizes_for_retrieval_are_multiples_of_a_patch_of_the_backbone(here, saved):
+    side = AutoConfig.from_pretrained(saved("vit")).patch_size
+    space = {"model": str(saved("vit")), "image_size": 4 * side, "grid": 16}
+    first_stage = {"kind": "backbone", "backbone": space}
+    normal = int((listing.outline(Params.model_validate(TINY).prepare)["split"] != "test").sum())
+    for size, fits in ((8 * side, True), (8 * side + 1, False)):
+        detection = {"steps": 1, "retrieval": {"patches": 10**6, "more_sizes": [size]}}
+        found = checks(first_stage=first_stage, evaluate={"detection": detection})
+        assert found["retrieval.more_sizes"].ok is fits
+        if fits:
+            assert f"{normal * (256 + 1024)} normal patches" in found["memory, evaluate"].needed
+        else:
+            assert f"multiples of {side}, the patch size" in found["retrieval.more_sizes"].advice
 
 
 def test_a_model_that_is_missing_is_named_once_with_the_keys_that_want_it(here, backbone):

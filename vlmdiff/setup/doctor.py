@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,7 +182,20 @@ def _models(params: p.Params) -> tuple[list[Requirement], dict[str, Model]]:
             rows.append(Requirement(key, found, needed, True))
         except InputError as error:
             rows.append(Requirement(key, "missing", needed, False, str(error)))
+    retrieval = params.evaluate.detection.retrieval
+    if retrieval and retrieval.more_sizes and "first_stage.backbone" in models:
+        rows.append(_sizes(retrieval.more_sizes, models["first_stage.backbone"].folder))
     return rows, models
+
+
+def _sizes(sizes: Sequence[int], folder: Path) -> Requirement:
+    """Return the row of the sizes at which retrieval sees images: `evaluate` would find out after all trainings."""
+    side = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("patch_size") or 1
+    key, found = "retrieval.more_sizes", ", ".join(map(str, sizes))
+    fits = not isinstance(side, int) or all(size % side == 0 for size in sizes)
+    needed = f"multiples of {side}" if isinstance(side, int) else "any"
+    advice = f"set evaluate.detection.{key} to multiples of {side}, the patch size of the backbone"
+    return Requirement(key, found, needed, fits, advice)
 
 
 def _sources(params: p.Params) -> Iterator[tuple[str, p.Pretrained, str, tuple[str, ...]]]:
