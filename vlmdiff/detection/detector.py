@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice, repeat, tee
+from itertools import count, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -359,14 +359,13 @@ class Detector:
     ) -> Iterator[Detection]:
         """Judge photographs as `detect` does, with no more than one batch of them in memory."""
         calibration = self.calibrated()
-        given, asked = tee(repeat(None) if products is None else products)
-        for batch in self._compare(images, batch_size, captions, names=names, products=asked):
+        for batch in self._compare(images, batch_size, captions, names=names, products=products):
             parts = self._parts(batch, calibration)
             evidence = self._evidence(parts, calibration)
             raw = fuse(evidence, calibration.weight)
             values = self._statistics(parts, raw, calibration)
             self._check(batch.names, "score", values)
-            nearest, known = self._products(batch.features, list(islice(given, len(raw))))
+            nearest, known = self._products(batch.features, batch.told)
             standardised = calibration.standardised(values, nearest)
             scores = calibration.odds(standardised, nearest)
             maps = normalised(raw, np.array([calibration.map_threshold(p) for p in nearest])[:, None, None])
@@ -454,7 +453,8 @@ class Detector:
             ours = list(islice(called, len(batch)))
             clean, features = self._encode(x)
             look, own = appearance(clean), None if numbers is None else list(islice(numbers, len(batch)))
-            distances = self._to_bank(features, look, list(islice(asked, len(batch))), own)
+            told = list(islice(asked, len(batch)))
+            distances = self._to_bank(features, look, told, own)
             before = [extract(x, clean) for extract, _ in self.spaces]
             samples, expected, rebuilt, shown = [], [], x, np.empty(0)
             for sample in range(params.samples):
@@ -476,7 +476,7 @@ class Detector:
                 maps.append(compare(before[i], mean, distance, size, params.align_corners))
             deviations = enlarge(torch.stack(expected).mean(dim=0), size, params.align_corners)
             differences = torch.stack(maps, dim=1).cpu().numpy()
-            found = _Compared(ours, differences, deviations.cpu().numpy(), distances, shown, given, look)
+            found = _Compared(ours, differences, deviations.cpu().numpy(), distances, shown, given, look, told)
             for what in ("differences", "deviations", "distances"):
                 self._check(ours, what, getattr(found, what))
             yield found
@@ -565,7 +565,7 @@ class _Compared:
 
     names: (B,); differences: (B, F, S, S), by kind of features; deviations: (B, S, S), expected there; distances:
     (B, h, w), None without a bank; shown: uint8 (B, S, S, 3), one sample; images: as given; features: (B, F), for
-    `Normals`.
+    `Normals`; told: (B,), the products that were given.
     """
 
     names: list[str]
@@ -575,6 +575,7 @@ class _Compared:
     shown: np.ndarray
     images: list[Photograph]
     features: torch.Tensor
+    told: list[str | None]
 
 
 def _names(names: Iterable[str] | None) -> Iterator[str]:
