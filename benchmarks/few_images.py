@@ -31,7 +31,7 @@ from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, smooth
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.products import Products, appearance
-from vlmdiff.detection.retrieval import Collected, PatchBank, unit_length
+from vlmdiff.detection.retrieval import Collected, PatchBank, PatchBanks, unit_length
 from vlmdiff.evaluation.metrics import evaluate_classes
 from vlmdiff.model.normalization import from_uint8
 
@@ -68,12 +68,14 @@ def main() -> None:
     size = pipeline.config.image_size
 
     @torch.no_grad()
-    def features(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the patches (D, h, w) of an image, and what it looks like as a whole (F,)."""
+    def features(path: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return the patches (D, h, w) of an image at each size, and what it looks like as a whole (F,)."""
         x = from_uint8(load_rgb(resolve(data.image_root, path), size, data.max_pixels)[None], pipeline.device)
-        found = pipeline.vae.features(pipeline.normalize(x))
-        patches = unit_length(found, pipeline.vae.config.feature_channels)[0].half().cpu()
-        return patches, appearance(pipeline.vae.project(found))[0]
+        vae, images = pipeline.vae, pipeline.normalize(x)
+        found = vae.features(images)
+        every = [found, *(vae.features(images, size) for size in retrieval.more_sizes)]
+        patches = [unit_length(one, vae.config.feature_channels)[0].half().cpu() for one in every]
+        return patches, appearance(vae.project(found))[0]
 
     normal = frame[frame["split"] != "test"].sample(frac=1, random_state=0)
     test = frame[frame["split"] == "test"].reset_index(drop=True)
@@ -88,9 +90,10 @@ def main() -> None:
     rows = []
     for count in COUNTS:
         chosen = normal.groupby("class_name").head(count).index
-        images = torch.stack([kept[row][0] for row in chosen])
+        every = [torch.stack(sizes) for sizes in zip(*(kept[row][0] for row in chosen), strict=True)]
+        images = every[0]
         of = normal.loc[chosen, "class_name"].tolist()
-        ours = PatchBank.fit(Collected(of, retrieval, 0).add(images.float()))
+        ours = PatchBanks([PatchBank.fit(Collected(of, retrieval, 0).add(one.float())) for one in every])
         # Whose patches count is recognised, as by a detector.
         shown, _ = Products.fit(torch.stack([kept[row][1] for row in chosen]).numpy(), of)(torch.stack(looks).numpy())
         random = sample(images, NEAREST)
@@ -99,9 +102,9 @@ def main() -> None:
         coreset = candidates[farthest(candidates @ directions, CORESET)]
         maps: dict[str, list[np.ndarray]] = {method: [] for method in methods}
         for one, product in track(zip(tested, shown, strict=True), f"{count} images", len(tested)):
-            maps["our bank"].append(ours(one[None].float(), [product]).numpy())
-            maps["nearest patches"].append(nearest(random, one).numpy())
-            maps["PatchCore"].append(nearest(coreset, pooled(one[None])[0]).clamp_min(0).sqrt().numpy())
+            maps["our bank"].append(ours([patches[None].float() for patches in one], [product]).numpy())
+            maps["nearest patches"].append(nearest(random, one[0]).numpy())
+            maps["PatchCore"].append(nearest(coreset, pooled(one[0][None])[0]).clamp_min(0).sqrt().numpy())
         for method in methods:
             small = torch.from_numpy(np.concatenate(maps[method]))
             large = smooth(enlarge(small, size).numpy(), detector.params.smoothing)
