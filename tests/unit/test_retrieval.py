@@ -1,6 +1,7 @@
 """A bank of normal patches: distances beside an independent oracle, saving, and a detector that has both evidences."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -379,6 +380,20 @@ def test_an_autoencoder_has_no_features_to_retrieve():
     detector = Detector(tiny_pipeline(), Detection(retrieval=Retrieval(), features=(Latents(kind="latents"),)))
     with pytest.raises(InputError, match=r"first_stage\.kind: backbone"):
         detector.learn([], [])
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_images_for_a_bank_are_named(detector, count):
+    with pytest.raises(InputError, match="at least two"):
+        Detector(detector.pipeline, detector.params).learn(photographs(count, seed=0), named(count))
+
+
+def test_photographs_judged_at_the_same_time_are_judged_as_one_after_the_other(detector):
+    groups = [photographs(3, seed) for seed in range(8)]
+    alone = [detector.distances(images) for images in groups]
+    with ThreadPoolExecutor(8) as threads:
+        for one, other in zip(alone, threads.map(detector.distances, groups), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_where_retrieval_is_all_the_evidence_every_image_that_the_bank_has_whole_calibrates(detector):

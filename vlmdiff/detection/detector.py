@@ -134,14 +134,15 @@ class Detector:
         if wanted is not None and not isinstance(self.pipeline.vae, FeatureSpace):
             raise InputError("evaluate.detection.retrieval needs first_stage.kind: backbone: set it to null")
         products, collected = [image.class_name for image in images], []
+        if wanted is not None:
+            collected = [Collected(products, wanted, self.params.seed) for _ in range(1 + len(wanted.more_sizes))]
         for batch in batches(zip(normal, _names(None), strict=False), batch_size):
             clean, features = self._encode(self._tensors([image for image, _ in batch]))
             looks.append(appearance(clean))
             self._check([name for _, name in batch], "features", looks[-1].numpy())
-            if wanted is not None:
-                collected = collected or [Collected(products, wanted, self.params.seed) for _ in features]
-                collected = [bank.add(one) for bank, one in zip(collected, features, strict=True)]
-        if wanted is not None:
+            for bank, one in zip(collected, features, strict=True):
+                bank.add(one)
+        if collected:
             banks = []
             # Of one size after the other: what was collected is large.
             while collected:

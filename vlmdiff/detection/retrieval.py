@@ -58,16 +58,12 @@ class PatchBank:
         self.basis, self.patches, self.usual, self.params = basis, patches, usual, params
         self.counts, self.image, self.known = dict(counts), image, dict(known or {})
         ends = [0, *accumulate(self.counts.values())]
-        self._parts = {name: slice(*ends[i : i + 2]) for i, name in enumerate(self.counts)}
-        # Images of one product often follow each other.
-        self._last: tuple[slice, _Nearest] | None = None
+        self._parts = {name: (ends[i], ends[i + 1]) for i, name in enumerate(self.counts)}
 
     @classmethod
     def fit(cls, collected: "Collected") -> "PatchBank":
-        """Make a bank of what was collected. Raises InputError for fewer than two images."""
+        """Make a bank of what was collected."""
         kept, products, params = collected.kept, collected.products, collected.params
-        if len(kept) < 2:
-            raise InputError("a bank of normal patches needs at least two normal training images")
         # The directions of the largest second moments change products of patches least.
         _, directions = torch.linalg.eigh(collected.moments.double())
         basis = directions[:, -COMPONENTS:].float()
@@ -77,8 +73,9 @@ class PatchBank:
         image = torch.tensor(order).repeat_interleave(torch.tensor([len(kept[i]) for i in order])).to(patches.device)
         bank = cls(basis, patches, torch.zeros(len(patches), device=patches.device), params, counts, image)
         # Patches of one image are alike, so only other images say what is usual.
+        ready: dict[tuple[int, int], _Nearest] = {}
         found = [
-            bank._nearest(patches[image == i].float(), products[i], i)
+            bank._nearest(patches[image == i].float(), products[i], i, ready)
             for i in track(order, "compare normal patches", len(order))
         ]
         bank.usual = torch.cat([1 - similarity.amax(dim=1) for similarity, _ in found])
@@ -97,26 +94,31 @@ class PatchBank:
         all patches. without: for each image, the number of an image of the bank whose patches do not count.
         """
         found, numbers = [], [None] * len(products) if without is None or self.image is None else without
+        ready: dict[tuple[int, int], _Nearest] = {}
         for patches, product, own in zip(features.flatten(2).transpose(1, 2), products, numbers, strict=True):
-            found.append(self._evidence(*self._nearest(F.normalize(patches @ self.basis, dim=1), product, own)))
+            projected = F.normalize(patches @ self.basis, dim=1)
+            found.append(self._evidence(*self._nearest(projected, product, own, ready)))
         return torch.stack(found).unflatten(1, features.shape[2:])
 
-    def _nearest(self, patches: torch.Tensor, product: str, own: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _nearest(
+        self, patches: torch.Tensor, product: str, own: int | None, ready: dict[tuple[int, int], "_Nearest"]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the similarities (P, k) of projected patches (P, K) to the nearest of a product, and their indices.
 
-        own: the number of an image whose patches do not count.
+        own: the number of an image whose patches do not count; ready: what searched last, kept for the next image of
+        the same product.
         """
-        part, left_out = self._parts.get(product, slice(0, len(self.patches))), None
+        part, left_out = self._parts.get(product, (0, len(self.patches))), None
         if own is not None and self.image is not None:
-            left_out = self.image[part] == own
+            left_out = self.image[slice(*part)] == own
             if left_out.all():
                 # The product has no other image.
-                part = slice(0, len(self.patches))
-                left_out = self.image == own
-        if self._last is None or self._last[0] != part:
-            self._last = part, _Nearest(self.patches[part])
-        found = [self._last[1](some, left_out) for some in patches.split(AT_ONCE)]
-        return torch.cat([one for one, _ in found]), torch.cat([index for _, index in found]) + part.start
+                part, left_out = (0, len(self.patches)), self.image == own
+        if part not in ready:
+            ready.clear()
+            ready[part] = _Nearest(self.patches[slice(*part)])
+        found = [ready[part](some, left_out) for some in patches.split(AT_ONCE)]
+        return torch.cat([one for one, _ in found]), torch.cat([index for _, index in found]) + part[0]
 
     def _evidence(self, similarity: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Return the evidence (P,) of an image's patches, from `_nearest`."""
@@ -161,11 +163,14 @@ class PatchBank:
 class Collected:
     """Patches of normal images for a bank: about `params.patches` random ones of each product, or all that it has.
 
-    Each image of a product gives as many. products: what each of the images shows. kept: (P, D) of each image that was
-    added, in bfloat16; moments: (D, D), the sum of their outer products; grid: (h, w) of an image.
+    Each image of a product gives as many. products: what each of the images shows; fewer than two images raise
+    InputError. kept: (P, D) of each image that was added, in bfloat16; moments: (D, D), the sum of their outer
+    products; grid: (h, w) of an image.
     """
 
     def __init__(self, products: Sequence[str], params: Retrieval, seed: int):
+        if len(products) < 2:
+            raise InputError("a bank of normal patches needs at least two normal training images")
         self.products, self.params = list(products), params
         self.kept: list[torch.Tensor] = []
         self.moments, self.grid = torch.zeros(()), torch.Size()
