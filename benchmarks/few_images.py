@@ -31,7 +31,7 @@ from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, smooth
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.products import Products, appearance
-from vlmdiff.detection.retrieval import Collected, PatchBank, PatchBanks, unit_length
+from vlmdiff.detection.retrieval import NormalPatches, PatchBank, PatchBanks, unit_length
 from vlmdiff.evaluation.metrics import evaluate_classes
 from vlmdiff.model.normalization import from_uint8
 
@@ -93,7 +93,7 @@ def main() -> None:
         every = [torch.stack(sizes) for sizes in zip(*(kept[row][0] for row in chosen), strict=True)]
         images = every[0]
         of = normal.loc[chosen, "class_name"].tolist()
-        ours = PatchBanks([PatchBank.fit(Collected(of, retrieval, 0).add(one.float())) for one in every])
+        ours = PatchBanks([PatchBank.fit(NormalPatches(of, retrieval, 0).add(one.float())) for one in every])
         # Whose patches count is recognised, as by a detector.
         shown, _ = Products.fit(torch.stack([kept[row][1] for row in chosen]).numpy(), of)(torch.stack(looks).numpy())
         random = sample(images, NEAREST)

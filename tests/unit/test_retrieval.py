@@ -24,7 +24,7 @@ from vlmdiff.detection.retrieval import (
     COMPONENTS,
     NEIGHBOURS,
     ROUGH,
-    Collected,
+    NormalPatches,
     PatchBank,
     PatchBanks,
     largest,
@@ -46,7 +46,7 @@ def rows(x):
 
 
 def fitted(batches, products, params, seed):
-    collected = Collected(products, params, seed)
+    collected = NormalPatches(products, params, seed)
     for batch in batches:
         collected.add(batch)
     return PatchBank.fit(collected)

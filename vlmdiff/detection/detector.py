@@ -22,7 +22,7 @@ from vlmdiff.detection.detection import Detection, Photograph
 from vlmdiff.detection.features import spaces
 from vlmdiff.detection.normals import Normal, Normals
 from vlmdiff.detection.products import appearance
-from vlmdiff.detection.retrieval import Collected, PatchBank, PatchBanks, unit_length
+from vlmdiff.detection.retrieval import NormalPatches, PatchBank, PatchBanks, unit_length
 from vlmdiff.detection.settings import SETTINGS, Settings
 from vlmdiff.model.backbone import Backbone
 from vlmdiff.model.feature_space import FeatureSpace
@@ -87,7 +87,7 @@ class Detector:
                 where = f"{folder / SETTINGS}, detection.retrieval"
                 raise InputError(f"{where}: the first stage here is not a vision backbone. Restore the folder.")
             size = sum(pipeline.vae.config.feature_channels)
-            bank = PatchBanks.load(folder, params.retrieval, size).to(pipeline.device)
+            bank = PatchBanks.load(folder, params.retrieval, size, pipeline.device)
         # Detectors of earlier releases remember none.
         normals = Normals.load(folder / NORMALS) if (folder / NORMALS).exists() else None
         with explained(folder, "Run `vlmdiff evaluate` again, or restore the folder"):
@@ -135,7 +135,7 @@ class Detector:
             raise InputError("evaluate.detection.retrieval needs first_stage.kind: backbone: set it to null")
         products, collected = [image.class_name for image in images], []
         if wanted is not None:
-            collected = [Collected(products, wanted, self.params.seed) for _ in range(1 + len(wanted.more_sizes))]
+            collected = [NormalPatches(products, wanted, self.params.seed) for _ in range(1 + len(wanted.more_sizes))]
         for batch in batches(zip(normal, _names(None), strict=False), batch_size):
             clean, features = self._encode(self._tensors([image for image, _ in batch]))
             looks.append(appearance(clean))
@@ -290,10 +290,10 @@ class Detector:
         for batch in batches(images, batch_size):
             clean, features = self._encode(self._tensors(batch))
             own = None if numbers is None else list(islice(numbers, len(batch)))
-            found.append(self._to_bank(features, appearance(clean), [None] * len(batch), own))
+            found.append(self._distances(features, appearance(clean), [None] * len(batch), own))
         return np.concatenate(found)
 
-    def _to_bank(
+    def _distances(
         self, features: list[torch.Tensor], look: torch.Tensor, products: list[str | None], own: list[int] | None
     ) -> np.ndarray | None:
         """Return how far the features of images, from `_encode`, are from the bank (B, h, w), None if there is no bank.
@@ -455,7 +455,7 @@ class Detector:
             clean, features = self._encode(x)
             look, own = appearance(clean), None if numbers is None else list(islice(numbers, len(batch)))
             told = list(islice(asked, len(batch)))
-            distances = self._to_bank(features, look, told, own)
+            distances = self._distances(features, look, told, own)
             before = [extract(x, clean) for extract, _ in self.spaces]
             samples, expected, rebuilt, shown = [], [], x, np.empty(0)
             for sample in range(params.samples):

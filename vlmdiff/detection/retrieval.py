@@ -53,15 +53,15 @@ class PatchBank:
         params: Retrieval,
         counts: Mapping[str, int],
         image: torch.Tensor | None = None,
-        known: Mapping[int, torch.Tensor] | None = None,
     ):
         self.basis, self.patches, self.usual, self.params = basis, patches, usual, params
-        self.counts, self.image, self.known = dict(counts), image, dict(known or {})
+        self.counts, self.image = dict(counts), image
+        self.known: dict[int, torch.Tensor] = {}
         ends = [0, *accumulate(self.counts.values())]
         self._parts = {name: (ends[i], ends[i + 1]) for i, name in enumerate(self.counts)}
 
     @classmethod
-    def fit(cls, collected: "Collected") -> "PatchBank":
+    def fit(cls, collected: "NormalPatches") -> "PatchBank":
         """Make a bank of what was collected."""
         kept, products, params = collected.kept, collected.products, collected.params
         # The directions of the largest second moments change products of patches least.
@@ -125,12 +125,6 @@ class PatchBank:
         evidence = 1 - similarity.amax(dim=1) - self.params.expected * self.usual[index].mean(dim=1)
         return evidence - self.params.level * evidence.median()
 
-    def to(self, device: torch.device) -> "PatchBank":
-        """Return the bank on a device."""
-        basis, patches, usual = (tensor.to(device) for tensor in (self.basis, self.patches, self.usual))
-        image = None if self.image is None else self.image.to(device)
-        return PatchBank(basis, patches, usual, self.params, self.counts, image, self.known)
-
     def save(self, file: Path) -> None:
         """Write the bank in safetensors."""
         tensors = {"basis": self.basis, "patches": self.patches, "usual": self.usual}
@@ -138,13 +132,13 @@ class PatchBank:
         save_file(tensors, file, metadata={"counts": json.dumps(self.counts)})
 
     @classmethod
-    def load(cls, file: Path, params: Retrieval, size: int) -> "PatchBank":
+    def load(cls, file: Path, params: Retrieval, size: int, device: torch.device | str = "cpu") -> "PatchBank":
         """Read what `save` wrote, for features of `size` numbers. Raises InputError if it is missing or not a bank.
 
-        A bank of an earlier release does not say which patches are of which product: all are searched.
+        A bank of an earlier release does not say which product a patch shows. Then all patches are searched.
         """
         try:
-            with safe_open(file, "pt") as content:
+            with safe_open(file, "pt", device=str(device)) as content:
                 facts = content.metadata() or {}
                 basis, patches, usual = map(content.get_tensor, ("basis", "patches", "usual"))
             count = max(len(patches), 1)
@@ -160,7 +154,7 @@ class PatchBank:
             raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
 
 
-class Collected:
+class NormalPatches:
     """Patches of normal images for a bank: about `params.patches` random ones of each product, or all that it has.
 
     Each image of a product gives as many. products: what each of the images shows; fewer than two images raise
@@ -176,7 +170,7 @@ class Collected:
         self.moments, self.grid = torch.zeros(()), torch.Size()
         self._images, self._generator = Counter(products), torch.Generator().manual_seed(seed)
 
-    def add(self, features: torch.Tensor) -> "Collected":
+    def add(self, features: torch.Tensor) -> "NormalPatches":
         """Add the features (B, D, h, w) of the next images, from `unit_length`."""
         self.grid = features.shape[2:]
         for patches in features.flatten(2).transpose(1, 2):
@@ -205,20 +199,16 @@ class PatchBanks:
         """Return the evidence (B, h, w) on the finest grid. features: those of each size; all else is as of a bank."""
         return _mean([bank(x, products, without) for bank, x in zip(self.banks, features, strict=True)])
 
-    def to(self, device: torch.device) -> "PatchBanks":
-        """Return the banks on a device."""
-        return PatchBanks([bank.to(device) for bank in self.banks])
-
     def save(self, folder: Path) -> None:
         """Write each bank in safetensors."""
         for bank, file in zip(self.banks, self._files(folder, len(self.banks)), strict=True):
             bank.save(file)
 
     @classmethod
-    def load(cls, folder: Path, params: Retrieval, size: int) -> "PatchBanks":
+    def load(cls, folder: Path, params: Retrieval, size: int, device: torch.device | str = "cpu") -> "PatchBanks":
         """Read what `save` wrote, for features of `size` numbers. Raises InputError if a bank is missing or damaged."""
         files = cls._files(folder, 1 + len(params.more_sizes))
-        return cls([PatchBank.load(file, params, size) for file in files])
+        return cls([PatchBank.load(file, params, size, device) for file in files])
 
     @staticmethod
     def _files(folder: Path, count: int) -> list[Path]:
