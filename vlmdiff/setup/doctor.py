@@ -33,7 +33,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.text import plain
 from vlmdiff.data import listing
 from vlmdiff.data.images import load_rgb
-from vlmdiff.detection.retrieval import AT_ONCE, COMPONENTS
+from vlmdiff.detection.retrieval import COMPONENTS
 from vlmdiff.model.pretrained import check_pinned
 from vlmdiff.training.cost import GIB, Cost, free_memory, measure
 
@@ -352,8 +352,8 @@ def _memory(
     advice = "lower first_stage.image_size, test fewer images of a class, or use a machine with more memory"
     what = "maps of a class" if tested is None else f"maps of a class's {tested} images"
     if size is not None and (patches := _kept_patches(params, frame)):
-        # The bank, the features that it is made of, and how similar some patches are to all of it.
-        size, what = size + patches * (2 * COMPONENTS + 2 * WIDTH + 4 * AT_ONCE), f"{what}, {patches} normal patches"
+        # The bank, and the features that it is made of.
+        size, what = size + patches * (2 * COMPONENTS + 2 * WIDTH), f"{what}, {patches} normal patches"
     rows.append(_room("evaluate", size, here, what, advice))
     return rows
 

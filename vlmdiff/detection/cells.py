@@ -1,0 +1,98 @@
+"""`Cells`: finds the nearest of many patches in cells of similar ones (Jegou et al., doi 10.1109/TPAMI.2010.57)."""
+
+from collections.abc import Sequence
+
+import torch
+
+# Patches in a cell, about, and how many cells are searched for the patches nearest to one.
+CELL, SEARCHED = 512, 16
+# Of k-means, and how many patches each cell is learned from.
+ROUNDS, SAMPLE = 6, 64
+# Similarities that are in memory at once, so that it stays the same for any number of images.
+AT_ONCE = 2**22
+# Below every similarity.
+NONE = -2.0
+
+
+class Cells:
+    """Patches of length one, sorted into cells of similar ones. With few cells, all are searched.
+
+    patches: (M, K), in bfloat16, in the order of the cells; centres: (C, K), the means of the cells; sizes: (C,), how
+    many patches each has.
+    """
+
+    def __init__(self, patches: torch.Tensor, centres: torch.Tensor, sizes: torch.Tensor):
+        self.patches, self.centres, self.sizes = patches, centres, sizes
+        self.ends = [0, *sizes.cumsum(0).tolist()]
+
+    @classmethod
+    def of(cls, patches: torch.Tensor, generator: torch.Generator) -> tuple["Cells", torch.Tensor]:
+        """Sort patches (M, K), and return with their cells the order in which they are now."""
+        count = max(1, len(patches) // CELL)
+        chosen = torch.randperm(len(patches), generator=generator)[: SAMPLE * count]
+        sample = patches[chosen.to(patches.device)].float()
+        centres = sample[:count].clone()
+        for _ in range(ROUNDS):
+            cell = _nearest_cells(sample, centres, 1)[:, 0]
+            sums = torch.zeros_like(centres).index_add(0, cell, sample)
+            members = cell.bincount(minlength=count)[:, None]
+            # An empty cell stays where it is.
+            centres = torch.where(members > 0, sums / members.clamp_min(1), centres)
+        cell = torch.cat(
+            [_nearest_cells(some.float(), centres, 1)[:, 0] for some in patches.split(AT_ONCE // count + 1)]
+        )
+        order = cell.argsort(stable=True)
+        return cls(patches[order], centres, cell.bincount(minlength=count)), order
+
+    @classmethod
+    def joined(cls, parts: Sequence["Cells"]) -> "Cells":
+        """Return the cells of all parts, in order."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("patches", "centres", "sizes")))
+
+    def nearest(
+        self,
+        queries: torch.Tensor,
+        count: int,
+        within: tuple[int, int] | None = None,
+        groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+        searched: int = SEARCHED,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the similarities (Q, k) of queries (Q, K) to the nearest patches, and the patches' indices.
+
+        k is `count`, or the number of patches if that is less. within: the first cell that counts, and the one after
+        the last. groups: of each query (Q,) and of each patch (M,); a query is compared with patches of other groups.
+        searched: how many cells are searched for each query, and all where they have none of another group. Where there
+        are fewer than k patches, similarities are NONE.
+        """
+        start, stop = within or (0, len(self.sizes))
+        count = min(count, len(self.patches))
+        near = _nearest_cells(queries, self.centres[start:stop], min(searched, stop - start))
+        pairs, width = near.flatten(), near.shape[1]
+        # All queries of a cell are compared at once.
+        order, ends = pairs.argsort(), [0, *pairs.bincount(minlength=stop - start).cumsum(0).tolist()]
+        similarity = queries.new_full((len(pairs), count), NONE)
+        index = torch.zeros_like(similarity, dtype=torch.long)
+        for cell in range(start, stop):
+            first, last = self.ends[cell], self.ends[cell + 1]
+            asked = order[ends[cell - start] : ends[cell - start + 1]]
+            if first == last or not len(asked):
+                continue
+            patches = self.patches[first:last].to(queries).T
+            for some in asked.split(max(1, AT_ONCE // (last - first))):
+                found = queries[some // width] @ patches
+                if groups is not None:
+                    found.masked_fill_(groups[0][some // width, None] == groups[1][first:last], NONE)
+                best = found.topk(min(count, last - first))
+                similarity[some, : best.values.shape[1]] = best.values
+                index[some, : best.values.shape[1]] = best.indices + first
+        best = similarity.view(len(queries), -1).topk(count)
+        similarity, index = best.values, index.view(len(queries), -1).gather(1, best.indices)
+        if width < stop - start and len(lost := (similarity[:, 0] == NONE).nonzero()[:, 0]):
+            others = None if groups is None else (groups[0][lost], groups[1])
+            similarity[lost], index[lost] = self.nearest(queries[lost], count, (start, stop), others, stop - start)
+        return similarity, index
+
+
+def _nearest_cells(rows: torch.Tensor, centres: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the numbers (Q, count) of the centres (C, K) nearest to rows (Q, K)."""
+    return (rows @ centres.T - centres.square().sum(dim=1) / 2).topk(count, dim=1).indices
