@@ -36,6 +36,7 @@ from vlmdiff.data.images import load_rgb
 from vlmdiff.detection.retrieval import COMPONENTS
 from vlmdiff.model.pretrained import check_pinned
 from vlmdiff.training.cost import GIB, Cost, free_memory, measure
+from vlmdiff.training.first_stage import SEEN
 
 # Seconds for the measurement of a training.
 LIMIT = 60.0
@@ -444,8 +445,8 @@ def predicted_seconds(params: p.Params, costs: dict[str, Cost], frame: pd.DataFr
     }
     if "first_stage" in found:
         found["first_stage"] += reading * (counts.get("train", 0) + held_out)
-        if params.first_stage.kind == "backbone":  # the projection is fitted to all images
-            found["first_stage"] += costs["first_stage"].encode * counts.get("train", 0)
+        if params.first_stage.kind == "backbone":  # which is projected first
+            found["first_stage"] += costs["first_stage"].encode * min(counts.get("train", 0), SEEN)
     if "first_stage" in found and "train" in found and frame is not None:
         each = reading + costs["first_stage"].encode
         found["encode"] = costs["first_stage"].start + costs["train"].text + _encoded_images(params, frame) * each
