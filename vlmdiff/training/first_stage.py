@@ -23,8 +23,8 @@ from vlmdiff.model.tiny_autoencoder import TinyAutoencoder
 from vlmdiff.training.adversarial import PatchDiscriminator, adversarial_loss, perceptual_distance
 from vlmdiff.training.loop import History, Problem, batch_indices, fit, step_generator
 
-# Images that a backbone's features are projected and decoded by. Their features fit into memory. The projection that 120
-# photographs of two products give keeps 92.2 % of the variance of 240, and that of all 240 keeps 92.4 %.
+# Images that a backbone's features are projected and decoded by. Their features fit into memory. A projection fitted to
+# 120 photographs of two products keeps 92.2 % of the variance of 240, and one fitted to all 240 keeps 92.4 %.
 SEEN = 300
 
 
@@ -34,9 +34,9 @@ def train_first_stage(
     """Fit the latent space to normal images.
 
     Training fits an autoencoder, or the decoder of a backbone's features, by L1 and squared error. An autoencoder has a
-    small KL term as well. A backbone's features are projected first, by at most SEEN of the images. A perceptual distance and
-    a patch discriminator join where configured. Validation is by L1 and the perceptual distance; with a discriminator,
-    only weights that have met it are kept.
+    small KL term as well. A backbone's features are projected first, by at most SEEN of the images. A perceptual
+    distance and a patch discriminator join where configured. Validation is by L1 and the perceptual distance; with a
+    discriminator, only weights that have met it are kept.
 
     images, validation: uint8 (N, S, S, 3), S the configured size; may be memory-mapped. `scaling_factor` is set so that
     the training images' latents have unit variance; a pretrained autoencoder keeps its own, which pretrained UNets
