@@ -26,8 +26,10 @@ token.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,12 +38,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from vlmdiff.core import workspace as w
+sys.path.insert(0, str(Path(__file__).parent))
+
+from photos import Photos
+
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import fast_bf16, pick_device
-from vlmdiff.core.params import VisionBackbone, load
-from vlmdiff.data import manifest
-from vlmdiff.data.images import load_mask, load_rgb, resolve
+from vlmdiff.core.params import VisionBackbone
 from vlmdiff.detection.anomaly_map import enlarge, image_scores, smooth
 from vlmdiff.evaluation.metrics import evaluate_classes
 from vlmdiff.model.backbone import Backbone
@@ -267,27 +270,18 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 1:
         parser.error("--steps must be at least 1")
-    if not (w.DETECTOR / "bank.safetensors").is_file():
-        print("skipped: this is not a workspace where presets/photographs.yaml has run")
-        return
-    params = load(w.PARAMS)
-    frame, root, max_pixels = manifest.read(w.MANIFEST), params.prepare.image_root, params.prepare.max_pixels
-    size = params.first_stage.image_size
-
-    def read(rows) -> np.ndarray:
-        return np.stack([load_rgb(resolve(root, path), size, max_pixels) for path in rows["path"]])
-
-    normal, test = frame[frame["split"] != "test"], frame[frame["split"] == "test"].reset_index(drop=True)
-    empty = np.zeros((size, size), bool)
-    masks = [empty if path is None else load_mask(resolve(root, path), size, max_pixels) for path in test["mask_path"]]
-    classes, truths = test["class_name"].tolist(), test["is_anomalous"].tolist()
-    found = judge(read(normal), read(test), params.first_stage.backbone, options.size, options.steps, options.layers)
+    photos = Photos()
+    params, classes, test = photos.params, photos.classes, photos.images(photos.test)
+    backbone = params.first_stage.backbone
+    found = judge(photos.images(photos.normal), test, backbone, options.size, options.steps, options.layers)
 
     names = sorted(set(classes))
     table = Table("", *names, "mean", "minutes", title=f"AU-PRO and image AUROC, {len(test)} test images")
     for title, (maps, minutes) in found.items():
         scores = image_scores(maps, "top_percent").tolist()
-        result = evaluate_classes(classes, list(maps), masks, scores, params.evaluate.max_fpr, None, truths)
+        result = evaluate_classes(
+            classes, list(maps), photos.masks, scores, params.evaluate.max_fpr, None, photos.truths
+        )
         rows = [*(result.classes[name] for name in names), result.mean]
         cells = (f"{values['au_pro']:.3f}\n{values['image_auroc']:.3f}" for values in rows)
         table.add_row(title, *cells, f"{minutes:.1f}")

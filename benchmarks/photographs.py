@@ -16,7 +16,9 @@ maximum) and, in a second row, that of our detector. Intervals come from 1,000 b
 images, the same for all methods.
 """
 
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,10 +26,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from photos import Photos
+
 from vlmdiff.core import workspace as w
-from vlmdiff.core.params import load
-from vlmdiff.data import manifest
-from vlmdiff.data.images import load_mask, load_rgb, resolve
 from vlmdiff.detection.anomaly_map import enlarge, image_scores, smooth
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.retrieval import unit_length
@@ -90,24 +93,10 @@ def interval(values: tuple[float, float]) -> str:
 
 
 def main() -> None:
-    if not (w.DETECTOR / "bank.safetensors").is_file():
-        print("skipped: this is not a workspace where presets/photographs.yaml has run")
-        return
-    params = load(w.PARAMS)
-    frame, root, max_pixels = manifest.read(w.MANIFEST), params.prepare.image_root, params.prepare.max_pixels
-    ours = Detector.from_pretrained(w.DETECTOR)
+    photos, ours = Photos(), Detector.from_pretrained(w.DETECTOR)
     assert isinstance(ours.pipeline.vae, FeatureSpace)
-    size, max_fpr = ours.pipeline.config.image_size, params.evaluate.max_fpr
-
-    def read(rows) -> np.ndarray:
-        return np.stack([load_rgb(resolve(root, path), size, max_pixels) for path in rows["path"]])
-
-    normal, test = frame[frame["split"] != "test"], frame[frame["split"] == "test"].reset_index(drop=True)
-    empty = np.zeros((size, size), bool)
-    masks = np.stack(
-        [empty if path is None else load_mask(resolve(root, path), size, max_pixels) for path in test["mask_path"]]
-    )
-    truths, images = test["is_anomalous"].to_numpy(), read(test)
+    max_fpr, masks = photos.params.evaluate.max_fpr, photos.masks
+    truths, images, normal = np.array(photos.truths), photos.images(photos.test), photos.images(photos.normal)
     began = time.monotonic()
     found = list(ours.stream(images, 16))
     pace = {"vlmdiff": len(images) / (time.monotonic() - began)}
@@ -117,14 +106,14 @@ def main() -> None:
         scores[f"{kind} alone"] = ours.image_scores(maps[f"{kind} alone"])
     del found
     for title, averaged in {"nearest patches": False, "PatchCore": True}.items():
-        baseline = Baseline(ours, read(normal), averaged)
+        baseline = Baseline(ours, normal, averaged)
         began = time.monotonic()
         maps[title] = maps[f"{title}, our score"] = np.stack([baseline(image) for image in images])
         pace[title] = len(images) / (time.monotonic() - began)
         scores[title] = image_scores(maps[title], "max" if averaged else "top_percent")
         scores[f"{title}, our score"] = ours.image_scores(maps[title])
 
-    classes = test["class_name"].to_numpy()
+    classes = np.array(photos.classes)
     results = {t: evaluate_classes(classes, maps[t], masks, scores[t], max_fpr, None, truths) for t in maps}
     names = sorted(set(classes))
     # A row for each method, so that the table fits a terminal.
