@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vlmdiff import __version__
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError, machine_fault
@@ -23,6 +24,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vlmdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options of all commands; `app` has the help text."""
+
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameters of the experiment.", show_default=True)]
 BEFORE, STAGES, HANDOVER, USE = "Before a run", "Stages, in order (dvc.yaml runs them)", "Hand-over", "Use"

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import vlmdiff
 from vlmdiff.cli import app
 from vlmdiff.core.dvc import stage_names
 from vlmdiff.core.params import Params, load
@@ -207,6 +208,11 @@ def keys(values: dict, prefix: str = "") -> set[str]:
     for key, value in values.items():
         found |= keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
     return found
+
+
+def test_the_command_says_its_version() -> None:
+    answer = CliRunner().invoke(app, ["--version"])
+    assert (answer.exit_code, answer.output) == (0, f"vlmdiff {vlmdiff.__version__}\n")
 
 
 def test_help_answers_without_the_heavy_imports() -> None:
