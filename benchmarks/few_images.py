@@ -6,7 +6,7 @@ Run it in a workspace where `dvc repro` has run with presets/photographs.yaml:
 
 The three methods get the same images, chosen at random, and the same features, those of the detector's first stage:
 our banks of patches, nearest patches, and PatchCore, as in benchmarks/photographs.py. Only our banks see each image at
-several sizes. All search their patches in cells, and all maps are smoothed and scored as our detector's are. The
+several sizes. The baselines search all their patches, and all maps are smoothed and scored as our detector's are. The
 denoiser, which needs a training for each number of images, is left out. Writes a table and few_images.png.
 """
 
@@ -54,7 +54,7 @@ class Nearest:
     def __call__(self, features: torch.Tensor) -> np.ndarray:
         """Return the evidence (B, h, w) of features (B, D, h, w)."""
         queries = features.float().flatten(2).transpose(1, 2).flatten(0, 1)
-        similarity, _ = self.cells.nearest(queries, 1)
+        similarity, _ = self.cells.nearest(queries, 1, searched=len(self.cells.sizes))
         return (1 - similarity).clamp_min(0).view(len(features), *features.shape[2:]).numpy()
 
 
@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="normal images of each class")
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder for few_images.png")
     options, photos = parser.parse_args(), Photos()
+    if min(options.counts) < 2:
+        parser.error("--counts must be at least 2")
     detector = Detector.from_pretrained(w.DETECTOR)
     pipeline, retrieval = detector.pipeline, detector.params.retrieval
     assert retrieval is not None

@@ -19,7 +19,8 @@ class Photos:
 
     def __init__(self):
         if not (w.DETECTOR / "bank.safetensors").is_file():
-            raise SystemExit("skipped: this is not a workspace where presets/photographs.yaml has run")
+            print("skipped: this is not a workspace where presets/photographs.yaml has run")
+            raise SystemExit(0)
         self.params = load(w.PARAMS)
         self.size = self.params.first_stage.image_size
         frame = manifest.read(w.MANIFEST)

@@ -132,6 +132,15 @@ def test_the_backbone_stays_as_it_came_and_the_decoder_learns(saved, tmp_path):
     assert space.decode(codes(space, photographs(2))).sample.shape == (2, 3, GIVEN, GIVEN)
 
 
+def test_of_many_images_some_are_projected_and_decoded_spread_evenly(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmdiff.training.first_stage.SEEN", 4)
+    images, params = photographs(11), settings(saved("vit"))
+    space, _ = train_first_stage(images, images[:2], params, tmp_path / "a", CPU)
+    few, _ = train_first_stage(images[[0, 3, 7, 10]], images[:2], params, tmp_path / "b", CPU)
+    for name, tensor in few.state_dict().items():
+        assert torch.equal(space.state_dict()[name], tensor), name
+
+
 def test_more_components_than_the_features_have_directions_are_refused(saved, tmp_path):
     with pytest.raises(InputError, match=r"features have rank [0-9]+"):
         fitted(saved("vit"), tmp_path, latent_channels=500)

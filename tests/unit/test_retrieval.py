@@ -177,15 +177,32 @@ def test_a_bank_knows_the_evidence_of_the_images_that_it_has_whole(each, level):
 def test_a_saved_bank_keeps_its_products_and_one_of_an_earlier_release_searches_all(tmp_path):
     params = Retrieval(patches=3 * 36, expected=0.5, level=0)
     bank, _, _ = two_products(params)
-    bank.save(tmp_path / "bank.safetensors")
-    test, again = features(2, seed=1), PatchBank.load(tmp_path / "bank.safetensors", params, sum(CHANNELS))
+    file = tmp_path / "bank.safetensors"
+    bank.save(file)
+    test, again = features(2, seed=1), PatchBank.load(file, params, sum(CHANNELS))
     assert torch.equal(judged(bank, test, None, "this"), judged(again, test, None, "this"))
-    save_file(load_file(tmp_path / "bank.safetensors"), tmp_path / "bank.safetensors")
-    earlier = PatchBank.load(tmp_path / "bank.safetensors", params, sum(CHANNELS))
-    assert torch.equal(judged(earlier, test, None, "this"), judged(bank, test, None, "neither"))
+    tensors = load_file(file)
+    del tensors["centres"], tensors["sizes"]
+    save_file(tensors, file)
+    earlier = PatchBank.load(file, params, sum(CHANNELS))
+    torch.testing.assert_close(judged(earlier, test, None, "this"), judged(bank, test, None, "neither"))
+    save_file(tensors, file, metadata={"counts": json.dumps(bank.counts)})
+    unsorted = PatchBank.load(file, params, sum(CHANNELS))
+    for product in ("this", "that", "neither"):
+        torch.testing.assert_close(judged(unsorted, test, None, product), judged(bank, test, None, product))
 
 
-@pytest.mark.parametrize("counts", ["{", '{"this": 0, "that": 216}', '{"this": 108}', "[108, 108]"])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        "{",
+        '{"this": 0, "that": 216}',
+        '{"this": 108}',
+        "[108, 108]",
+        '{"this": 100, "that": 116}',
+        '{"this": 1' + 30 * "0" + "}",
+    ],
+)
 def test_a_bank_whose_products_do_not_fit_is_refused(tmp_path, counts):
     file = tmp_path / "bank.safetensors"
     two_products(Retrieval(patches=3 * 36))[0].save(file)
@@ -205,19 +222,24 @@ def test_a_wide_patch_is_kept_as_its_principal_directions():
 
 
 def clustered(images, seed):
-    """Patches around 60 places, as those of an object in a fixed pose."""
+    """Patches around 100 places, as those of an object in a fixed pose."""
     places = torch.randn(100, 40, generator=torch.Generator().manual_seed(7))
     raw = places + 0.5 * torch.randn(images, 100, 40, generator=torch.Generator().manual_seed(seed))
     return unit_length(raw.transpose(1, 2).unflatten(2, (10, 10)), (40,))
 
 
-def test_in_a_large_bank_almost_all_nearest_patches_are_found():
-    x, test = clustered(300, seed=0), clustered(20, seed=1)
+def test_in_a_large_bank_almost_all_nearest_patches_are_found(tmp_path):
+    x, test = clustered(200, seed=0), clustered(20, seed=1)
     params = Retrieval(patches=10**6, expected=0, level=0)
-    bank = fitted([x], ["thing"] * 300, params, seed=0)
-    assert len(bank.cells.sizes) > 3 * SEARCHED
+    # Another product has cells before and after those of this one.
+    other = -clustered(100, seed=2)
+    bank = fitted([other, x, other], ["a"] * 100 + ["thing"] * 200 + ["z"] * 100, params, seed=0)
+    bank.save(tmp_path / "bank.safetensors")
+    again = PatchBank.load(tmp_path / "bank.safetensors", params, 40)
+    assert len(bank.cells.sizes) > 4 * SEARCHED
+    assert torch.equal(judged(again, test), judged(bank, test))
     basis = bank.basis.double().numpy()
-    for asked, without, others in ((test, None, x), (x[:1], [0], x[1:])):
+    for asked, without, others in ((test, None, x), (x[:1], [100], x[1:])):
         nearest = 1 - (rows(asked) @ basis @ (rows(others) @ basis).T).max(axis=1)
         off = judged(bank, asked, without).flatten().numpy() - nearest
         # A patch that is missed makes the distance longer, never shorter.
@@ -230,10 +252,24 @@ def test_an_image_unlike_all_others_of_its_product_is_compared_with_them():
     x = torch.cat([varied, even / even.norm(dim=1, keepdim=True)])
     params = Retrieval(patches=10**6, expected=0, level=0)
     bank = fitted([x], ["thing"] * 3, params, seed=0)
-    # For most of its patches, all cells that are searched first have only its own patches.
-    assert (bank.cells.sizes[bank.image[[end - 1 for end in bank.cells.ends[1:]]] == 0] > 0).sum() > SEARCHED
+    # Most cells have only its own patches, and these are searched first.
+    own = [bool((part == 0).all()) for part in bank.image.split(bank.cells.sizes.tolist())]
+    assert sum(own) > SEARCHED
     nearest = 1 - (rows(x[:1]) @ rows(x[1:]).T).max(axis=1)
     np.testing.assert_allclose(judged(bank, x[:1], [0]).flatten(), nearest, atol=1e-2)
+
+
+@pytest.mark.parametrize("change", [(1, -1), (2**63 - 1, 2**63 - 1, 2), (0, 0)])
+def test_cells_of_no_possible_size_are_refused(tmp_path, change):
+    file = tmp_path / "bank.safetensors"
+    fitted([features(2)], ["thing"] * 2, Retrieval(patches=10), seed=0).save(file)
+    tensors = load_file(file)
+    # Sums that fit, as far as whole numbers of 64 bits tell.
+    sizes = torch.cat([tensors["sizes"] + change[0], torch.tensor(change[1:])])
+    tensors |= {"sizes": sizes, "centres": tensors["centres"].repeat(len(sizes), 1)}
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="its cells do not fit its patches"):
+        PatchBank.load(file, Retrieval(), sum(CHANNELS))
 
 
 def test_one_image_makes_no_bank():
@@ -299,7 +335,9 @@ def test_a_bank_that_cannot_be_read_is_named(tmp_path, content):
         ("centres", lambda centres: centres * torch.inf),
         ("sizes", lambda sizes: sizes - 1),
         ("sizes", lambda sizes: sizes.float()),
-        ("sizes", lambda sizes: torch.cat([sizes + 1, sizes.new_tensor([-1])])),
+        ("sizes", lambda sizes: sizes[0]),
+        ("sizes", lambda sizes: sizes[:, None]),
+        ("sizes", lambda sizes: sizes[:0]),
     ],
 )
 def test_a_bank_whose_tensors_do_not_fit_is_refused(tmp_path, name, change):

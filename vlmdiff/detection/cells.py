@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-# Patches in a cell, about, and how many cells are searched for the patches nearest to one.
+# About how many patches a cell has, and how many cells are searched for the patches nearest to one.
 CELL, SEARCHED = 512, 16
-# Of k-means, and how many patches each cell is learned from.
+# Rounds of k-means, and how many patches each cell is learned from.
 ROUNDS, SAMPLE = 6, 64
-# Similarities that are in memory at once, so that it stays the same for any number of images.
+# Numbers that are computed at once, so that memory does not grow with the patches that are compared.
 AT_ONCE = 2**22
 # Below every similarity.
 NONE = -2.0
@@ -17,8 +17,8 @@ NONE = -2.0
 class Cells:
     """Patches of length one, sorted into cells of similar ones. With few cells, all are searched.
 
-    patches: (M, K), in bfloat16, in the order of the cells; centres: (C, K), the means of the cells; sizes: (C,), how
-    many patches each has.
+    patches: (M, K), in the order of the cells; centres: (C, K), about the means of the cells; sizes: (C,), how many
+    patches each has.
     """
 
     def __init__(self, patches: torch.Tensor, centres: torch.Tensor, sizes: torch.Tensor):
@@ -38,11 +38,9 @@ class Cells:
             members = cell.bincount(minlength=count)[:, None]
             # An empty cell stays where it is.
             centres = torch.where(members > 0, sums / members.clamp_min(1), centres)
-        cell = torch.cat(
-            [_nearest_cells(some.float(), centres, 1)[:, 0] for some in patches.split(AT_ONCE // count + 1)]
-        )
-        order = cell.argsort(stable=True)
-        return cls(patches[order], centres, cell.bincount(minlength=count)), order
+        cell = _nearest_cells(patches, centres, 1)[:, 0]
+        order, sizes = cell.argsort(stable=True), cell.bincount(minlength=count)
+        return cls(patches[order], centres[sizes > 0], sizes[sizes > 0]), order
 
     @classmethod
     def joined(cls, parts: Sequence["Cells"]) -> "Cells":
@@ -61,8 +59,8 @@ class Cells:
 
         k is `count`, or the number of patches if that is less. within: the first cell that counts, and the one after
         the last. groups: of each query (Q,) and of each patch (M,); a query is compared with patches of other groups.
-        searched: how many cells are searched for each query, and all where they have none of another group. Where there
-        are fewer than k patches, similarities are NONE.
+        searched: how many cells are searched for each query, or all where these have fewer than k patches of other
+        groups. Where all have fewer, similarities are NONE.
         """
         start, stop = within or (0, len(self.sizes))
         count = min(count, len(self.patches))
@@ -75,7 +73,7 @@ class Cells:
         for cell in range(start, stop):
             first, last = self.ends[cell], self.ends[cell + 1]
             asked = order[ends[cell - start] : ends[cell - start + 1]]
-            if first == last or not len(asked):
+            if not len(asked):
                 continue
             patches = self.patches[first:last].to(queries).T
             for some in asked.split(max(1, AT_ONCE // (last - first))):
@@ -87,12 +85,17 @@ class Cells:
                 index[some, : best.values.shape[1]] = best.indices + first
         best = similarity.view(len(queries), -1).topk(count)
         similarity, index = best.values, index.view(len(queries), -1).gather(1, best.indices)
-        if width < stop - start and len(lost := (similarity[:, 0] == NONE).nonzero()[:, 0]):
-            others = None if groups is None else (groups[0][lost], groups[1])
-            similarity[lost], index[lost] = self.nearest(queries[lost], count, (start, stop), others, stop - start)
+        if width < stop - start:
+            # All that is near may be of the query's own group.
+            lost = (similarity[:, -1] == NONE).nonzero()[:, 0]
+            for some in lost.split(max(1, AT_ONCE // (count * (stop - start)))) if len(lost) else ():
+                others = None if groups is None else (groups[0][some], groups[1])
+                similarity[some], index[some] = self.nearest(queries[some], count, within, others, stop - start)
         return similarity, index
 
 
 def _nearest_cells(rows: torch.Tensor, centres: torch.Tensor, count: int) -> torch.Tensor:
     """Return the numbers (Q, count) of the centres (C, K) nearest to rows (Q, K)."""
-    return (rows @ centres.T - centres.square().sum(dim=1) / 2).topk(count, dim=1).indices
+    half = centres.square().sum(dim=1) / 2
+    parts = rows.split(AT_ONCE // len(centres) + 1)
+    return torch.cat([(some.to(centres) @ centres.T).sub_(half).topk(count, dim=1).indices for some in parts])

@@ -21,8 +21,10 @@ from vlmdiff.detection.cells import NONE, Cells
 NEIGHBOURS = 10
 # Numbers that describe a patch: as good as the 768 of two layers of ViT-S, at a third of the time and the memory.
 COMPONENTS = 256
-# Images whose patches are compared with each other at once.
+# Images whose patches are compared at once while a bank is made.
 TOGETHER = 8
+# What a file has of the cells.
+SORTED = "patches", "centres", "sizes"
 
 
 class PatchBank:
@@ -63,24 +65,23 @@ class PatchBank:
         # The directions of the largest second moments change products of patches least.
         _, directions = torch.linalg.eigh(collected.moments.double())
         basis = directions[:, -COMPONENTS:].float()
-        parts, image, counts, places = [], [], {}, {}
-        for name in sorted(set(products)):
-            numbers = [i for i, product in enumerate(products) if product == name]
-            patches = torch.cat([F.normalize(kept[i].float() @ basis, dim=1).bfloat16() for i in numbers])
-            lengths = [len(kept[i]) for i in numbers]
-            part, order = Cells.of(patches, collected.generator)
-            # Where each image's patches are now.
-            places |= zip(numbers, (order.argsort() + sum(counts.values())).split(lengths), strict=True)
-            image.append(torch.tensor(numbers).repeat_interleave(torch.tensor(lengths)).to(order.device)[order])
-            parts.append(part)
-            counts[name] = len(patches)
-        cells = Cells.joined(parts)
+        numbers = sorted(range(len(kept)), key=lambda i: products[i])
+        patches = torch.cat([F.normalize(kept[i].float() @ basis, dim=1).bfloat16() for i in numbers])
+        lengths = [len(kept[i]) for i in numbers]
+        counts: Counter[str] = Counter()
+        for i, length in zip(numbers, lengths, strict=True):
+            counts[products[i]] += length
+        cells, order = _sorted(patches, list(counts.values()), collected.generator)
+        # Where each image's patches are now.
+        places = dict(zip(numbers, order.argsort().split(lengths), strict=True))
+        image = torch.tensor(numbers).repeat_interleave(torch.tensor(lengths)).to(order.device)[order]
+        del patches, order
         usual = torch.zeros(len(cells.patches), device=cells.patches.device)
-        bank = cls(basis, cells, usual, params, counts, torch.cat(image))
+        bank = cls(basis, cells, usual, params, counts, image)
         # Patches of one image are alike, so only other images say what is usual.
-        found, order = {}, sorted(places, key=lambda i: products[i])
-        for first in track(range(0, len(order), TOGETHER), "compare normal patches", -(-len(order) // TOGETHER)):
-            some = order[first : first + TOGETHER]
+        found = {}
+        for first in track(range(0, len(numbers), TOGETHER), "compare normal patches", -(-len(numbers) // TOGETHER)):
+            some = numbers[first : first + TOGETHER]
             queries = [cells.patches[places[i]].float() for i in some]
             for i, one in zip(some, bank._nearest(queries, [products[i] for i in some], some), strict=True):
                 usual[places[i]] = 1 - one[0][:, 0]
@@ -96,7 +97,7 @@ class PatchBank:
         """Return the evidence (B, h, w) of features (B, D, h, w) from `unit_length`; higher is more unusual.
 
         products: what each of the B images shows; an image of a product that the bank does not know is compared with
-        all patches. without: for each image, the number of an image of the bank whose patches do not count.
+        those of all products. without: for each image, the number of an image of the bank whose patches do not count.
         """
         queries = F.normalize(features.flatten(2).transpose(1, 2) @ self.basis, dim=2)
         found = self._nearest(list(queries), products, without)
@@ -139,8 +140,7 @@ class PatchBank:
     def save(self, file: Path) -> None:
         """Write the bank in safetensors."""
         cells = self.cells
-        tensors = {"patches": cells.patches, "centres": cells.centres, "sizes": cells.sizes}
-        tensors |= {"basis": self.basis, "usual": self.usual}
+        tensors = {name: getattr(cells, name) for name in SORTED} | {"basis": self.basis, "usual": self.usual}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, file, metadata={"counts": json.dumps(self.counts)})
 
@@ -148,35 +148,53 @@ class PatchBank:
     def load(cls, file: Path, params: Retrieval, size: int, device: torch.device | str = "cpu") -> "PatchBank":
         """Read what `save` wrote, for features of `size` numbers. Raises InputError if it is missing or not a bank.
 
-        A bank of an earlier release does not say which product a patch shows, or has no cells. Then all patches are
-        searched.
+        A bank of an earlier release may not say which product a patch shows, and its patches are not sorted yet.
         """
         try:
             with safe_open(file, "pt", device=str(device)) as content:
-                facts = content.metadata() or {}
+                facts, names = content.metadata() or {}, set(content.keys())
                 basis, patches, usual = map(content.get_tensor, ("basis", "patches", "usual"))
-                count = max(len(patches), 1)
-                counts = TypeAdapter(dict[str, Positive]).validate_json(facts.get("counts", "{}"))
-                if "centres" in content.keys():  # noqa: SIM118, it is no dict
-                    centres, sizes = map(content.get_tensor, ("centres", "sizes"))
-                else:
-                    sizes = torch.tensor(list(counts.values()) or [count], device=patches.device)
-                    centres = torch.zeros(len(sizes), basis.shape[-1], device=patches.device)
-            shapes = basis.ndim, *patches.shape, *usual.shape, *centres.shape, sizes.ndim
-            wanted = 2, count, basis.shape[-1], count, max(len(sizes), 1), basis.shape[-1], 1
-            if shapes != wanted or len(basis) != size:
+                cells = Cells(*map(content.get_tensor, SORTED)) if names.issuperset(SORTED) else None
+            count, width = max(len(patches), 1), basis.shape[-1]
+            if (basis.shape, patches.shape, usual.shape) != ((size, width), (count, width), (count,)):
                 raise ValueError("its tensors do not fit the features")
-            numbers = basis, patches, usual, centres
-            if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in numbers):
+            if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in (basis, patches, usual)):
                 raise ValueError("its tensors are not finite numbers")
-            if sizes.dtype != torch.long or (sizes < 0).any() or sizes.sum() != count:
-                raise ValueError("its cells do not fit its patches")
-            cells = Cells(patches, centres, sizes)
-            if not {*accumulate(counts.values())} <= {*cells.ends} or (counts and sum(counts.values()) != count):
+            counts = TypeAdapter(dict[str, Positive]).validate_json(facts.get("counts", "{}"))
+            if counts and sum(counts.values()) != count:
                 raise ValueError("its products do not fit its patches")
+            if cells is None:
+                cells, order = _sorted(patches, list(counts.values()) or [count], torch.Generator().manual_seed(0))
+                usual = usual[order]
+            elif not _fits(cells, counts):
+                raise ValueError("its cells do not fit its patches")
             return cls(basis, cells, usual, params, counts)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
+        except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as error:
             raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
+
+
+def _sorted(patches: torch.Tensor, counts: Sequence[int], generator: torch.Generator) -> tuple[Cells, torch.Tensor]:
+    """Return the cells of patches (M, K), of which the first `counts[0]` are sorted, then the next, and the order."""
+    parts, orders, first = [], [], 0
+    for some in patches.split(list(counts)):
+        part, order = Cells.of(some, generator)
+        parts.append(part)
+        orders.append(order + first)
+        first += len(some)
+    return Cells.joined(parts), torch.cat(orders)
+
+
+def _fits(cells: Cells, counts: Mapping[str, int]) -> bool:
+    """Return whether a file's cells have all patches, and each product has whole cells."""
+    sizes, centres, (count, width) = cells.sizes, cells.centres, cells.patches.shape
+    return (
+        sizes.dtype == torch.long
+        and centres.shape == (len(sizes), width)
+        and centres.is_floating_point()
+        and bool(centres.isfinite().all() and (sizes > 0).all() and (sizes <= count).all())
+        and cells.ends[-1] == count
+        and set(accumulate(counts.values())) <= set(cells.ends)
+    )
 
 
 class NormalPatches:

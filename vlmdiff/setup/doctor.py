@@ -353,8 +353,8 @@ def _memory(
     advice = "lower first_stage.image_size, test fewer images of a class, or use a machine with more memory"
     what = "maps of a class" if tested is None else f"maps of a class's {tested} images"
     if size is not None and (patches := _kept_patches(params, frame)):
-        # The bank, and the features that it is made of.
-        size, what = size + patches * (2 * COMPONENTS + 2 * WIDTH), f"{what}, {patches} normal patches"
+        # The bank, twice more while it is sorted, the features that it is made of, and what is nearest to each patch.
+        size, what = size + patches * (6 * COMPONENTS + 2 * WIDTH + 150), f"{what}, {patches} normal patches"
     rows.append(_room("evaluate", size, here, what, advice))
     return rows
 

@@ -70,7 +70,9 @@ def prepare(
             vae.enable_gradient_checkpointing()
         return vae, images, None
     normalization, size = Normalization(params.image_mean, params.image_std), params.batch_size
-    images, kept = images[:: -(-len(images) // SEEN)], []
+    # Spread evenly, so that every class has its part.
+    chosen = np.linspace(0, len(images) - 1, min(len(images), SEEN)).round().astype(int)
+    images, kept = images[chosen], []
 
     def extract() -> Iterator[torch.Tensor]:
         for i in track(range(0, len(images), size), "extract features", total=-(-len(images) // size)):
