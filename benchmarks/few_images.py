@@ -28,7 +28,6 @@ from photos import Photos
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import track
 from vlmdiff.detection.anomaly_map import enlarge, smooth
-from vlmdiff.detection.cells import Cells
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.products import Products, appearance
 from vlmdiff.detection.retrieval import NormalPatches, PatchBank, PatchBanks, unit_length
@@ -45,17 +44,10 @@ def sample(features: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([one[torch.randperm(len(one), generator=generator)[:each]].float() for one in patches])
 
 
-class Nearest:
-    """Patches (M, D) of length one. An image's evidence is 1 - cosine similarity to the nearest of them."""
-
-    def __init__(self, patches: torch.Tensor):
-        self.cells, _ = Cells.of(patches, torch.Generator().manual_seed(0))
-
-    def __call__(self, features: torch.Tensor) -> np.ndarray:
-        """Return the evidence (B, h, w) of features (B, D, h, w)."""
-        queries = features.float().flatten(2).transpose(1, 2).flatten(0, 1)
-        similarity, _ = self.cells.nearest(queries, 1, searched=len(self.cells.sizes))
-        return (1 - similarity).clamp_min(0).view(len(features), *features.shape[2:]).numpy()
+def nearest(patches: torch.Tensor, features: torch.Tensor) -> np.ndarray:
+    """Return 1 - cosine similarity (B, h, w) of features (B, D, h, w) to the nearest of patches (M, D)."""
+    found = [1 - (one.flatten(1).T @ patches.T).amax(dim=1).view(one.shape[1:]) for one in features]
+    return torch.stack(found).clamp_min(0).numpy()
 
 
 def pooled(features: torch.Tensor) -> torch.Tensor:
@@ -97,16 +89,16 @@ def main() -> None:
         ours = PatchBanks([PatchBank.fit(NormalPatches(of, retrieval, 0).add(one.float())) for one in every])
         # Whose patches count is recognised, as by a detector.
         shown, _ = Products.fit(torch.stack([kept[row][1] for row in chosen]).numpy(), of)(torch.stack(looks).numpy())
-        random = Nearest(sample(images, NEAREST))
+        random = sample(images, NEAREST)
         candidates = sample(pooled(images), POOL)
         directions = torch.randn(candidates.shape[1], PROJECTED, generator=torch.Generator().manual_seed(0))
-        coreset = Nearest(candidates[farthest(candidates @ directions, CORESET)])
+        coreset = candidates[farthest(candidates @ directions, CORESET)]
         maps: dict[str, list[np.ndarray]] = {method: [] for method in methods}
         for first in track(range(0, len(tested), BATCH), f"{count} images", -(-len(tested) // BATCH)):
             batch = [torch.stack(sizes).float() for sizes in zip(*tested[first : first + BATCH], strict=True)]
             maps["our bank"].append(ours(batch, shown[first : first + BATCH]).numpy())
-            maps["nearest patches"].append(random(batch[0]))
-            maps["PatchCore"].append(np.sqrt(coreset(pooled(batch[0]))))
+            maps["nearest patches"].append(nearest(random, batch[0]))
+            maps["PatchCore"].append(np.sqrt(nearest(coreset, pooled(batch[0]))))
         for method in methods:
             small = torch.from_numpy(np.concatenate(maps[method]))
             large = smooth(enlarge(small, photos.size).numpy(), detector.params.smoothing)
