@@ -42,6 +42,7 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import decode, mask_values, read_image
 from vlmdiff.data.layouts import LAYOUTS
 from vlmdiff.data.sources import find_photographs
+from vlmdiff.detection.cells import Cells
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.retrieval import PatchBank
 from vlmdiff.detection.settings import Settings
@@ -244,7 +245,8 @@ def banks(folder: Path) -> Try:
     import torch
 
     file = folder / "bank.safetensors"
-    PatchBank(torch.eye(8)[:, :4], torch.ones(6, 4), torch.ones(6), Retrieval(), {"thing": 6}).save(file)
+    cells = Cells(torch.ones(6, 4), torch.ones(2, 4), torch.tensor([2, 4]))
+    PatchBank(torch.eye(8)[:, :4], cells, torch.ones(6), Retrieval(), {"thing": 6}).save(file)
     whole = file.read_bytes()
 
     def read(rng: random.Random) -> None:
