@@ -40,7 +40,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from photos import Photos
+from dataset import Dataset
 
 from vlmdiff.core.console import say, track
 from vlmdiff.core.device import fast_bf16, pick_device
@@ -270,17 +270,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 1:
         parser.error("--steps must be at least 1")
-    photos = Photos()
-    params, classes, test = photos.params, photos.classes, photos.images(photos.test)
+    dataset = Dataset()
+    params, classes, test = dataset.params, dataset.classes, dataset.images(dataset.test)
     backbone = params.first_stage.backbone
-    found = judge(photos.images(photos.normal), test, backbone, options.size, options.steps, options.layers)
+    found = judge(dataset.images(dataset.normal), test, backbone, options.size, options.steps, options.layers)
 
     names = sorted(set(classes))
     table = Table("", *names, "mean", "minutes", title=f"AU-PRO and image AUROC, {len(test)} test images")
     for title, (maps, minutes) in found.items():
         scores = image_scores(maps, "top_percent").tolist()
         result = evaluate_classes(
-            classes, list(maps), photos.masks, scores, params.evaluate.max_fpr, None, photos.truths
+            classes, list(maps), dataset.masks, scores, params.evaluate.max_fpr, None, dataset.truths
         )
         rows = [*(result.classes[name] for name in names), result.mean]
         cells = (f"{values['au_pro']:.3f}\n{values['image_auroc']:.3f}" for values in rows)

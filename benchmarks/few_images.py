@@ -22,8 +22,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from dataset import Dataset
 from photographs import CORESET, POOL, PROJECTED, farthest
-from photos import Photos
 
 from vlmdiff.core import workspace as w
 from vlmdiff.core.console import track
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="normal images of each class")
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder for few_images.png")
-    options, photos = parser.parse_args(), Photos()
+    options, dataset = parser.parse_args(), Dataset()
     if min(options.counts) < 2:
         parser.error("--counts must be at least 2")
     detector = Detector.from_pretrained(w.DETECTOR)
@@ -69,14 +69,14 @@ def main() -> None:
     @torch.no_grad()
     def features(path: str) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return the patches (D, h, w) of an image at each size, and what it looks like as a whole (F,)."""
-        x = from_uint8(photos.read(path)[None], pipeline.device)
+        x = from_uint8(dataset.read(path)[None], pipeline.device)
         vae, images = pipeline.vae, pipeline.normalize(x)
         found = vae.features(images)
         every = [found, *(vae.features(images, size) for size in retrieval.more_sizes)]
         patches = [unit_length(one, vae.config.feature_channels)[0].half().cpu() for one in every]
         return patches, appearance(vae.project(found))[0]
 
-    normal, test = photos.normal.sample(frac=1, random_state=0), photos.test
+    normal, test = dataset.normal.sample(frac=1, random_state=0), dataset.test
     kept = {row: features(path) for row, path in track(normal["path"].items(), "normal images", len(normal))}
     tested, looks = zip(*(features(path) for path in track(test["path"], "test images", len(test))), strict=True)
     methods = ("our bank", "nearest patches", "PatchCore")
@@ -101,9 +101,9 @@ def main() -> None:
             maps["PatchCore"].append(np.sqrt(nearest(coreset, pooled(batch[0]))))
         for method in methods:
             small = torch.from_numpy(np.concatenate(maps[method]))
-            large = smooth(enlarge(small, photos.size).numpy(), detector.params.smoothing)
+            large = smooth(enlarge(small, dataset.size).numpy(), detector.params.smoothing)
             scores = detector.image_scores(large - large.min()).tolist()
-            found = evaluate_classes(photos.classes, list(large), photos.masks, scores, is_anomalous=photos.truths)
+            found = evaluate_classes(dataset.classes, list(large), dataset.masks, scores, is_anomalous=dataset.truths)
             mean = found.mean
             rows.append((count, method, mean["au_pro"], mean["image_auroc"]))
             print(*rows[-1], flush=True)

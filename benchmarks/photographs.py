@@ -28,7 +28,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from photos import Photos
+from dataset import Dataset
 
 from vlmdiff.core import workspace as w
 from vlmdiff.detection.anomaly_map import enlarge, image_scores, smooth
@@ -93,10 +93,10 @@ def interval(values: tuple[float, float]) -> str:
 
 
 def main() -> None:
-    photos, ours = Photos(), Detector.from_pretrained(w.DETECTOR)
+    dataset, ours = Dataset(), Detector.from_pretrained(w.DETECTOR)
     assert isinstance(ours.pipeline.vae, FeatureSpace)
-    max_fpr, masks = photos.params.evaluate.max_fpr, photos.masks
-    truths, images, normal = np.array(photos.truths), photos.images(photos.test), photos.images(photos.normal)
+    max_fpr, masks = dataset.params.evaluate.max_fpr, dataset.masks
+    truths, images, normal = np.array(dataset.truths), dataset.images(dataset.test), dataset.images(dataset.normal)
     began = time.monotonic()
     found = list(ours.stream(images, 16))
     pace = {"vlmdiff": len(images) / (time.monotonic() - began)}
@@ -113,7 +113,7 @@ def main() -> None:
         scores[title] = image_scores(maps[title], "max" if averaged else "top_percent")
         scores[f"{title}, our score"] = ours.image_scores(maps[title])
 
-    classes = np.array(photos.classes)
+    classes = np.array(dataset.classes)
     results = {t: evaluate_classes(classes, maps[t], masks, scores[t], max_fpr, None, truths) for t in maps}
     names = sorted(set(classes))
     # A row for each method, so that the table fits a terminal.

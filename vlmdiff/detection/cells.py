@@ -12,6 +12,8 @@ ROUNDS, SAMPLE = 6, 64
 AT_ONCE = 2**22
 # Below every similarity.
 NONE = -2.0
+# The attributes of `Cells` that a file keeps.
+TENSORS = "patches", "centres", "sizes"
 
 
 class Cells:
@@ -26,8 +28,23 @@ class Cells:
         self.ends = [0, *sizes.cumsum(0).tolist()]
 
     @classmethod
-    def of(cls, patches: torch.Tensor, generator: torch.Generator) -> tuple["Cells", torch.Tensor]:
-        """Sort patches (M, K), and return with their cells the order in which they are now."""
+    def of(
+        cls, patches: torch.Tensor, counts: Sequence[int], generator: torch.Generator
+    ) -> tuple["Cells", torch.Tensor]:
+        """Sort patches (M, K) into cells. Return the cells, and the order (M,) in which the patches are now.
+
+        counts: how many patches each part has; parts stay in order, and no cell has patches of two.
+        """
+        parts, orders, first = [], [], 0
+        for some in patches.split(list(counts)):
+            part, order = cls._of_part(some, generator)
+            parts.append(part)
+            orders.append(order + first)
+            first += len(some)
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in TENSORS)), torch.cat(orders)
+
+    @classmethod
+    def _of_part(cls, patches: torch.Tensor, generator: torch.Generator) -> tuple["Cells", torch.Tensor]:
         count = max(1, len(patches) // CELL)
         chosen = torch.randperm(len(patches), generator=generator)[: SAMPLE * count]
         sample = patches[chosen.to(patches.device)].float()
@@ -41,11 +58,6 @@ class Cells:
         cell = _nearest_cells(patches, centres, 1)[:, 0]
         order, sizes = cell.argsort(stable=True), cell.bincount(minlength=count)
         return cls(patches[order], centres[sizes > 0], sizes[sizes > 0]), order
-
-    @classmethod
-    def joined(cls, parts: Sequence["Cells"]) -> "Cells":
-        """Return the cells of all parts, in order."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("patches", "centres", "sizes")))
 
     def nearest(
         self,

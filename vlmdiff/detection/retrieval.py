@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Positive, Retrieval
-from vlmdiff.detection.cells import NONE, Cells
+from vlmdiff.detection.cells import NONE, TENSORS, Cells
 
 # How many of the nearest patches say how far apart normal patches usually are at such a place.
 NEIGHBOURS = 10
@@ -23,8 +23,6 @@ NEIGHBOURS = 10
 COMPONENTS = 256
 # Images whose patches are compared at once while a bank is made.
 TOGETHER = 8
-# What a file has of the cells.
-SORTED = "patches", "centres", "sizes"
 
 
 class PatchBank:
@@ -71,7 +69,7 @@ class PatchBank:
         counts: Counter[str] = Counter()
         for i, length in zip(numbers, lengths, strict=True):
             counts[products[i]] += length
-        cells, order = _sorted(patches, list(counts.values()), collected.generator)
+        cells, order = Cells.of(patches, list(counts.values()), collected.generator)
         # Where each image's patches are now.
         places = dict(zip(numbers, order.argsort().split(lengths), strict=True))
         image = torch.tensor(numbers).repeat_interleave(torch.tensor(lengths)).to(order.device)[order]
@@ -140,7 +138,7 @@ class PatchBank:
     def save(self, file: Path) -> None:
         """Write the bank in safetensors."""
         cells = self.cells
-        tensors = {name: getattr(cells, name) for name in SORTED} | {"basis": self.basis, "usual": self.usual}
+        tensors = {name: getattr(cells, name) for name in TENSORS} | {"basis": self.basis, "usual": self.usual}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, file, metadata={"counts": json.dumps(self.counts)})
 
@@ -154,7 +152,7 @@ class PatchBank:
             with safe_open(file, "pt", device=str(device)) as content:
                 facts, names = content.metadata() or {}, set(content.keys())
                 basis, patches, usual = map(content.get_tensor, ("basis", "patches", "usual"))
-                cells = Cells(*map(content.get_tensor, SORTED)) if names.issuperset(SORTED) else None
+                cells = Cells(*map(content.get_tensor, TENSORS)) if names.issuperset(TENSORS) else None
             count, width = max(len(patches), 1), basis.shape[-1]
             if (basis.shape, patches.shape, usual.shape) != ((size, width), (count, width), (count,)):
                 raise ValueError("its tensors do not fit the features")
@@ -164,24 +162,13 @@ class PatchBank:
             if counts and sum(counts.values()) != count:
                 raise ValueError("its products do not fit its patches")
             if cells is None:
-                cells, order = _sorted(patches, list(counts.values()) or [count], torch.Generator().manual_seed(0))
+                cells, order = Cells.of(patches, list(counts.values()) or [count], torch.Generator().manual_seed(0))
                 usual = usual[order]
             elif not _fits(cells, counts):
                 raise ValueError("its cells do not fit its patches")
             return cls(basis, cells, usual, params, counts)
         except (OSError, KeyError, ValueError, TypeError, IndexError, SafetensorError) as error:
             raise InputError(f"{file} is not a bank of patches ({error}). Run `vlmdiff evaluate` again.") from error
-
-
-def _sorted(patches: torch.Tensor, counts: Sequence[int], generator: torch.Generator) -> tuple[Cells, torch.Tensor]:
-    """Return the cells of patches (M, K), of which the first `counts[0]` are sorted, then the next, and the order."""
-    parts, orders, first = [], [], 0
-    for some in patches.split(list(counts)):
-        part, order = Cells.of(some, generator)
-        parts.append(part)
-        orders.append(order + first)
-        first += len(some)
-    return Cells.joined(parts), torch.cat(orders)
 
 
 def _fits(cells: Cells, counts: Mapping[str, int]) -> bool:
@@ -201,8 +188,8 @@ class NormalPatches:
     """Patches of normal images for a bank: about `params.patches` random ones of each product, or all that it has.
 
     Each image of a product gives as many. products: what each of the images shows; fewer than two images raise
-    InputError. kept: (P, D) of each image that was added, in bfloat16; moments: (D, D), the sum of their outer
-    products; grid: (h, w) of an image.
+    InputError. generator: chooses the patches; kept: (P, D) of each image that was added, in bfloat16; moments: (D, D),
+    the sum of their outer products; grid: (h, w) of an image.
     """
 
     def __init__(self, products: Sequence[str], params: Retrieval, seed: int):

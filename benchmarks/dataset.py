@@ -11,7 +11,7 @@ from vlmdiff.data import manifest
 from vlmdiff.data.images import load_mask, load_rgb, resolve
 
 
-class Photos:
+class Dataset:
     """Images at the model's resolution. normal: the rows of the manifest that are not tested; test: those that are.
 
     Ends the process, with the reason, where presets/photographs.yaml has not run.
