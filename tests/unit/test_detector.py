@@ -1,11 +1,14 @@
 """Detector: calibration, verdicts, regions, saving."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from tests.tiny import SIZE, tiny_detector, tiny_pipeline
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.files import seal, write_json
 from vlmdiff.core.params import AutoencoderFeatures, Detection, Latents
 from vlmdiff.detection.calibration import conformal_threshold
 from vlmdiff.detection.detector import Detector
@@ -70,10 +73,40 @@ def test_a_saved_detector_judges_alike(detector, tmp_path):
 class Unsure(Detector):
     """Reconstructs latents a fifth lower than they are, and is three times as unsure of the right half."""
 
-    def reconstruct(self, latents, images, seed, captions=None):
+    def reconstruct(self, latents, images, sample, captions=None):
         deviation = torch.full_like(latents[:, 0], 0.1)
         deviation[..., latents.shape[-1] // 2 :] = 0.3
         return latents - 0.2, deviation
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+def test_the_errors_of_antithetic_samples_cancel_where_the_network_is_linear(monkeypatch, samples):
+    """A network that always predicts zero is linear, so that its mean over opposite noise depends on no noise."""
+    pipeline, images = tiny_pipeline(), photographs(3)
+    monkeypatch.setattr(pipeline, "denoise", lambda noisy, *others: (torch.zeros_like(noisy), None))
+
+    def maps(seed, **params):
+        features = (Latents(kind="latents"),)
+        detector = Detector(pipeline, Detection(features=features, samples=samples, seed=seed, **params))
+        detector.calibrate(images)
+        return detector.evidence(images)
+
+    np.testing.assert_allclose(maps(0), maps(1), rtol=1e-4)
+    alone = [maps(seed, antithetic=False) for seed in (0, 1)]
+    assert np.abs(alone[0] / alone[1] - 1).max() > 0.01
+
+
+def test_samples_of_an_earlier_release_are_drawn_as_they_were(detector, tmp_path):
+    detector.save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "detector.json").read_text())
+    assert facts["detection"].pop("antithetic") is True
+    write_json(tmp_path / "detector.json", facts)
+    seal(tmp_path)
+    images = photographs(2)
+    apart = Detector(detector.pipeline, detector.params.model_copy(update={"antithetic": False}), detector.calibration)
+    found = [one.detect(images)[0].anomaly_map for one in (Detector.from_pretrained(tmp_path, "cpu"), apart, detector)]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 0
 
 
 @pytest.mark.parametrize("floor", [1.0, 0.5, None])

@@ -33,7 +33,7 @@ from vlmdiff.core.params import Params, load
         ("evaluate: {detection: {features: [{kind: magic}]}}", ["magic"]),
         ("evaluate: {detection: {noise_level: 5, steps: 6}}", ["evaluate.detection", "steps", "noise_level"]),
         ("evaluate: {detection: {noise_level: 700}}", ["evaluate.detection", "700", "train.noise_levels"]),
-        ("evaluate: {detection: {steps: 2}}", ["150 to 300", "train.noise_levels"]),
+        ("evaluate: {detection: {steps: 2}}", ["125 to 250", "train.noise_levels"]),
         ("train: {noise_levels: [600, 400]}", ["train.noise_levels", "lowest"]),
         ("evaluate: {detection: {solver: euler}}", ["evaluate.detection.solver", "euler"]),
         ("train: [", ["not valid YAML"]),

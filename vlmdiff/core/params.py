@@ -386,7 +386,7 @@ class Train(Training):
     fuse: bool = True
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     learn_variance: bool = True
-    noise_levels: tuple[NoiseLevel, NoiseLevel] = (250, 350)
+    noise_levels: tuple[NoiseLevel, NoiseLevel] = (200, 300)
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     steps: Positive = 420
     batch_size: Positive = 16
@@ -487,11 +487,12 @@ class Retrieval(Section):
 class Detection(Section):
     """How to compute an anomaly map from an image. The model stores these settings."""
 
-    noise_level: NoiseLevel = 300
+    noise_level: NoiseLevel = 250
     steps: Positive = 1
     spacing: Spacing = "trailing"
     solver: Solver = "ddim"
     samples: Annotated[int, Field(gt=0, le=1000)] = 4
+    antithetic: bool = True
     captions: Literal["none", "image", "class"] = "none"
     guidance: Annotated[float, Field(ge=0)] = 1.0
     features: Annotated[tuple[Features, ...], Field(min_length=1)] = (Pixels(kind="pixels"), Latents(kind="latents"))

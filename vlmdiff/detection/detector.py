@@ -408,14 +408,18 @@ class Detector:
         return [a or b for a, b in zip(given, names, strict=True)], (near | np.array(told, bool)).tolist()
 
     def reconstruct(
-        self, latents: torch.Tensor, images: torch.Tensor, seed: int, captions: Sequence[str] | None = None
+        self, latents: torch.Tensor, images: torch.Tensor, sample: int, captions: Sequence[str] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return latents (B, C, h, w) of photographs (B, 3, S, S) in [0, 1] as if they were normal, one draw of them.
+        """Return latents (B, C, h, w) of photographs (B, 3, S, S) in [0, 1] as if they were normal.
 
         The second value is the deviations (B, h, w) that the network expects, None where it has not learned them.
+        sample: which of the parameters' `samples`. With `antithetic`, samples 2 k and 2 k + 1 have opposite noise
+        (Hammersley and Morton, 1956, doi 10.1017/S0305004100031455).
         """
         options = self.params.model_dump(include={"noise_level", "steps", "guidance", "spacing", "solver"})
-        return self.pipeline.reconstruct(latents, images, captions, seed=seed, **options)
+        draw, opposite = divmod(sample, 2) if self.params.antithetic else (sample, 0)
+        seed = self.params.seed + draw
+        return self.pipeline.reconstruct(latents, images, captions, seed=seed, opposite=bool(opposite), **options)
 
     def calibrated(self) -> Calibration:
         """Return the calibration. Raises InputError if there is none."""
@@ -459,7 +463,7 @@ class Detector:
             before = [extract(x, clean) for extract, _ in self.spaces]
             samples, expected, rebuilt, shown = [], [], x, np.empty(0)
             for sample in range(params.samples):
-                latents, deviation = self.reconstruct(clean, x, params.seed + sample, texts)
+                latents, deviation = self.reconstruct(clean, x, sample, texts)
                 # Where only latents are compared, one sample is decoded, to be shown.
                 if sample == 0 or self._decodes:
                     rebuilt = self.pipeline.decode_latents(latents)

@@ -29,10 +29,12 @@ class Settings(Section):
             return facts
         if isinstance(calibration := facts.get("calibration"), dict):
             facts = facts | {"calibration": Calibration.one_threshold(calibration)}
-        detection = facts.get("detection")
-        if isinstance(detection, dict) and isinstance(retrieval := detection.get("retrieval"), dict):
-            # Detectors of earlier releases have no `level`: they subtract nothing.
-            facts = facts | {"detection": detection | {"retrieval": {"level": 0.0} | retrieval}}
+        if isinstance(detection := facts.get("detection"), dict):
+            # They were calibrated with the noise of each sample drawn for itself, and have no level to subtract.
+            detection = {"antithetic": False} | detection
+            if isinstance(retrieval := detection.get("retrieval"), dict):
+                detection |= {"retrieval": {"level": 0.0} | retrieval}
+            facts = facts | {"detection": detection}
         return facts
 
     @model_validator(mode="after")

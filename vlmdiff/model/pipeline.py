@@ -286,14 +286,16 @@ class VLMDiffPipeline(DiffusionPipeline):
         guidance: float = 1.0,
         spacing: Spacing = "trailing",
         solver: Solver = "ddim",
+        opposite: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Noise the latents (B, C, h, w) of images to `noise_level`, then denoise them in `steps` steps.
 
         Returns the latents and their deviation, as in `Reconstruction`. images: (B, 3, S, S) in [0, 1]; captions: one
         per image, or None for the empty prompt; noise_level: 0 to 999; guidance: the weight of the caption's prediction
         over that of the empty prompt, 1 for the caption alone (classifier-free guidance, Ho and Salimans, 2022);
-        spacing, solver: see `vlmdiff.model.sampling`. All images of a batch get the same noise, so that a result does
-        not depend on the batch. Raises InputError if an argument does not fit.
+        spacing, solver: see `vlmdiff.model.sampling`; opposite: the noise of this seed gets the opposite sign. All
+        images of a batch get the same noise, so that a result does not depend on the batch. Raises InputError if an
+        argument does not fit.
         """
         if captions is not None and len(captions) != len(latents):
             raise InputError(f"{len(captions)} captions for {len(latents)} images. Pass one caption per image, or None")
@@ -304,6 +306,7 @@ class VLMDiffPipeline(DiffusionPipeline):
         hint = self.normalize(images)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(latents[:1].shape, generator=generator).to(latents)
+        noise = -noise if opposite else noise
 
         expected: list[torch.Tensor | None] = []
 
