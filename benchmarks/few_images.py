@@ -4,10 +4,12 @@ Run it in a workspace where `dvc repro` has run with presets/photographs.yaml:
 
     python benchmarks/few_images.py
 
-The three methods get the same images, chosen at random, and the same features, those of the detector's first stage:
-our banks of patches, nearest patches, and PatchCore, as in benchmarks/photographs.py. Only our banks see each image at
-several sizes. The baselines search all their patches, and all maps are smoothed and scored as our detector's are. The
-denoiser, which needs a training for each number of images, is left out. Writes a table and few_images.png.
+The three methods get the same images and the same features, those of the detector's first stage: our banks of
+patches, nearest patches, and PatchCore, as in benchmarks/photographs.py. Only our banks see each image at several
+sizes. The baselines search all their patches, and all maps are smoothed and scored as our detector's are. The denoiser,
+which needs a training for each number of images, is left out. The images are chosen at random, several times; which
+ones they are changes a result with five images by more than the methods do. Writes a table of means, lowest and highest
+values, and few_images.png.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +38,7 @@ from vlmdiff.evaluation.metrics import evaluate_classes
 from vlmdiff.model.normalization import from_uint8
 
 COUNTS, NEAREST, BATCH = (5, 10, 25, 50, 100), 30_000, 16
+METHODS = ("our bank", "nearest patches", "PatchCore")
 
 
 def sample(features: torch.Tensor, size: int) -> torch.Tensor:
@@ -55,13 +59,19 @@ def pooled(features: torch.Tensor) -> torch.Tensor:
     return unit_length(torch.nn.functional.avg_pool2d(features.float(), 3, 1, 1), [features.shape[1]])
 
 
+def _said(values: np.ndarray) -> str:
+    """Return the mean of values, and how far they lie apart."""
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="normal images of each class")
+    parser.add_argument("--draws", type=int, default=3, help="how often the images are chosen")
     parser.add_argument("--out", type=Path, default=Path("reports"), help="folder for few_images.png")
     options, dataset = parser.parse_args(), Dataset()
-    if min(options.counts) < 2:
-        parser.error("--counts must be at least 2")
+    if min(options.counts) < 2 or options.draws < 1:
+        parser.error("--counts must be at least 2, and --draws at least 1")
     detector = Detector.from_pretrained(w.DETECTOR)
     pipeline, retrieval = detector.pipeline, detector.params.retrieval
     assert retrieval is not None
@@ -76,13 +86,12 @@ def main() -> None:
         patches = [unit_length(one, vae.config.feature_channels)[0].half().cpu() for one in every]
         return patches, appearance(vae.project(found))[0]
 
-    normal, test = dataset.normal.sample(frac=1, random_state=0), dataset.test
+    normal, test = dataset.normal, dataset.test
     kept = {row: features(path) for row, path in track(normal["path"].items(), "normal images", len(normal))}
     tested, looks = zip(*(features(path) for path in track(test["path"], "test images", len(test))), strict=True)
-    methods = ("our bank", "nearest patches", "PatchCore")
-    rows = []
-    for count in options.counts:
-        chosen = normal.groupby("class_name").head(count).index
+
+    def judged(chosen: pd.Index) -> dict[str, tuple[float, float]]:
+        """Return AU-PRO and image AUROC of each method, by these rows of the normal images."""
         every = [torch.stack(sizes) for sizes in zip(*(kept[row][0] for row in chosen), strict=True)]
         images = every[0]
         of = normal.loc[chosen, "class_name"].tolist()
@@ -93,29 +102,43 @@ def main() -> None:
         candidates = sample(pooled(images), POOL)
         directions = torch.randn(candidates.shape[1], PROJECTED, generator=torch.Generator().manual_seed(0))
         coreset = candidates[farthest(candidates @ directions, CORESET)]
-        maps: dict[str, list[np.ndarray]] = {method: [] for method in methods}
-        for first in track(range(0, len(tested), BATCH), f"{count} images", -(-len(tested) // BATCH)):
+        maps: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
+        for first in track(range(0, len(tested), BATCH), f"{len(chosen)} images", -(-len(tested) // BATCH)):
             batch = [torch.stack(sizes).float() for sizes in zip(*tested[first : first + BATCH], strict=True)]
             maps["our bank"].append(ours(batch, shown[first : first + BATCH]).numpy())
             maps["nearest patches"].append(nearest(random, batch[0]))
             maps["PatchCore"].append(np.sqrt(nearest(coreset, pooled(batch[0]))))
-        for method in methods:
+        found = {}
+        for method in METHODS:
             small = torch.from_numpy(np.concatenate(maps[method]))
             large = smooth(enlarge(small, dataset.size).numpy(), detector.params.smoothing)
             scores = detector.image_scores(large - large.min()).tolist()
-            found = evaluate_classes(dataset.classes, list(large), dataset.masks, scores, is_anomalous=dataset.truths)
-            mean = found.mean
-            rows.append((count, method, mean["au_pro"], mean["image_auroc"]))
-            print(*rows[-1], flush=True)
+            result = evaluate_classes(dataset.classes, list(large), dataset.masks, scores, is_anomalous=dataset.truths)
+            found[method] = result.mean["au_pro"], result.mean["image_auroc"]
+        return found
 
-    table = Table("normal images per class", *methods, title="AU-PRO / image AUROC, means over classes")
+    # By count and method: AU-PRO and image AUROC (draws, 2).
+    found: dict[tuple[int, str], np.ndarray] = {}
+    sizes = normal["class_name"].value_counts()
     for count in options.counts:
-        table.add_row(str(count), *(f"{a:.3f} / {b:.3f}" for n, _, a, b in rows if n == count))
+        draws = options.draws if count < sizes.max() else 1
+        drawn = [normal.sample(frac=1, random_state=i).groupby("class_name").head(count).index for i in range(draws)]
+        results = [judged(chosen) for chosen in drawn]
+        for method in METHODS:
+            found[count, method] = np.array([result[method] for result in results])
+            print(count, method, *(np.round(values, 4).tolist() for values in found[count, method].T), flush=True)
+
+    table = Table("normal images per class", *METHODS, title="AU-PRO and image AUROC, means over classes")
+    for count in options.counts:
+        table.add_row(str(count), *("\n".join(map(_said, found[count, method].T)) for method in METHODS))
     Console().print(table)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, place, title in zip(axes, (2, 3), ("AU-PRO", "image AUROC"), strict=True):
-        for method, style in zip(methods, ("o-", "s--", "^:"), strict=True):
-            axis.plot(options.counts, [row[place] for row in rows if row[1] == method], style, label=method)
+    for axis, place, title in zip(axes, (0, 1), ("AU-PRO", "image AUROC"), strict=True):
+        for method, style in zip(METHODS, ("o-", "s--", "^:"), strict=True):
+            values = [found[count, method][:, place] for count in options.counts]
+            (line,) = axis.plot(options.counts, [one.mean() for one in values], style, label=method)
+            lowest, highest = [one.min() for one in values], [one.max() for one in values]
+            axis.fill_between(options.counts, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(
             xscale="log",
             xticks=options.counts,
