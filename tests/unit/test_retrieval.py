@@ -437,6 +437,34 @@ def test_photographs_judged_at_the_same_time_are_judged_as_one_after_the_other(d
             np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+def test_a_detector_of_an_earlier_release_that_retrieval_carries_judges_by_its_map(detector, tmp_path):
+    normal, images = photographs(10, seed=1), photographs(3, seed=4)
+    params = detector.params.model_copy(update={"score_smoothing": None, "retrieval": Retrieval(weight=1.0)})
+    by_map = Detector(detector.pipeline, params)
+    by_map.learn(normal, named(10))
+    by_map.calibrate(normal, in_bank=True, products=["thing"] * 10)
+    by_map.save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / "detector.json").read_text())
+    assert len(facts["calibration"]["products"]["thing"]["levels"]) == 1
+    facts["detection"]["score_smoothing"] = 0.5
+    write_json(tmp_path / "detector.json", facts)
+    seal(tmp_path)
+    earlier = Detector.from_pretrained(tmp_path, "cpu")
+    found = [[one.score for one in each.detect(images)] for each in (earlier, by_map)]
+    np.testing.assert_allclose(*found, atol=1e-5)
+    # A detector of this release has the same map, and looks at it more closely too.
+    closer = Detector(detector.pipeline, earlier.params)
+    closer.learn(normal, named(10))
+    closer.calibrate(normal, in_bank=True, products=["thing"] * 10)
+    pairs = list(zip(closer.detect(images), by_map.detect(images), strict=True))
+    for one, other in pairs:
+        np.testing.assert_allclose(one.evidence, other.evidence, rtol=1e-4)
+    assert max(abs(one.score - other.score) for one, other in pairs) > 1e-4
+    closer.save_pretrained(tmp_path / "closer")
+    again = Detector.from_pretrained(tmp_path / "closer", "cpu").detect(images)
+    assert [one.score for one in again] == pytest.approx([one.score for one in closer.detect(images)], abs=1e-5)
+
+
 def test_where_retrieval_is_all_the_evidence_every_image_that_the_bank_has_whole_calibrates(detector):
     held_out, training = photographs(10, seed=1), photographs(30, seed=5)
     # 64 patches of each image are all that it has.
@@ -449,7 +477,8 @@ def test_where_retrieval_is_all_the_evidence_every_image_that_the_bank_has_whole
         )
         assert scores.shape == (10,)
     assert [one.calibration.images for one in (alone, both, few)] == [40, 10, 10]
-    assert len(alone.calibration.products["thing"].levels) == 1
+    # Its own map, by `score_smoothing` and by `smoothing`; the reconstruction has no say.
+    assert [len(one.calibration.products["thing"].levels) for one in (alone, both)] == [2, 4]
     # A new image is as unusual as those that calibrate, each judged without its own patches.
     found = [one.score for one in alone.detect(photographs(30, seed=6))]
     assert 0.3 < np.median([alone.calibration.odds(np.array(alone.calibration.normal), ["thing"] * 40)]) < 0.5

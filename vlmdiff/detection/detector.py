@@ -236,13 +236,13 @@ class Detector:
         return scores
 
     def _remembered(self, number: int, calibration: Calibration) -> np.ndarray:
-        """Return the statistics (1, 1) of an image that the bank has whole, by retrieval alone."""
+        """Return the statistics (1, Q) of an image that the bank has whole, by retrieval alone."""
         assert self.bank is not None and calibration.retrieval is not None and calibration.tails is not None
         distances = self.bank.known[number][None].cpu().numpy()
         small = torch.from_numpy(calibration.retrieval.positive(distances))
         maps = enlarge(small, self.pipeline.config.image_size, self.params.align_corners).numpy()
-        maps = (smooth(maps, self.params.smoothing) / calibration.tails[1]).astype(np.float32)
-        return self._statistics(maps[:, None], maps, calibration)
+        raw = (smooth(maps, self.params.smoothing) / calibration.tails[1]).astype(np.float32)
+        return self._statistics(maps[:, None], raw, calibration)
 
     def evidence(
         self,
@@ -550,9 +550,14 @@ class Detector:
         """
         found, params = [raw], self.params
         fine = params.smoothing if params.score_smoothing is None else params.score_smoothing
-        # Where retrieval carries everything, the map is its map. Detectors of earlier releases judge by the map too.
         known = next(iter(calibration.products.values()), None)
-        if (known is None or len(known.levels) > 1) and calibration.weight < 1:
+        # Detectors of earlier releases judge by the map alone.
+        by_map = known is not None and len(known.levels) == 1
+        if calibration.weight == 1 and calibration.tails is not None:
+            # Retrieval carries everything, so that its map is the map.
+            if not by_map and fine != params.smoothing:
+                found = [smooth(parts[:, -1], fine) / np.float32(calibration.tails[1]), *found]
+        elif not by_map:
             smoothed = smooth(parts, fine)
             if fine != params.smoothing:
                 kinds = self._kinds(smoothed)

@@ -53,8 +53,10 @@ class Settings(Section):
     @model_validator(mode="after")
     def _each_product_has_its_statistics(self):
         detection = self.detection
-        parts = len(detection.features) + (detection.retrieval is not None)
-        several = parts + (1 if detection.score_smoothing in (None, detection.smoothing) else 2)
+        several = 1 if detection.score_smoothing in (None, detection.smoothing) else 2
+        if self.calibration.weight < 1:
+            # Where retrieval does not carry everything, each kind of features and retrieval count too.
+            several += len(detection.features) + (detection.retrieval is not None)
         lengths = {len(row) for one in self.calibration.products.values() for row in (one.levels, one.spreads)}
         # Detectors of earlier releases, and those with one kind of evidence, judge by the map alone.
         if not self.calibration.products or lengths not in ({1}, {several}):
