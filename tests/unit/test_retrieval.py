@@ -438,7 +438,7 @@ def test_photographs_judged_at_the_same_time_are_judged_as_one_after_the_other(d
 
 
 def test_a_detector_of_an_earlier_release_that_retrieval_carries_judges_by_its_map(detector, tmp_path):
-    normal, images = photographs(10, seed=1), photographs(3, seed=4)
+    normal, images = photographs(10, seed=1), photographs(20, seed=4)
     params = detector.params.model_copy(update={"score_smoothing": None, "retrieval": Retrieval(weight=1.0)})
     by_map = Detector(detector.pipeline, params)
     by_map.learn(normal, named(10))
