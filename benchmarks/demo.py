@@ -24,7 +24,7 @@ from vlmdiff.evaluation.metrics import evaluate_classes
 class AutoencoderAlone(Detector):
     """Reconstruct with the first stage only, without noise and denoiser."""
 
-    def reconstruct(self, latents, images, seed, captions=None) -> tuple[torch.Tensor, None]:
+    def reconstruct(self, latents, images, sample, captions=None) -> tuple[torch.Tensor, None]:
         return latents, None
 
 
@@ -33,7 +33,7 @@ class MeanImage(Detector):
 
     mean: torch.Tensor
 
-    def reconstruct(self, latents, images, seed, captions=None) -> tuple[torch.Tensor, None]:
+    def reconstruct(self, latents, images, sample, captions=None) -> tuple[torch.Tensor, None]:
         return self.pipeline.encode_images(self.mean).expand_as(latents), None
 
 

@@ -96,6 +96,22 @@ def test_the_errors_of_antithetic_samples_cancel_where_the_network_is_linear(mon
     assert np.abs(alone[0] / alone[1] - 1).max() > 0.01
 
 
+def test_each_pair_of_antithetic_samples_has_noise_of_its_own(monkeypatch):
+    pipeline, image, asked = tiny_pipeline(), photographs(1), []
+
+    def denoise(noisy, *others):
+        asked.append(noisy)
+        return torch.zeros_like(noisy), None
+
+    monkeypatch.setattr(pipeline, "denoise", denoise)
+    Detector(pipeline, Detection(features=(Latents(kind="latents"),), samples=5)).calibrate(image)
+    one, opposite, other, its_opposite, last = asked
+    middle = (one + opposite) / 2
+    torch.testing.assert_close((other + its_opposite) / 2, middle)
+    noises = [one - middle, other - middle, last - middle]
+    assert min((a - b).abs().max() for a, b in zip(noises, noises[1:] + noises[:1], strict=True)) > 0.1
+
+
 def test_samples_of_an_earlier_release_are_drawn_as_they_were(detector, tmp_path):
     detector.save_pretrained(tmp_path)
     facts = json.loads((tmp_path / "detector.json").read_text())

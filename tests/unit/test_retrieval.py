@@ -452,17 +452,26 @@ def test_a_detector_of_an_earlier_release_that_retrieval_carries_judges_by_its_m
     earlier = Detector.from_pretrained(tmp_path, "cpu")
     found = [[one.score for one in each.detect(images)] for each in (earlier, by_map)]
     np.testing.assert_allclose(*found, atol=1e-5)
-    # A detector of this release has the same map, and looks at it more closely too.
-    closer = Detector(detector.pipeline, earlier.params)
-    closer.learn(normal, named(10))
-    closer.calibrate(normal, in_bank=True, products=["thing"] * 10)
-    pairs = list(zip(closer.detect(images), by_map.detect(images), strict=True))
-    for one, other in pairs:
-        np.testing.assert_allclose(one.evidence, other.evidence, rtol=1e-4)
-    assert max(abs(one.score - other.score) for one, other in pairs) > 1e-4
-    closer.save_pretrained(tmp_path / "closer")
-    again = Detector.from_pretrained(tmp_path / "closer", "cpu").detect(images)
-    assert [one.score for one in again] == pytest.approx([one.score for one in closer.detect(images)], abs=1e-5)
+
+
+def test_where_retrieval_is_all_the_evidence_the_more_unusual_of_two_looks_at_it_counts(detector, tmp_path):
+    normal, images = photographs(10, seed=1), photographs(20, seed=4)
+
+    def calibrated(**changed):
+        params = detector.params.model_copy(update={"retrieval": Retrieval(weight=1.0)} | changed)
+        found = Detector(detector.pipeline, params)
+        found.learn(normal, named(10))
+        found.calibrate(normal, in_bank=True, products=["thing"] * 10)
+        return found
+
+    looks = [{"score_smoothing": None, "smoothing": sigma} for sigma in (0.5, 1.0)]
+    fine, coarse = (calibrated(**look).standardised(images, ["thing"] * 20) for look in looks)
+    both = calibrated(score_smoothing=0.5, smoothing=1.0)
+    np.testing.assert_allclose(both.standardised(images, ["thing"] * 20), np.maximum(fine, coarse), atol=1e-4)
+    assert 0 < (fine > coarse).sum() < 20
+    both.save_pretrained(tmp_path)
+    again = Detector.from_pretrained(tmp_path, "cpu").detect(images)
+    assert [one.score for one in again] == pytest.approx([one.score for one in both.detect(images)], abs=1e-5)
 
 
 def test_where_retrieval_is_all_the_evidence_every_image_that_the_bank_has_whole_calibrates(detector):
@@ -477,7 +486,7 @@ def test_where_retrieval_is_all_the_evidence_every_image_that_the_bank_has_whole
         )
         assert scores.shape == (10,)
     assert [one.calibration.images for one in (alone, both, few)] == [40, 10, 10]
-    # Its own map, by `score_smoothing` and by `smoothing`; the reconstruction has no say.
+    # The map of retrieval at `score_smoothing` and at `smoothing`; the reconstruction has no say.
     assert [len(one.calibration.products["thing"].levels) for one in (alone, both)] == [2, 4]
     # A new image is as unusual as those that calibrate, each judged without its own patches.
     found = [one.score for one in alone.detect(photographs(30, seed=6))]

@@ -543,10 +543,11 @@ class Detector:
         return np.concatenate([parts[:, :count].sum(axis=1, keepdims=True), parts[:, count:]], axis=1)
 
     def _statistics(self, parts: np.ndarray, raw: np.ndarray, calibration: Calibration) -> np.ndarray:
-        """Return the logarithms (B, Q) of what an image is judged by: the score of each part and of the map, the last.
+        """Return the logarithms (B, Q) of what an image is judged by: several scores, that of the map last.
 
-        parts: (B, P, S, S), from `_parts`; raw: (B, S, S), the map, from `fuse`. What stands out in one kind of
-        evidence alone may drown in the map, which has all of them.
+        parts: (B, P, S, S), from `_parts`; raw: (B, S, S), the map, from `fuse`. Before the map's comes its score at
+        `score_smoothing`, if that is another, and before that those of all parts: what stands out in one kind of
+        evidence alone may drown in the map. Where retrieval carries everything, the parts do not count.
         """
         found, params = [raw], self.params
         fine = params.smoothing if params.score_smoothing is None else params.score_smoothing

@@ -30,7 +30,7 @@ class Settings(Section):
         if isinstance(calibration := facts.get("calibration"), dict):
             facts = facts | {"calibration": Calibration.one_threshold(calibration)}
         if isinstance(detection := facts.get("detection"), dict):
-            # They were calibrated with the noise of each sample drawn for itself, and have no level to subtract.
+            # They were calibrated with independent noise for each sample, and subtract no level.
             detection = {"antithetic": False} | detection
             if isinstance(retrieval := detection.get("retrieval"), dict):
                 detection |= {"retrieval": {"level": 0.0} | retrieval}
@@ -54,11 +54,11 @@ class Settings(Section):
     def _each_product_has_its_statistics(self):
         detection = self.detection
         several = 1 if detection.score_smoothing in (None, detection.smoothing) else 2
-        if self.calibration.weight < 1:
+        if self.calibration.weight < 1 or detection.retrieval is None:
             # Where retrieval does not carry everything, each kind of features and retrieval count too.
             several += len(detection.features) + (detection.retrieval is not None)
         lengths = {len(row) for one in self.calibration.products.values() for row in (one.levels, one.spreads)}
-        # Detectors of earlier releases, and those with one kind of evidence, judge by the map alone.
+        # Detectors of earlier releases judge by the map alone.
         if not self.calibration.products or lengths not in ({1}, {several}):
             raise ValueError("calibration.products needs a level and a spread of each statistic of each product")
         return self
