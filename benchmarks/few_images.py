@@ -6,7 +6,7 @@ Run it in a workspace where `dvc repro` has run with presets/photographs.yaml:
 
 The three methods get the same images and the same features, those of the detector's first stage: our banks of
 patches, nearest patches, and PatchCore, as in benchmarks/photographs.py. Only our banks see each image at several
-sizes. The baselines search all their patches, and all maps are smoothed and scored as our detector's are. The denoiser,
+sizes. The baselines search all their patches, and all maps are smoothed and scored as our detector's map. The denoiser,
 which needs a training for each number of images, is left out. The images are chosen at random, several times; which
 ones they are changes a result with five images by more than the methods do. Writes a table of means, lowest and highest
 values, and few_images.png.
