@@ -12,8 +12,8 @@ know the class of a test image. Their maps are smoothed by a Gaussian of sigma 4
   patches, found in a random projection to 128 dimensions; the Euclidean distance to the nearest patch.
 
 The image's score is that of each method's paper (nearest patches: the mean of the map's highest 1 %; PatchCore: its
-maximum) and, in a second row, that of our detector's map. Intervals come from 1,000 bootstrap samples of each class's test
-images, the same for all methods.
+maximum) and, in a second row, that of our detector's map. Intervals come from 1,000 bootstrap samples of each class's
+test images, the same for all methods.
 """
 
 import sys
