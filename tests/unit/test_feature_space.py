@@ -187,7 +187,8 @@ def test_a_detector_compares_predicted_features_with_those_of_the_photograph(sav
     with torch.no_grad():
         x = from_uint8(photographs(5)[:1], CPU)
         z = detector.pipeline.encode_images(x)
-        mean = sum(detector.pipeline(x, noise_level=300, steps=1, seed=seed).latents for seed in (0, 1)) / 2
+        options = {"noise_level": detector.params.noise_level, "steps": 1, "seed": 0}
+        mean = sum(detector.pipeline.reconstruct(z, x, **options, opposite=sign)[0] for sign in (False, True)) / 2
     difference = torch.nn.functional.interpolate(
         (z - mean).square().mean(1, keepdim=True).sqrt(), GIVEN, mode="bilinear"
     )
