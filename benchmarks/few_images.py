@@ -7,9 +7,8 @@ Run it in a workspace where `dvc repro` has run with presets/photographs.yaml:
 The three methods get the same images and the same features, those of the detector's first stage: our banks of
 patches, nearest patches, and PatchCore, as in benchmarks/photographs.py. Only our banks see each image at several
 sizes. The baselines search all their patches, and all maps are smoothed and scored as our detector's map. The denoiser,
-which needs a training for each number of images, is left out. The images are chosen at random, several times; which
-ones they are changes a result with five images by more than the methods do. Writes a table of means, lowest and highest
-values, and few_images.png.
+which needs a training for each number of images, is left out. The images are chosen at random, several times. Writes a
+table with the mean, the lowest and the highest value of these choices, and few_images.png.
 """
 
 import argparse
@@ -59,8 +58,8 @@ def pooled(features: torch.Tensor) -> torch.Tensor:
     return unit_length(torch.nn.functional.avg_pool2d(features.float(), 3, 1, 1), [features.shape[1]])
 
 
-def _said(values: np.ndarray) -> str:
-    """Return the mean of values, and how far they lie apart."""
+def with_range(values: np.ndarray) -> str:
+    """Return the mean of values, and their range, as text."""
     return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 
@@ -108,14 +107,14 @@ def main() -> None:
             maps["our bank"].append(ours(batch, shown[first : first + BATCH]).numpy())
             maps["nearest patches"].append(nearest(random, batch[0]))
             maps["PatchCore"].append(np.sqrt(nearest(coreset, pooled(batch[0]))))
-        found = {}
+        metrics = {}
         for method in METHODS:
             small = torch.from_numpy(np.concatenate(maps[method]))
             large = smooth(enlarge(small, dataset.size).numpy(), detector.params.smoothing)
             scores = detector.image_scores(large - large.min()).tolist()
             result = evaluate_classes(dataset.classes, list(large), dataset.masks, scores, is_anomalous=dataset.truths)
-            found[method] = result.mean["au_pro"], result.mean["image_auroc"]
-        return found
+            metrics[method] = result.mean["au_pro"], result.mean["image_auroc"]
+        return metrics
 
     # By count and method: AU-PRO and image AUROC (draws, 2).
     found: dict[tuple[int, str], np.ndarray] = {}
@@ -130,7 +129,7 @@ def main() -> None:
 
     table = Table("normal images per class", *METHODS, title="AU-PRO and image AUROC, means over classes")
     for count in options.counts:
-        table.add_row(str(count), *("\n".join(map(_said, found[count, method].T)) for method in METHODS))
+        table.add_row(str(count), *("\n".join(map(with_range, found[count, method].T)) for method in METHODS))
     Console().print(table)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, place, title in zip(axes, (0, 1), ("AU-PRO", "image AUROC"), strict=True):

@@ -30,7 +30,7 @@ class Settings(Section):
         if isinstance(calibration := facts.get("calibration"), dict):
             facts = facts | {"calibration": Calibration.one_threshold(calibration)}
         if isinstance(detection := facts.get("detection"), dict):
-            # They were calibrated with independent noise for each sample, and subtract no level.
+            # Detectors of earlier releases draw the noise of each sample independently, and subtract no level.
             detection = {"antithetic": False} | detection
             if isinstance(retrieval := detection.get("retrieval"), dict):
                 detection |= {"retrieval": {"level": 0.0} | retrieval}
