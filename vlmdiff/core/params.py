@@ -475,7 +475,7 @@ class Retrieval(Section):
 
     patches: Positive = 200_000
     more_sizes: tuple[Annotated[int, Field(gt=0, le=8192)], ...] = ()
-    expected: Share = 0.5
+    expected: Share = 0.75
     level: Share = 0.5
     weight: Share | Literal["auto"] = "auto"
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 # About how many patches a cell has, and how many cells are searched for the patches nearest to one.
-CELL, SEARCHED = 512, 16
+CELL, SEARCHED = 512, 8
 # Rounds of k-means, and how many patches each cell is learned from.
 ROUNDS, SAMPLE = 6, 64
 # Numbers that are computed at once, so that memory does not grow with the patches that are compared.
