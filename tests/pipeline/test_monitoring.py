@@ -74,6 +74,7 @@ def line(tmp_path, monkeypatch) -> str:
     return name
 
 
+@pytest.mark.services
 def test_the_flow_emits_an_event_with_what_has_drifted(line, prefect_api, recorded) -> None:
     from flows.monitor import monitor
 
@@ -94,6 +95,7 @@ def test_the_flow_emits_an_event_with_what_has_drifted(line, prefect_api, record
     assert Path("reports/monitor/monitor.html").absolute().as_uri() in by_key["monitor-page"]["data"]
 
 
+@pytest.mark.services
 def test_the_flow_says_nothing_where_nothing_has_drifted(line, prefect_api) -> None:
     from flows.monitor import monitor
 
@@ -109,6 +111,7 @@ def test_the_flow_says_nothing_where_nothing_has_drifted(line, prefect_api) -> N
     assert not drifts(prefect_api, line, patience=2)
 
 
+@pytest.mark.services
 def test_the_flow_fails_with_a_sentence_where_there_are_no_scores(line, prefect_api) -> None:
     from flows.monitor import monitor
 

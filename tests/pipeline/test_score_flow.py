@@ -13,6 +13,8 @@ from PIL import Image
 
 from tests.processes import kill_all, wait_for
 
+pytestmark = pytest.mark.services
+
 FLOW = "import sys; from flows.score import score; score(['photographs'], heatmaps=True)"
 
 
