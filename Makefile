@@ -35,6 +35,7 @@ services: $(INSTALLED) ## Run the tests that start and kill servers, workers and
 
 fuzz: $(INSTALLED) ## Try a million mutated images, models, tables, captions and requests (a quarter of an hour)
 	@pytest -m fuzz --numprocesses auto --maxprocesses 4
+
 endurance: $(INSTALLED) ## Run the tests of long load (half an hour)
 	@pytest -m endurance
 
