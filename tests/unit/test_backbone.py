@@ -12,6 +12,8 @@ import transformers as tf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.backbones import FAMILIES, GIVEN, MEAN, PATCH, STD, TRAINED, photograph, tensor, transformer
 from tests.tiny import SIZE, tiny_detector, tiny_pipeline
@@ -19,6 +21,8 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import BackboneFeatures, VisionBackbone
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.features import spaces
+from vlmdiff.model import attention
+from vlmdiff.model.attention import attend
 from vlmdiff.model.backbone import Backbone, concatenate
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -212,6 +216,57 @@ def test_a_preparation_of_another_kind_is_refused(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_flip_channel_order": True}))
     with pytest.raises(InputError, match="do_flip_channel_order"):
         backbone(tmp_path)
+
+
+@pytest.mark.parametrize(("tokens", "shared"), [(5, 0.0), (300, 0.0), (300, 20.0)])
+def test_attention_in_bfloat16_is_that_of_single_precision_whatever_the_keys_share(tokens, shared):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, tokens, 16, generator=generator).bfloat16()
+    key = (key + shared * torch.randn(16, generator=generator)).bfloat16()
+    exact = ((query.double() @ key.double().mT) / 4).softmax(dim=-1) @ value.double()
+    found, _ = attend(encoder(), query, key, value, None, scaling=0.25)
+    assert found.shape == (2, tokens, 4, 16) and found.dtype == torch.bfloat16
+    assert (found.transpose(1, 2) - exact).norm() < 0.01 * exact.norm()
+
+
+def test_attention_that_is_asked_for_something_else_is_the_library_s():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 50, 16, generator=generator)
+    half = [x.bfloat16() for x in (query, key, value)]
+    mask = torch.rand(2, 1, 50, 50, generator=generator) < 0.5
+    causal = encoder(is_causal=True)
+    asked = [(encoder(), (query, key, value), None, {}), (encoder(), half, mask, {}), (causal, half, None, {})]
+    asked += [(encoder(), half, None, {"is_causal": True})]
+    asked += [(encoder(), half, None, {"position_bias": torch.randn(1, 4, 50, 50).bfloat16()})]
+    asked += [(encoder(), [half[0], half[1][:, :, :20], half[2][:, :, :20]], None, {})]
+    for module, given, masked, options in asked:
+        expected, _ = sdpa_attention_forward(module, *given, masked, scaling=0.25, **options)
+        assert torch.equal(attend(module, *given, masked, scaling=0.25, **options)[0], expected)
+    learned = [x.clone().requires_grad_() for x in half]
+    attend(encoder(), *learned, None)[0].sum().backward()
+    assert all(x.grad is not None for x in learned)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov3_vit", "siglip"])
+def test_a_transformer_s_features_in_bfloat16_are_almost_those_of_single_precision(family, saved):
+    ours, image = backbone(saved(family), layers=(-1,)), tensor(photograph())
+    exact = ours(image)[0]
+    asked = []
+    AttentionInterface.register(attention.NAME, lambda *given, **options: asked.append(1) or attend(*given, **options))
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            (found,) = ours(image)
+    finally:
+        AttentionInterface.register(attention.NAME, attend)
+    assert asked and torch.nn.functional.cosine_similarity(found, exact, dim=1).min() > 0.999
+    # It is this program's choice, and no part of the model.
+    assert attention.NAME not in ours.network.config.to_json_string()
+
+
+def encoder(is_causal: bool = False) -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.is_causal = is_causal
+    return module
 
 
 def test_half_precision_weights_are_computed_in_single(tmp_path):

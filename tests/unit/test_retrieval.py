@@ -21,6 +21,7 @@ from vlmdiff.detection.anomaly_map import fuse
 from vlmdiff.detection.cells import SEARCHED
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.retrieval import COMPONENTS, NEIGHBOURS, NormalPatches, PatchBank, PatchBanks, unit_length
+from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.first_stage import train_first_stage
 
@@ -122,6 +123,22 @@ def test_calibration_by_images_of_the_bank_is_that_by_new_ones(detector):
     blind.calibrate(images, weigh=lambda evidence: 0.7)
     kept, lost = (one.calibration.retrieval.median for one in (again, blind))
     assert kept > lost and again.calibration.threshold == pytest.approx(fresh, rel=0.5)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_the_bank_knows_of_an_image_is_not_computed_again(whole, detector, monkeypatch):
+    images = photographs(12, seed=1)
+    # 64 patches of each image are all that it has.
+    wanted = Retrieval(patches=12 * (64 if whole else 8), more_sizes=(32,))
+    ours = Detector(detector.pipeline, detector.params.model_copy(update={"retrieval": wanted}))
+    ours.learn(images, named(12))
+    asked, features = [], FeatureSpace.features
+    monkeypatch.setattr(FeatureSpace, "features", lambda *given: asked.append(given[2:]) or features(*given))
+    scores = ours.calibrate(images, in_bank=True)
+    assert ((32,) in asked) != whole
+    # As it judges images of which it is told only which they are.
+    ours.bank.known.clear()
+    np.testing.assert_allclose(ours.calibrate(images, in_bank=True), scores, atol=0.02)
 
 
 def two_products(params):

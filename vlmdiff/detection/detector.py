@@ -178,7 +178,8 @@ class Detector:
         shown, products = products, [""] * len(normal) if products is None else list(products)
         if len(set(products)) > 1 and not set(products) <= set(self.normals.products.names if self.normals else ()):
             raise InputError("several products are calibrated only after `learn` has seen images of each of them")
-        found = list(self._compare(normal, batch_size, captions, range(len(normal)) if in_bank else None, names, shown))
+        own = range(len(normal)) if in_bank else None
+        found = list(self._compare(normal, batch_size, captions, own, names, shown, in_bank))
         deviation = float(np.sqrt(np.square(np.concatenate([batch.deviations for batch in found])).mean()))
         relative = np.concatenate([self._relative(batch, deviation) for batch in found])
         learned = Calibration(
@@ -237,8 +238,8 @@ class Detector:
 
     def _remembered(self, number: int, calibration: Calibration) -> np.ndarray:
         """Return the statistics (1, Q) of an image that the bank has whole, by retrieval alone."""
-        assert self.bank is not None and calibration.retrieval is not None and calibration.tails is not None
-        distances = self.bank.known[number][None].cpu().numpy()
+        distances = self._known([number])
+        assert distances is not None and calibration.retrieval is not None and calibration.tails is not None
         small = torch.from_numpy(calibration.retrieval.positive(distances))
         maps = enlarge(small, self.pipeline.config.image_size, self.params.align_corners).numpy()
         raw = (smooth(maps, self.params.smoothing) / calibration.tails[1]).astype(np.float32)
@@ -311,6 +312,12 @@ class Detector:
             shown, _ = self.normals.products(look.numpy())
         names = [other if name is None else name for name, other in zip(products, shown, strict=True)]
         return self.bank(features, names, own).cpu().numpy()
+
+    def _known(self, numbers: list[int] | None) -> np.ndarray | None:
+        """Return the distances (B, h, w) of images that the bank has whole, None if it has not."""
+        if self.bank is None or numbers is None or not self.bank.known.keys() >= set(numbers):
+            return None
+        return torch.stack([self.bank.known[number] for number in numbers]).cpu().numpy()
 
     def image_scores(self, maps: np.ndarray) -> np.ndarray:
         """Return the scores (B,) of anomaly maps (B, S, S), by the parameters' `image_score`."""
@@ -436,11 +443,12 @@ class Detector:
         without: Iterable[int] | None = None,
         names: Iterable[str] | None = None,
         products: Iterable[str | None] | None = None,
+        same: bool = False,
     ) -> Iterator["_Compared"]:
         """Compare photographs with the mean of their samples, and with the bank, batch by batch.
 
         products: with whose patches they are compared; where it is None, their number in the bank or their appearance
-        tells.
+        tells. same: they are the images that `without` numbers, so that the bank may know their distances.
         """
         params, size = self.params, self.pipeline.config.image_size
         if (captions is None) != (params.captions == "none"):
@@ -456,10 +464,14 @@ class Detector:
             x = self._tensors(given)
             texts = None if captions is None else [caption for _, caption in batch]
             ours = list(islice(called, len(batch)))
-            clean, features = self._encode(x)
-            look, own = appearance(clean), None if numbers is None else list(islice(numbers, len(batch)))
+            own = None if numbers is None else list(islice(numbers, len(batch)))
             told = list(islice(asked, len(batch)))
-            distances = self._distances(features, look, told, own)
+            distances = self._known(own) if same else None
+            # Where they are known, the backbone need not run at the other sizes.
+            clean, features = self._encode(x) if distances is None else (self.pipeline.encode_images(x), [])
+            look = appearance(clean)
+            if distances is None:
+                distances = self._distances(features, look, told, own)
             before = [extract(x, clean) for extract, _ in self.spaces]
             samples, expected, rebuilt, shown = [], [], x, np.empty(0)
             for sample in range(params.samples):

@@ -16,6 +16,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from vlmdiff.core.errors import InputError, machine_fault
 from vlmdiff.core.params import VisionBackbone
+from vlmdiff.model import attention
 from vlmdiff.model.normalization import Normalization
 from vlmdiff.model.pretrained import check_pinned
 
@@ -67,7 +68,11 @@ class Backbone:
         self.tokens = _states(output)[0].ndim == 3
         if not self.tokens:
             model.to(memory_format=torch.channels_last)
-        elif "last" not in self.layers:
+            return
+        if model.config._attn_implementation == "sdpa":
+            with _quiet():
+                model.set_attn_implementation(attention.NAME)
+        if "last" not in self.layers:
             _drop_blocks(model, count - 1, max(layer for layer in self.layers if isinstance(layer, int)))
 
     @classmethod
