@@ -5,8 +5,8 @@ MLFLOW_PORT ?= 5000
 REPORTS_PORT ?= 5080
 
 BIN := $(CURDIR)/.venv/bin
-PHOTOGRAPHS := $(addprefix benchmarks/,photographs.py few_images.py decoders.py)
-BENCHMARKS := $(filter-out $(PHOTOGRAPHS),$(wildcard benchmarks/*.py))
+PHOTOGRAPHS := $(addprefix benchmarks/,photographs.py few_images.py decoders.py denoisers.py)
+BENCHMARKS := $(filter-out $(PHOTOGRAPHS) benchmarks/dataset.py,$(wildcard benchmarks/*.py))
 INSTALLED := .venv/.installed
 
 export PATH := $(BIN):$(PATH)

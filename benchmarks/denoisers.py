@@ -165,7 +165,7 @@ class Way:
         return self.scheduler.add_noise(codes, noise, levels), torch.ones_like(codes[:, 0])
 
     def weights(self, squared: torch.Tensor, risen: float) -> torch.Tensor:
-        """Return the weights (B, h, w) of squared errors (B, h, w); `risen` goes from 0 to 1 in a quarter of training."""
+        """Return the weights (B, h, w) of squared errors (B, h, w). `risen` rises to 1 in a quarter of the steps."""
         return torch.ones_like(squared)
 
     def loss(
@@ -274,7 +274,7 @@ class Way:
 
     @classmethod
     def title(cls) -> str:
-        return (cls.__doc__ or "").partition(".")[0]
+        return (cls.__doc__ or "").partition(". ")[0].removesuffix(".")
 
 
 class Half(Way):

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import vlmdiff
 from vlmdiff.cli import app
 from vlmdiff.core.dvc import stage_names
-from vlmdiff.core.params import Params, load
+from vlmdiff.core.params import CaptionFile, Endpoint, Params, Retrieval, VisionLanguageModel, load
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ["core", "data", "captions", "model", "training", "detection", "evaluation", "registry", "production", "setup"]
@@ -201,6 +202,19 @@ def test_every_key_of_the_default_parameters_is_written_out() -> None:
         for metric, floor in defaults["gate"]["floors"].items()
     }
     assert keys(written) == keys(defaults)
+
+
+def test_what_the_comments_of_the_default_parameters_say_is_the_default_is_it() -> None:
+    comments = " ".join(line.partition("# ")[2].strip() for line in (ROOT / "params.yaml").read_text().splitlines())
+    for key, value in Retrieval().model_dump(mode="json").items():
+        assert f" {key}: {json.dumps(value).strip(chr(34))} (" in comments, key
+    for kind in (CaptionFile, VisionLanguageModel, Endpoint):
+        name = kind.model_fields["kind"].annotation.__args__[0]
+        (said,) = map(yaml.safe_load, re.findall(rf"{{kind: {name}, [^}}]*}}", comments))
+        for key, field in kind.model_fields.items():
+            # A word in capitals stands for what has no default.
+            if not field.is_required() and not str(said.get(key, "")).isupper():
+                assert said.get(key, field.default) == field.default, f"{name}: {key}"
 
 
 def keys(values: dict, prefix: str = "") -> set[str]:
