@@ -414,9 +414,9 @@ class Jittered(Way):
 
 
 class Small(Way):
-    """A network of 48, 64, 96 channels."""
+    """A network of 64, 96, 128 channels."""
 
-    changes = {"block_channels": (48, 64, 96)}  # noqa: RUF012
+    changes = {"block_channels": (64, 96, 128)}  # noqa: RUF012
 
 
 class Raw(Way):
@@ -492,7 +492,8 @@ def main() -> None:
     table = Table("", *columns, title="AU-PRO / image AUROC")
     (drawn, _), (tested, banks) = (results(space, one, one.retrieval) for one in (space.drawn, space.tested))
     table.add_row("the banks alone", "", drawn, "", tested)
-    first, lines = {}, []
+    say(f"the banks alone: {drawn} | {tested}")
+    first: dict[str, Resampled] = {}
     for title, maps in measured(space, names):
         cells, found = [], {}
         for judged, one in zip((space.drawn, space.tested), maps, strict=True):
@@ -506,9 +507,8 @@ def main() -> None:
         first = first or found
         for what, less, than in (*pairs, ("with the banks", found["with the banks"] - banks, "minus the banks alone")):
             values = ", ".join(f"{metric} {interval(less.interval(metric))}" for metric in ("au_pro", "image_auroc"))
-            lines.append(f"{title}, {what}, {than}: {values}")
+            say(f"{title}, {what}, {than}: {values} (test images, 95 %)")
     Console().print(table)
-    print("\n".join(["On the test images, 95 % intervals:", *lines]))
 
 
 if __name__ == "__main__":
