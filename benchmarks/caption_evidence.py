@@ -11,9 +11,10 @@ images, captioned by `describe` as the others; the table shows what it does ther
 the differences come from 2,000 bootstrap samples of each class's normal and defective images.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from scipy.special import logit
 from sklearn.metrics import roc_auc_score
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from dataset import learn_again
 
 from vlmdiff.captions.describe import describe
 from vlmdiff.captions.files import read_captions
@@ -116,7 +121,12 @@ def main() -> None:
     drawn = pd.concat([held_out, held_out.iloc[rows].assign(is_anomalous=True, image_id="")], ignore_index=True)
     # At the model's size, as the defects are drawn: a caption may differ from that of the original.
     drawn["caption"] = [describe(Image.fromarray(image)) for image in judged]
-    without = [*range(len(images)), *rows] if detector.bank is not None else None
+    without = None
+    if detector.bank is not None:
+        size = detector.pipeline.config.image_size
+        others = (load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in training["path"])
+        learn_again(detector, held_out, training, chain(images, others))
+        without = [*range(len(images)), *rows]
     maps = {"drawn": detector.standardised(judged, drawn["class_name"].tolist(), 16, None, without)}
     scores = pd.read_parquet(Path(w.EVALUATION) / "scores.parquet").set_index("image_id")["score"]
     test = frame[frame["split"] == "test"].reset_index(drop=True)

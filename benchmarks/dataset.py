@@ -1,5 +1,6 @@
 """The photographs of this workspace, for the benchmarks that compare methods on them."""
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
@@ -9,6 +10,20 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.params import load
 from vlmdiff.data import manifest
 from vlmdiff.data.images import load_mask, load_rgb, resolve
+from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.normals import Normal
+
+
+def learn_again(
+    detector: Detector, held_out: pd.DataFrame, training: pd.DataFrame, images: Iterable[np.ndarray]
+) -> None:
+    """Let a loaded detector learn its normal images again, in the order of `evaluate`.
+
+    The file of a bank does not say whose its patches are, so no image could be judged without its own. held_out,
+    training: rows of the manifest; images: of both, in that order, uint8 (S, S, 3).
+    """
+    rows = pd.concat([held_out, training])[["image_id", "path", "class_name"]]
+    detector.learn(images, [Normal(*row) for row in rows.itertuples(index=False)], 16)
 
 
 class Dataset:

@@ -8,7 +8,7 @@ Without names, all ways run. Each trains a denoiser as params.yaml says, but for
 wrote. Its map is compared alone, and with a fifth of the weight beside the map of the detector's banks of patches. The
 first row, without a change, is always there; intervals of the differences from it, and of the banks and the
 denoiser minus the banks alone, come from 1,000 bootstrap samples of each class's test images. Maps are smoothed, and
-images scored, as params.yaml says. The ways:
+images scored, as params.yaml says. The names, and what each changes:
 """
 
 import argparse
@@ -29,7 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from dataset import Dataset
+from dataset import Dataset, learn_again
 from photographs import interval
 
 from vlmdiff.captions.files import read_captions
@@ -72,13 +72,19 @@ class Workspace:
     """What all ways share: parameters, encoded images, and the images to judge."""
 
     def __init__(self):
-        self.dataset, self.detector = Dataset(), Detector.from_pretrained(w.DETECTOR)
+        self.dataset, self.detector = Dataset(), Detector.from_pretrained(w.DETECTOR, "cpu")
         self.params, self.encoded = self.dataset.params, Encoded.open(w.ENCODED)
         self.texts, self.detection = read_captions(w.CAPTIONS), self.detector.params
-        if self.params.train.sgn or self.detection.steps != 1 or self.params.train.prediction != "v_prediction":
-            raise SystemExit("These ways need train.sgn: false, train.prediction: v_prediction and a single step.")
+        train, judge = self.params.train, self.detection
+        kinds = [features.kind for features in judge.features]
+        usual = (train.sgn, train.prediction, train.trainable, train.accumulate, judge.steps, judge.samples, kinds)
+        if usual != (False, "v_prediction", "all", 1, 1, 2, ["latents"]) or judge.captions != "none":
+            raise SystemExit("skipped: this needs the `train` and `evaluate.detection` of presets/photographs.yaml")
         normal = self.dataset.normal
-        self.held_out = normal[normal["split"] == "validation"].reset_index(drop=True)
+        split = normal["split"] == "validation"
+        self.held_out, training = normal[split].reset_index(drop=True), normal[~split]
+        images = (self.dataset.read(path) for path in (*self.held_out["path"], *training["path"]))
+        learn_again(self.detector, self.held_out, training, images)
         self.drawn, self.tested = self._drawn(), self._tested()
 
     def _drawn(self) -> Judged:
@@ -126,12 +132,14 @@ class Way:
     """As it is."""
 
     changes: dict = {}  # noqa: RUF012
+    share = 1.0  # of the steps
     dropout = 0.0
     captions = "none"
 
     def __init__(self, workspace: Workspace):
         self.workspace = workspace
-        self.params = workspace.params.train.model_copy(update=self.changes)
+        train = workspace.params.train
+        self.params = train.model_copy(update={"steps": round(train.steps * self.share), **self.changes})
         self.level = workspace.detection.noise_level
         vae, normalization = load_first_stage(w.FIRST_STAGE), Normalization.load(w.FIRST_STAGE)
         text_encoder = CLIPTextModel.from_pretrained(w.ENCODED / "text_encoder")
@@ -177,7 +185,7 @@ class Way:
         output, log_variance = self.pipeline.denoise(noisy, levels, prompts, codes)
         squared = (output.float() - self.scheduler.get_velocity(codes, noise, levels)).square().mean(dim=1)
         weights = counted * self.weights(squared.detach(), risen)
-        value = (weights * squared).sum() / counted.sum() + term
+        value = (weights * squared).sum() / weights.sum() + term
         if log_variance is None:
             return value
         surprise = log_variance.float() + squared.detach() * torch.exp(-log_variance.float())
@@ -189,25 +197,29 @@ class Way:
         codes = self.prepared(self.learned())
         splits = data.index["split"].to_numpy()
         held_out = self.prepared(torch.from_numpy(data.mean[np.flatnonzero(splits == "validation")]))
-        known = [self.workspace.texts[name] for name in data.index["image_id"]]
-        known = [text for text, split in zip(known, splits, strict=True) if split == "train"]
-        with torch.no_grad():
-            embeds = self.pipeline.encode_captions(["", *self.texts(known)])
         lowest, highest = params.noise_levels
+
+        def embedded(split: str) -> torch.Tensor:
+            names = data.index["image_id"][splits == split]
+            with torch.no_grad():
+                return self.pipeline.encode_captions(["", *self.texts([self.workspace.texts[name] for name in names])])
+
+        embeds, theirs = embedded("train"), embedded("validation")[1:]
 
         def loss(step: int, part: slice) -> torch.Tensor:
             rows = batch_indices(len(codes), params.batch_size, step, params.seed)
             generator = step_generator(params.seed, step)
             levels = torch.randint(lowest, highest + 1, (len(rows),), generator=generator)
             dropped = (torch.rand(len(rows), generator=generator) < params.caption_dropout).numpy()
-            texts = np.where(dropped, 0, 1 + rows % len(known))
+            texts = np.where(dropped, 0, 1 + rows % (len(embeds) - 1))
             return self.loss(codes[rows], embeds[texts], generator, levels, min(1.0, 4 * step / params.steps))
 
         def validation_loss(share: slice) -> float:
             generator, total = step_generator(params.seed, 2**32), 0.0
-            for some in held_out.split(params.batch_size):
+            batches = held_out.split(params.batch_size), theirs.split(params.batch_size)
+            for some, prompts in zip(*batches, strict=True):
                 levels = torch.randint(lowest, highest + 1, (len(some),), generator=generator)
-                total += self.loss(some, embeds[:1].expand(len(some), -1, -1), generator, levels, 0).item() * len(some)
+                total += self.loss(some, prompts, generator, levels, 0).item() * len(some)
             return total / len(held_out)
 
         with tempfile.TemporaryDirectory() as folder:
@@ -280,17 +292,17 @@ class Way:
 class Half(Way):
     """Half of the steps."""
 
-    changes = {"steps": 100}  # noqa: RUF012
+    share = 0.5
 
 
 class Double(Way):
     """Twice the steps."""
 
-    changes = {"steps": 400}  # noqa: RUF012
+    share = 2.0
 
 
 class Levels(Way):
-    """Three noise levels, 550, 650 and 750. The sum of their maps; trained at 500 to 800."""
+    """Three noise levels, 550, 650 and 750. The mean of their differences; trained at 500 to 800."""
 
     changes = {"noise_levels": (500, 800)}  # noqa: RUF012
 
@@ -300,10 +312,10 @@ class Levels(Way):
 
 
 class Inversion(Way):
-    """All noise levels. And the norm of where three steps of DDIM inversion end (2504.05662), alone and with it."""
+    """Trained at all noise levels. Also three steps of DDIM inversion, to noise; the map is its norm (2504.05662)."""
 
     changes = {"noise_levels": (0, 999)}  # noqa: RUF012
-    inverted, both = "... the norm after three steps of inversion", "... the sum of both"
+    inverted, both = "... the norm after three steps of inversion", "... the mean of both maps"
 
     def differences(self, codes, prompts):
         x = codes
@@ -369,7 +381,7 @@ class Prototypes(Way):
 
 
 class Masked(Way):
-    """Half of the places noised. Blocks of 2 x 2, in a random pattern; at test two chequerboards (DeCo-Diff)."""
+    """Half of the places noised. Blocks of 2 x 2, at random; at test every second one, then the rest (DeCo-Diff)."""
 
     def noised(self, codes, noise, levels, generator):
         shape = len(codes), 1, codes.shape[2] // 2, codes.shape[3] // 2
@@ -398,7 +410,7 @@ class Centred(Way):
 
 
 class Jittered(Way):
-    """Training images also shifted, lit and noisy. Two more of each: up to 8 pixels, 10 %, a deviation of 2 of 255."""
+    """Altered training images too. Two of each: moved by 8 pixels, brighter or darker by 10 %, noise of 2 of 255."""
 
     def learned(self):
         rng, images, every = np.random.default_rng(0), self.workspace.training, [super().learned()]
@@ -447,8 +459,8 @@ class Shuffled(Captioned):
     """Captions of other images, in training and at test."""
 
     def texts(self, captions):
-        order = np.random.default_rng(0).permutation(len(captions))
-        return [captions[i] for i in order]
+        rng, others = np.random.default_rng(0), {text: [one for one in captions if one != text] for text in captions}
+        return [str(rng.choice(others[text] or [text])) for text in captions]
 
 
 WAYS = {

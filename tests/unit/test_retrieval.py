@@ -141,6 +141,22 @@ def test_what_the_bank_knows_of_an_image_is_not_computed_again(whole, detector, 
     np.testing.assert_allclose(ours.calibrate(images, in_bank=True), scores, atol=0.02)
 
 
+def test_images_that_are_not_those_of_the_bank_do_not_calibrate_as_if_they_were(detector, tmp_path):
+    images = photographs(12, seed=1)
+    ours = Detector(detector.pipeline, detector.params)
+    ours.learn(images, named(12))
+    with pytest.raises(InputError, match="image 0 is not the image that `learn` has seen as number 0"):
+        ours.calibrate(images[::-1], in_bank=True)
+    ours.calibrate(images[:11], in_bank=True)
+    # The file of a bank does not say whose its patches are.
+    ours.save_pretrained(tmp_path)
+    again = Detector.from_pretrained(tmp_path, "cpu")
+    with pytest.raises(InputError, match="does not know whose its patches are"):
+        again.evidence(images, without=range(12))
+    with pytest.raises(InputError, match="does not know whose its patches are"):
+        again.calibrate(images, in_bank=True)
+
+
 def two_products(params):
     x, y = features(3), -features(3)
     # Their images come mixed, as those of a dataset do.

@@ -29,6 +29,8 @@ from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
 
 NORMALS = "normals.safetensors"
+# By how much, as a share of the largest, the features of an image may differ between batches.
+SAME = 0.05
 
 
 class Detector:
@@ -172,8 +174,8 @@ class Detector:
         rate, and the others alone set the thresholds, so that their promise holds. Returns the photographs' scores
         (N,), as `detect` would give them for a photograph that is new to it.
 
-        Raises InputError if there are several products and `learn` has not seen them all, or if `rate` is given and no
-        product has two images.
+        Raises InputError if there are several products and `learn` has not seen them all, if `rate` is given and no
+        product has two images, or if an image is not in its place in the bank.
         """
         shown, products = products, [""] * len(normal) if products is None else list(products)
         if len(set(products)) > 1 and not set(products) <= set(self.normals.products.names if self.normals else ()):
@@ -318,6 +320,16 @@ class Detector:
         if self.bank is None or numbers is None or not self.bank.known.keys() >= set(numbers):
             return None
         return torch.stack([self.bank.known[number] for number in numbers]).cpu().numpy()
+
+    def _check_same(self, look: torch.Tensor, numbers: list[int], names: list[str]) -> None:
+        """Raise InputError if one of the images with this look (B, F) is not that of the bank with its number."""
+        if self.normals is None:
+            return
+        remembered = self.normals.features[numbers].float()
+        off = (look.cpu().float() - remembered).abs().amax(dim=1) > SAME * remembered.abs().amax(dim=1)
+        if off.any():
+            name, number = names[int(off.nonzero()[0])], numbers[int(off.nonzero()[0])]
+            raise InputError(f"{name} is not the image that `learn` has seen as number {number}: pass the same images")
 
     def image_scores(self, maps: np.ndarray) -> np.ndarray:
         """Return the scores (B,) of anomaly maps (B, S, S), by the parameters' `image_score`."""
@@ -470,6 +482,8 @@ class Detector:
             # Where they are known, the backbone need not run at the other sizes.
             clean, features = self._encode(x) if distances is None else (self.pipeline.encode_images(x), [])
             look = appearance(clean)
+            if same and own is not None:
+                self._check_same(look, own, ours)
             if distances is None:
                 distances = self._distances(features, look, told, own)
             before = [extract(x, clean) for extract, _ in self.spaces]
