@@ -125,7 +125,7 @@ def main() -> None:
     if detector.bank is not None:
         size = detector.pipeline.config.image_size
         others = (load_rgb(resolve(data.image_root, path), size, data.max_pixels) for path in training["path"])
-        learn_again(detector, held_out, training, chain(images, others))
+        learn_again(detector, pd.concat([held_out, training]), chain(images, others))
         without = [*range(len(images)), *rows]
     maps = {"drawn": detector.standardised(judged, drawn["class_name"].tolist(), 16, None, without)}
     scores = pd.read_parquet(Path(w.EVALUATION) / "scores.parquet").set_index("image_id")["score"]

@@ -14,16 +14,13 @@ from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.normals import Normal
 
 
-def learn_again(
-    detector: Detector, held_out: pd.DataFrame, training: pd.DataFrame, images: Iterable[np.ndarray]
-) -> None:
-    """Let a loaded detector learn its normal images again, in the order of `evaluate`.
+def learn_again(detector: Detector, rows: pd.DataFrame, images: Iterable[np.ndarray]) -> None:
+    """Let a loaded detector learn normal images again: the file of a bank does not say which image a patch is from.
 
-    The file of a bank does not say whose its patches are, so no image could be judged without its own. held_out,
-    training: rows of the manifest; images: of both, in that order, uint8 (S, S, 3).
+    rows: those of the manifest, the held-out images first, as in `evaluate`; images: of each, uint8 (S, S, 3).
     """
-    rows = pd.concat([held_out, training])[["image_id", "path", "class_name"]]
-    detector.learn(images, [Normal(*row) for row in rows.itertuples(index=False)], 16)
+    columns = rows[["image_id", "path", "class_name"]]
+    detector.learn(images, [Normal(*row) for row in columns.itertuples(index=False)], 16)
 
 
 class Dataset:

@@ -6,9 +6,9 @@ Run it in a workspace where `dvc repro` has run with presets/photographs.yaml:
 
 Without names, all ways run. Each trains a denoiser as params.yaml says, but for one change, on the codes that `encode`
 wrote. Its map is compared alone, and with a fifth of the weight beside the map of the detector's banks of patches. The
-first row, without a change, is always there; intervals of the differences from it, and of the banks and the
-denoiser minus the banks alone, come from 1,000 bootstrap samples of each class's test images. Maps are smoothed, and
-images scored, as params.yaml says. The names, and what each changes:
+first row, without a change, is always there. The intervals are of the differences from it, and from the banks alone.
+They come from 1,000 bootstrap samples of each class's test images. Maps are smoothed, and images scored, as params.yaml
+says. The names, and what each changes:
 """
 
 import argparse
@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -54,12 +55,11 @@ SHARE, BATCH = 0.8, 16
 
 @dataclass(frozen=True)
 class Judged:
-    """Images to judge: uint8 (N, S, S, 3), their classes, captions, masks, and whether they have a defect.
+    """What is judged of N images: their classes, captions, masks (N, S, S), and whether they have a defect.
 
     codes: (N, C, h, w); retrieval: (N, S, S), the map of the banks.
     """
 
-    images: np.ndarray
     classes: np.ndarray
     captions: list[str]
     masks: np.ndarray
@@ -82,9 +82,9 @@ class Workspace:
             raise SystemExit("skipped: this needs the `train` and `evaluate.detection` of presets/photographs.yaml")
         normal = self.dataset.normal
         split = normal["split"] == "validation"
-        self.held_out, training = normal[split].reset_index(drop=True), normal[~split]
-        images = (self.dataset.read(path) for path in (*self.held_out["path"], *training["path"]))
-        learn_again(self.detector, self.held_out, training, images)
+        self.held_out = normal[split].reset_index(drop=True)
+        rows = pd.concat([self.held_out, normal[~split]])
+        learn_again(self.detector, rows, (self.dataset.read(path) for path in rows["path"]))
         self.drawn, self.tested = self._drawn(), self._tested()
 
     def _drawn(self) -> Judged:
@@ -112,7 +112,7 @@ class Workspace:
     def _judged(self, images, classes, captions, masks, truths, without: Sequence[int] | None) -> Judged:
         retrieval = self.detector.evidence(images, BATCH, None, without)[:, 1]
         codes = self.encode(images)
-        return Judged(images, classes, captions, masks, truths, codes, np.ascontiguousarray(retrieval))
+        return Judged(classes, captions, masks, truths, codes, np.ascontiguousarray(retrieval))
 
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> torch.Tensor:

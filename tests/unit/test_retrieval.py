@@ -136,7 +136,7 @@ def test_what_the_bank_knows_of_an_image_is_not_computed_again(whole, detector, 
     monkeypatch.setattr(FeatureSpace, "features", lambda *given: asked.append(given[2:]) or features(*given))
     scores = ours.calibrate(images, in_bank=True)
     assert ((32,) in asked) != whole
-    # As it judges images of which it is told only which they are.
+    # Without that knowledge, it computes the same scores.
     ours.bank.known.clear()
     np.testing.assert_allclose(ours.calibrate(images, in_bank=True), scores, atol=0.02)
 
@@ -145,15 +145,15 @@ def test_images_that_are_not_those_of_the_bank_do_not_calibrate_as_if_they_were(
     images = photographs(12, seed=1)
     ours = Detector(detector.pipeline, detector.params)
     ours.learn(images, named(12))
-    with pytest.raises(InputError, match="image 0 is not the image that `learn` has seen as number 0"):
+    with pytest.raises(InputError, match="image 0 is not the image that `learn` saw as number 0"):
         ours.calibrate(images[::-1], in_bank=True)
     ours.calibrate(images[:11], in_bank=True)
-    # The file of a bank does not say whose its patches are.
+    # The file of a bank does not say which image a patch is from.
     ours.save_pretrained(tmp_path)
     again = Detector.from_pretrained(tmp_path, "cpu")
-    with pytest.raises(InputError, match="does not know whose its patches are"):
+    with pytest.raises(InputError, match="does not know which image a patch is from"):
         again.evidence(images, without=range(12))
-    with pytest.raises(InputError, match="does not know whose its patches are"):
+    with pytest.raises(InputError, match="does not know which image a patch is from"):
         again.calibrate(images, in_bank=True)
 
 

@@ -29,7 +29,7 @@ from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.model.pipeline import VLMDiffPipeline, load_pipeline
 
 NORMALS = "normals.safetensors"
-# By how much, as a share of the largest, the features of an image may differ between batches.
+# The features of one image differ less between two batches, as a share of the largest.
 SAME = 0.05
 
 
@@ -327,9 +327,9 @@ class Detector:
             return
         remembered = self.normals.features[numbers].float()
         off = (look.cpu().float() - remembered).abs().amax(dim=1) > SAME * remembered.abs().amax(dim=1)
-        if off.any():
-            name, number = names[int(off.nonzero()[0])], numbers[int(off.nonzero()[0])]
-            raise InputError(f"{name} is not the image that `learn` has seen as number {number}: pass the same images")
+        for name, number, other in zip(names, numbers, off.tolist(), strict=True):
+            if other:
+                raise InputError(f"{name} is not the image that `learn` saw as number {number}: pass the same images")
 
     def image_scores(self, maps: np.ndarray) -> np.ndarray:
         """Return the scores (B,) of anomaly maps (B, S, S), by the parameters' `image_score`."""
@@ -460,7 +460,7 @@ class Detector:
         """Compare photographs with the mean of their samples, and with the bank, batch by batch.
 
         products: with whose patches they are compared; where it is None, their number in the bank or their appearance
-        tells. same: they are the images that `without` numbers, so that the bank may know their distances.
+        tells. same: the photographs are the images of the bank that `without` numbers, whose distances it may know.
         """
         params, size = self.params, self.pipeline.config.image_size
         if (captions is None) != (params.captions == "none"):
@@ -482,7 +482,7 @@ class Detector:
             # Where they are known, the backbone need not run at the other sizes.
             clean, features = self._encode(x) if distances is None else (self.pipeline.encode_images(x), [])
             look = appearance(clean)
-            if same and own is not None:
+            if same and own:
                 self._check_same(look, own, ours)
             if distances is None:
                 distances = self._distances(features, look, told, own)

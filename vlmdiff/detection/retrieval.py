@@ -109,7 +109,7 @@ class PatchBank:
         products, without: as in `__call__`. Images of one product are searched together.
         """
         if without is not None and self.image is None:
-            raise InputError("a bank that was read from a file does not know whose its patches are: call `learn`")
+            raise InputError("a bank that was read from a file does not know which image a patch is from: call `learn`")
         groups: dict[tuple[int, int], list[int]] = {}
         for i, product in enumerate(products):
             every = (0, len(self.cells.sizes))
