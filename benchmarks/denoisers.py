@@ -425,10 +425,10 @@ class Jittered(Way):
         return torch.cat(every)
 
 
-class Small(Way):
-    """A network of 64, 96, 128 channels."""
+class Wide(Way):
+    """A network of 96, 128, 192 channels."""
 
-    changes = {"block_channels": (64, 96, 128)}  # noqa: RUF012
+    changes = {"block_channels": (96, 128, 192)}  # noqa: RUF012
 
 
 class Raw(Way):
@@ -467,7 +467,7 @@ WAYS = {
     kind.__name__.lower(): kind
     for kind in (
         *(Half, Double, Levels, Inversion, Dropout, Bottleneck, Loose, Hard, Prototypes, Masked, Centred, Jittered),
-        *(Small, Raw, Plain, Uncaptioned, Captioned, Shuffled),
+        *(Wide, Raw, Plain, Uncaptioned, Captioned, Shuffled),
     )
 }
 
