@@ -8,13 +8,24 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from vlmdiff.core.params import AutoencoderFeatures, Detection, Pixels, TextEncoder, Train
+from tests.backbones import GIVEN
+from vlmdiff.core.params import (
+    AutoencoderFeatures,
+    Detection,
+    FirstStage,
+    Latents,
+    Pixels,
+    Retrieval,
+    TextEncoder,
+    Train,
+)
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.normals import Normal
 from vlmdiff.model.pipeline import VLMDiffPipeline
 from vlmdiff.model.text import token_windows
 from vlmdiff.training.diffusion import build
 from vlmdiff.training.encoded import Encoded
+from vlmdiff.training.first_stage import train_first_stage
 from vlmdiff.training.text_encoder import train_text_encoder, train_tokenizer
 
 CAPTIONS = ["a red round thing on white", "a blue square thing on grey", "green stripes from left to right"]
@@ -77,6 +88,34 @@ def save_tiny_detector(folder: Path) -> Path:
     detector.calibrate(list(noise))
     detector.save_pretrained(folder)
     return folder
+
+
+def striped(count: int, seed: int) -> list[np.ndarray]:
+    """Photographs with the same stripes, and noise."""
+    noise = np.random.default_rng(seed).integers(0, 40, (count, GIVEN, GIVEN, 3))
+    return list((noise + 100 * (np.arange(GIVEN) // 8 % 2)[None, :, None, None]).astype(np.uint8))
+
+
+def tiny_retrieving_detector(model: Path, state: Path) -> Detector:
+    """A calibrated detector with a bank of patches, in the features of a tiny transformer saved in `model`.
+
+    state: an empty folder, for the training.
+    """
+    backbone = {"model": str(model), "image_size": GIVEN, "layers": (1, 2), "grid": 8, "decoder_channels": 16}
+    shape = {"kind": "backbone", "image_size": GIVEN, "latent_channels": 6, "steps": 1, "batch_size": 4}
+    images = np.stack(striped(8, seed=0))
+    params = FirstStage(**shape, backbone=backbone)
+    space, _ = train_first_stage(images, images[:4], params, state, torch.device("cpu"))
+    text = tiny_pipeline()
+    pipeline = build(space, text.text_encoder, text.tokenizer, Train(block_channels=(32, 32), head_size=16, steps=1))
+    pipeline.set_progress_bar_config(disable=True)
+    detection = Detection(
+        steps=1, samples=1, features=(Latents(kind="latents"),), retrieval=Retrieval(patches=200), smoothing=1.0
+    )
+    detector = Detector(pipeline, detection)
+    detector.learn(striped(8, seed=0), named(8))
+    detector.calibrate(striped(20, seed=1), weigh=lambda evidence: 0.7)
+    return detector
 
 
 def tiny_checkpoint(folder: Path, width: int = 32) -> Path:

@@ -13,17 +13,15 @@ from scipy import ndimage
 from sklearn.neighbors import NearestNeighbors
 
 from tests.backbones import GIVEN
-from tests.tiny import named, tiny_pipeline
+from tests.tiny import named, striped, tiny_pipeline, tiny_retrieving_detector
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import seal, write_json
-from vlmdiff.core.params import Detection, FirstStage, Latents, Retrieval, Train
+from vlmdiff.core.params import Detection, Latents, Retrieval
 from vlmdiff.detection.anomaly_map import fuse
 from vlmdiff.detection.cells import SEARCHED
 from vlmdiff.detection.detector import Detector
 from vlmdiff.detection.retrieval import COMPONENTS, NEIGHBOURS, NormalPatches, PatchBank, PatchBanks, unit_length
 from vlmdiff.model.feature_space import FeatureSpace
-from vlmdiff.training.diffusion import build
-from vlmdiff.training.first_stage import train_first_stage
 
 CHANNELS = (5, 3)
 
@@ -83,7 +81,7 @@ def test_a_detector_of_an_earlier_release_judges_as_it_did(detector, tmp_path):
     assert facts["detection"]["retrieval"].pop("level") == 0.5
     write_json(tmp_path / "detector.json", facts)
     seal(tmp_path)
-    images = photographs(2, 4)
+    images = striped(2, 4)
     found = Detector.from_pretrained(tmp_path, "cpu").distances(images)
     levels = np.quantile(found, 0.5, axis=(1, 2), method="lower", keepdims=True)
     np.testing.assert_allclose(found - 0.5 * levels, detector.distances(images), atol=1e-5)
@@ -114,10 +112,10 @@ def test_an_image_is_judged_without_its_own_patches():
 
 
 def test_calibration_by_images_of_the_bank_is_that_by_new_ones(detector):
-    images = photographs(20, seed=1)
+    images = striped(20, seed=1)
     fresh = detector.calibration.threshold
     again = Detector(detector.pipeline, detector.params)
-    again.learn([*images, *photographs(8, seed=0)], named(28))
+    again.learn([*images, *striped(8, seed=0)], named(28))
     again.calibrate(images, weigh=lambda evidence: 0.7, in_bank=True)
     blind = Detector(detector.pipeline, detector.params, bank=again.bank)
     blind.calibrate(images, weigh=lambda evidence: 0.7)
@@ -127,7 +125,7 @@ def test_calibration_by_images_of_the_bank_is_that_by_new_ones(detector):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_what_the_bank_knows_of_an_image_is_not_computed_again(whole, detector, monkeypatch):
-    images = photographs(12, seed=1)
+    images = striped(12, seed=1)
     # 64 patches of each image are all that it has.
     wanted = Retrieval(patches=12 * (64 if whole else 8), more_sizes=(32,))
     ours = Detector(detector.pipeline, detector.params.model_copy(update={"retrieval": wanted}))
@@ -142,7 +140,7 @@ def test_what_the_bank_knows_of_an_image_is_not_computed_again(whole, detector, 
 
 
 def test_images_that_are_not_those_of_the_bank_do_not_calibrate_as_if_they_were(detector, tmp_path):
-    images = photographs(12, seed=1)
+    images = striped(12, seed=1)
     ours = Detector(detector.pipeline, detector.params)
     ours.learn(images, named(12))
     with pytest.raises(InputError, match="image 0 is not the image that `learn` saw as number 0"):
@@ -328,12 +326,12 @@ def test_the_evidence_of_several_sizes_is_their_mean_on_the_finest_grid():
 def test_a_detector_of_several_sizes_has_a_bank_for_each(detector, tmp_path):
     wanted = Retrieval(patches=10**6, more_sizes=(GIVEN // 2,))
     several = Detector(detector.pipeline, detector.params.model_copy(update={"retrieval": wanted}))
-    several.learn(photographs(8, seed=0), named(8))
-    several.calibrate(photographs(20, seed=1), weigh=lambda evidence: 1.0)
+    several.learn(striped(8, seed=0), named(8))
+    several.calibrate(striped(20, seed=1), weigh=lambda evidence: 1.0)
     several.save_pretrained(tmp_path)
     sizes = [len(load_file(tmp_path / name)["patches"]) for name in ("bank.safetensors", "bank_1.safetensors")]
     assert sizes[0] == 8 * 8 * 8 and sizes[1] == 8 * 4 * 4
-    images = photographs(2, 4)
+    images = striped(2, 4)
     again = Detector.from_pretrained(tmp_path, "cpu")
     np.testing.assert_allclose(again.distances(images), several.distances(images), atol=1e-5)
     assert again.detect(images)[0].score == pytest.approx(several.detect(images)[0].score, abs=1e-5)
@@ -383,33 +381,13 @@ def test_a_bank_whose_tensors_do_not_fit_is_refused(tmp_path, name, change):
         PatchBank.load(file, Retrieval(), sum(CHANNELS))
 
 
-def photographs(count, seed):
-    """The same stripes in every image, with noise."""
-    noise = np.random.default_rng(seed).integers(0, 40, (count, GIVEN, GIVEN, 3))
-    return list((noise + 100 * (np.arange(GIVEN) // 8 % 2)[None, :, None, None]).astype(np.uint8))
-
-
 @pytest.fixture(scope="module")
 def detector(saved, tmp_path_factory):
-    backbone = {"model": str(saved("vit")), "image_size": GIVEN, "layers": (1, 2), "grid": 8, "decoder_channels": 16}
-    shape = {"kind": "backbone", "image_size": GIVEN, "latent_channels": 6, "steps": 1, "batch_size": 4}
-    images = np.stack(photographs(8, seed=0))
-    params = FirstStage(**shape, backbone=backbone)
-    space, _ = train_first_stage(images, images[:4], params, tmp_path_factory.mktemp("state"), torch.device("cpu"))
-    text = tiny_pipeline()
-    pipeline = build(space, text.text_encoder, text.tokenizer, Train(block_channels=(32, 32), head_size=16, steps=1))
-    pipeline.set_progress_bar_config(disable=True)
-    detection = Detection(
-        steps=1, samples=1, features=(Latents(kind="latents"),), retrieval=Retrieval(patches=200), smoothing=1.0
-    )
-    detector = Detector(pipeline, detection)
-    detector.learn(photographs(8, seed=0), named(8))
-    detector.calibrate(photographs(20, seed=1), weigh=lambda evidence: 0.7)
-    return detector
+    return tiny_retrieving_detector(saved("vit"), tmp_path_factory.mktemp("state"))
 
 
 def test_both_kinds_of_evidence_make_the_map(detector):
-    found = detector.detect(photographs(3, seed=2))
+    found = detector.detect(striped(3, seed=2))
     for one in found:
         assert one.evidence.shape == (2, GIVEN, GIVEN) and (one.evidence >= 0).all()
         raw = fuse(one.evidence[None], 0.7)[0]
@@ -419,7 +397,7 @@ def test_both_kinds_of_evidence_make_the_map(detector):
 
 def test_an_image_of_the_bank_is_compared_with_the_others(detector):
     again = Detector(detector.pipeline, detector.params)
-    images = photographs(8, seed=0)
+    images = striped(8, seed=0)
     images[5] = images[5].copy()
     images[5][16:32, 16:32] = [250, 20, 20]
     again.learn(images, named(8))
@@ -428,14 +406,14 @@ def test_an_image_of_the_bank_is_compared_with_the_others(detector):
 
 
 def test_each_kind_is_scaled_by_the_tail_of_the_normal_images_that_calibrate(detector):
-    evidence = detector.evidence(photographs(20, seed=1))
+    evidence = detector.evidence(striped(20, seed=1))
     for maps in evidence.swapaxes(0, 1):
         median, high = np.quantile(maps, (0.5, 0.99))
         assert high - median == pytest.approx(1, rel=1e-4)
 
 
 def test_a_patch_of_another_kind_is_what_retrieval_finds(detector):
-    normal, spoiled = photographs(1, seed=3)[0], photographs(1, seed=3)[0].copy()
+    normal, spoiled = striped(1, seed=3)[0], striped(1, seed=3)[0].copy()
     spoiled[16:32, 16:32] = [250, 20, 20]
     clean, found = (one.evidence[1] for one in detector.detect([normal, spoiled]))
     inside, outside = found[18:30, 18:30].mean(), found[44:, 44:].mean()
@@ -445,7 +423,7 @@ def test_a_patch_of_another_kind_is_what_retrieval_finds(detector):
 def test_a_saved_detector_has_its_bank_and_judges_alike(detector, tmp_path):
     detector.save_pretrained(tmp_path)
     again = Detector.from_pretrained(tmp_path, "cpu")
-    for one, other in zip(detector.detect(photographs(2, 4)), again.detect(photographs(2, 4)), strict=True):
+    for one, other in zip(detector.detect(striped(2, 4)), again.detect(striped(2, 4)), strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-5)
         np.testing.assert_allclose(one.evidence, other.evidence, atol=1e-4)
 
@@ -459,11 +437,11 @@ def test_an_autoencoder_has_no_features_to_retrieve():
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_images_for_a_bank_are_named(detector, count):
     with pytest.raises(InputError, match="at least two"):
-        Detector(detector.pipeline, detector.params).learn(photographs(count, seed=0), named(count))
+        Detector(detector.pipeline, detector.params).learn(striped(count, seed=0), named(count))
 
 
 def test_photographs_judged_at_the_same_time_are_judged_as_one_after_the_other(detector):
-    groups = [photographs(3, seed) for seed in range(8)]
+    groups = [striped(3, seed) for seed in range(8)]
     alone = [detector.distances(images) for images in groups]
     with ThreadPoolExecutor(8) as threads:
         for one, other in zip(alone, threads.map(detector.distances, groups), strict=True):
@@ -471,7 +449,7 @@ def test_photographs_judged_at_the_same_time_are_judged_as_one_after_the_other(d
 
 
 def test_a_detector_of_an_earlier_release_that_retrieval_carries_judges_by_its_map(detector, tmp_path):
-    normal, images = photographs(10, seed=1), photographs(20, seed=4)
+    normal, images = striped(10, seed=1), striped(20, seed=4)
     params = detector.params.model_copy(update={"score_smoothing": None, "retrieval": Retrieval(weight=1.0)})
     by_map = Detector(detector.pipeline, params)
     by_map.learn(normal, named(10))
@@ -488,7 +466,7 @@ def test_a_detector_of_an_earlier_release_that_retrieval_carries_judges_by_its_m
 
 
 def test_where_retrieval_is_all_the_evidence_the_more_unusual_of_two_looks_at_it_counts(detector, tmp_path):
-    normal, images = photographs(10, seed=1), photographs(20, seed=4)
+    normal, images = striped(10, seed=1), striped(20, seed=4)
 
     def calibrated(**changed):
         params = detector.params.model_copy(update={"retrieval": Retrieval(weight=1.0)} | changed)
@@ -508,7 +486,7 @@ def test_where_retrieval_is_all_the_evidence_the_more_unusual_of_two_looks_at_it
 
 
 def test_where_retrieval_is_all_the_evidence_every_image_that_the_bank_has_whole_calibrates(detector):
-    held_out, training = photographs(10, seed=1), photographs(30, seed=5)
+    held_out, training = striped(10, seed=1), striped(30, seed=5)
     # 64 patches of each image are all that it has.
     whole = detector.params.model_copy(update={"retrieval": Retrieval(patches=40 * 64)})
     alone, both, few = (Detector(detector.pipeline, params) for params in (whole, whole, detector.params))
@@ -522,6 +500,6 @@ def test_where_retrieval_is_all_the_evidence_every_image_that_the_bank_has_whole
     # The map of retrieval at `score_smoothing` and at `smoothing`; the reconstruction has no say.
     assert [len(one.calibration.products["thing"].levels) for one in (alone, both)] == [2, 4]
     # A new image is as unusual as those that calibrate, each judged without its own patches.
-    found = [one.score for one in alone.detect(photographs(30, seed=6))]
+    found = [one.score for one in alone.detect(striped(30, seed=6))]
     assert 0.3 < np.median([alone.calibration.odds(np.array(alone.calibration.normal), ["thing"] * 40)]) < 0.5
     assert 0.3 < np.median(found) < 0.5

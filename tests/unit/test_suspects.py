@@ -10,13 +10,14 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.tiny import save_tiny_detector
+from tests.tiny import save_tiny_detector, tiny_retrieving_detector
 from vlmdiff import stages
 from vlmdiff.cli import app
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import load
 from vlmdiff.data import manifest
+from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.production.inspector import Inspector
 from vlmdiff.production.queue import Queue, Wanted
 
@@ -77,6 +78,25 @@ def test_what_slipped_in_comes_first_and_is_left_out_with_a_reason(dataset, mode
     assert first["id"] in {item["id"] for item in queue.listed(Wanted())["items"]}
     stages.prepare(load().prepare, w.MADE, w.MANIFEST)
     assert SLIPPED in set(manifest.read(w.MANIFEST)["path"])
+
+
+@pytest.mark.parametrize("patches", [8 * 64, 8 * 20])
+def test_with_a_bank_what_slipped_in_comes_first_whether_or_not_the_bank_has_all_patches(
+    patches, dataset, saved, tmp_path, monkeypatch
+):
+    detector = tiny_retrieving_detector(saved("vit"), tmp_path / "state")
+    wanted = detector.params.retrieval.model_copy(update={"patches": patches})
+    detector.params = detector.params.model_copy(update={"retrieval": wanted})
+    detector.save_pretrained(tmp_path / "detector")
+    asked, features = [], FeatureSpace.features
+    monkeypatch.setattr(
+        FeatureSpace, "features", lambda self, x, *size: asked.append(len(x)) or features(self, x, *size)
+    )
+    run("suspects", "--model", str(tmp_path / "detector"))
+    rows = pd.read_parquet(w.SUSPECTS).sort_values("score", ascending=False)
+    assert len(rows) == 16 and rows["path"].iloc[0].endswith(SLIPPED) and rows["is_anomalous"].iloc[0]
+    # What the bank has whole is encoded once.
+    assert sum(asked) == (16 if patches == 8 * 64 else 32)
 
 
 def test_an_image_is_excluded_and_taken_back_by_a_command(dataset):
