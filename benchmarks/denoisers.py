@@ -138,7 +138,7 @@ class Way:
 
     def __init__(self, workspace: Workspace):
         self.workspace = workspace
-        train = workspace.params.train
+        train = workspace.params.train.limited(int((workspace.encoded.index["split"] == "train").sum()))
         self.params = train.model_copy(update={"steps": round(train.steps * self.share), **self.changes})
         self.level = workspace.detection.noise_level
         vae, normalization = load_first_stage(w.FIRST_STAGE), Normalization.load(w.FIRST_STAGE)

@@ -1,4 +1,4 @@
-"""Compare what `vlmdiff doctor` predicts for the trainings with what they take: seconds and peak memory.
+"""Compare what `vlmdiff doctor` predicts for the stages with what they take: seconds, and peak memory of trainings.
 
 It runs the demo, and the preset photographs with photographs of your own if you name them. Each stage is a
 process of its own, as in `dvc repro`. Run it in the repository:
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STAGES = "prepare", "caption", "first_stage", "encode", "train"
+STAGES = "prepare", "caption", "first_stage", "encode", "train", "evaluate"
 MIB = 2**20
 
 
@@ -48,27 +48,27 @@ def add_rows(table: Table, name: str, workspace: Path, real: dict[str, tuple[flo
     # Imported once the real stages are over: a child's peak memory counts that of the process that starts it.
     from vlmdiff.core.params import load
     from vlmdiff.data import manifest
-    from vlmdiff.setup.doctor import LIMIT, TRAININGS, predicted_seconds
-    from vlmdiff.training.cost import measure
+    from vlmdiff.setup.cost import measure
+    from vlmdiff.setup.doctor import LIMIT, MEASURED, TRAININGS, predicted_seconds
 
     os.chdir(workspace)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the vlmdiff command sets it
     params = load(Path("params.yaml"))
     frame = manifest.read(Path("data/manifest.parquet"))
-    costs = {stage: measure(stage, params, LIMIT) for stage in TRAININGS}
+    costs = {stage: measure(stage, params, LIMIT) for stage in MEASURED}
     seconds = predicted_seconds(params, costs, frame)
     # The real stages map these files into memory, and have read them all by their end.
     mapped = {
         "first_stage": 3 * params.first_stage.image_size**2 * int((frame["split"] != "test").sum()),
         "train": sum(file.stat().st_size for file in Path("data/encoded").glob("*.npy")),
     }
-    for stage in ("first_stage", "encode", "train"):
+    for stage in ("first_stage", "encode", "train", "evaluate"):
         took, peak = real[stage]
         if stage not in seconds:
             table.add_row(name, stage, f"not within {LIMIT:.0f} s", f"{took:.0f}", "", "", f"{peak / MIB:.0f}", "")
             continue
         memory = []
-        if stage in costs:
+        if stage in TRAININGS:
             predicted = costs[stage].memory + mapped[stage]
             memory = [f"{predicted / MIB:.0f}", f"{peak / MIB:.0f}", f"{predicted / peak:.2f}"]
         table.add_row(name, stage, f"{seconds[stage]:.0f}", f"{took:.0f}", f"{seconds[stage] / took:.2f}", *memory)

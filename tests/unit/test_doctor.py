@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import yaml
@@ -24,8 +25,8 @@ from vlmdiff.cli import app
 from vlmdiff.core.params import Params, Prepare, Train
 from vlmdiff.data import listing
 from vlmdiff.setup import doctor
-from vlmdiff.setup.doctor import Requirement, examine
-from vlmdiff.training.cost import GIB, Cost, measure
+from vlmdiff.setup.cost import GIB, Cost, measure
+from vlmdiff.setup.doctor import Requirement, examine, predicted_seconds
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -57,13 +58,13 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Cost]:
-    """What the trainings of TINY cost, measured once."""
-    return {stage: measure(stage, Params.model_validate(TINY), 600.0, seconds=0.2) for stage in doctor.TRAININGS}
+    """What the stages of TINY cost, measured once."""
+    return {stage: measure(stage, Params.model_validate(TINY), 600.0, seconds=0.2) for stage in doctor.MEASURED}
 
 
 @pytest.fixture
 def recalled(measured, monkeypatch):
-    """Doctor recalls what the trainings of TINY cost."""
+    """Doctor recalls what the stages of TINY cost."""
     monkeypatch.setattr(doctor, "measure", lambda stage, params, limit: measured[stage])
 
 
@@ -199,7 +200,7 @@ def test_models_that_are_here_are_counted_and_their_memory_and_disk_are_known(he
     assert all(found[name].ok and "million parameters" in found[name].found for name in models)
     assert found["detection.features.0"].ok and found["tokenizer"].ok and found["noise schedule"].ok
     assert all(found[f"memory, {stage}"].ok for stage in ("first_stage", "train", "evaluate")) and found["disk"].ok
-    assert all(found[f"time, {stage}"].ok for stage in ("first_stage", "train", "encode", "total"))
+    assert all(found[f"time, {stage}"].ok for stage in ("first_stage", "train", "encode", "evaluate", "total"))
 
 
 def test_a_backbone_whose_features_are_the_latents_is_found_and_what_it_takes_is_known(here, backbone):
@@ -217,6 +218,7 @@ def test_a_backbone_whose_features_are_the_latents_is_found_and_what_it_takes_is
     sizes = [float(re.search(r"([\d.]+) MiB per model", one["disk"].needed)[1]) for one in (found, more)]
     assert sizes[1] - sizes[0] == pytest.approx(normal * 256 * 512 / 2**20, abs=0.11)
     assert f"{normal * 256} normal patches" in more["memory, evaluate"].needed
+    assert more["time, evaluate"].ok and "drawn defects" in more["time, evaluate"].needed
 
     space["model"] = "nowhere"
     found = checks(measuring=True, **sections)
@@ -341,6 +343,42 @@ def test_the_seconds_of_a_training_are_those_of_its_steps_validations_and_checkp
     params = Train(steps=100, validate_every=50, checkpoint_every=40)
     assert found.seconds(params, held_out=6) == 4 + 9 + 1 + 100 * 1 + 2 * 6 * 0.5 + 2 * 3
     assert Cost(start=4.0, steps=[10.0]).seconds(params, held_out=6) is None
+
+
+def test_the_steps_of_a_training_that_epochs_limit_are_predicted():
+    params = Params.model_validate(
+        made(train={"steps": 100, "batch_size": 4, "max_epochs": 8}, encode={"mirror": ["horizontal"]})
+    )
+    costs = {"train": Cost(start=4.0, steps=[1.0] * 4, validation=0.0, checkpoint=0.0)}
+    # 10 images and 10 mirrored ones, 8 times, in batches of 4.
+    frame = pd.DataFrame({"path": "nowhere.png", "split": ["train"] * 10})
+    assert predicted_seconds(params, costs, frame) == {"train": 4 + 40}
+    assert predicted_seconds(params, costs, None) == {"train": 4 + 100}
+
+
+@pytest.mark.parametrize(
+    ("choices", "drawn"), [({}, 0), ({"retrieval": {}}, 40), ({"retrieval": {}, "costs": True}, 80)]
+)
+def test_the_seconds_of_an_evaluation_are_those_of_its_normal_images_drawn_defects_and_test_images(
+    here, choices, drawn
+):
+    evaluate = {"detection": {"retrieval": choices.get("retrieval")}}
+    if "costs" in choices:
+        evaluate["decision"] = {"costs": {"false_alarm": 1.0, "miss": 10.0}}
+    first_stage = {"kind": "backbone", "backbone": {"model": "nowhere", "image_size": SIZE, "grid": 16}}
+    params = Params.model_validate(made(first_stage=first_stage, evaluate=evaluate))
+    splits = ["train"] * 10 + ["validation"] * 4 + ["test"] * 6
+    frame = pd.DataFrame({"path": "nowhere.png", "split": splits})
+    found = predicted_seconds(params, {"evaluate": Cost(start=4.0, learn=2.0, judge=1.0)}, frame)
+    # Defects are drawn on a tenth as many images again, for what the report says that it can find.
+    assert found == {"evaluate": pytest.approx(4 + 14 * 2 + (4 + drawn + 0.1 * 10 + 6) * 1, abs=0.1)}
+    assert predicted_seconds(params, {"evaluate": Cost(start=4.0, learn=2.0)}, frame) == {}
+
+
+def test_an_evaluation_takes_longer_with_more_samples():
+    few, many = (cost(stage="evaluate", evaluate={"detection": {"samples": n}}) for n in (1, 8))
+    assert not few.failure and not many.failure
+    assert many.judge > 2 * few.judge > 0 and few.learn > 0
 
 
 def test_a_measurement_that_takes_too_long_is_ended_and_says_what_it_knows(here):

@@ -3,6 +3,7 @@
 An unknown key or an invalid value raises an `InputError` that names the file and the key.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -372,7 +373,8 @@ class Train(Training):
     UNet initialise the SGN, and its `scheduler` sets the noise schedule. Without it, `block_channels`,
     `layers_per_block` and `head_size` shape an untrained UNet.
 
-    Training draws noise levels uniformly between the lowest and the highest of `noise_levels`.
+    Training draws noise levels uniformly between the lowest and the highest of `noise_levels`. `max_epochs` limits
+    `steps`: with few images, a denoiser has seen each of them often enough before.
     """
 
     pretrained: Pretrained | None = None
@@ -389,12 +391,20 @@ class Train(Training):
     noise_levels: tuple[NoiseLevel, NoiseLevel] = (200, 300)
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     steps: Positive = 420
+    max_epochs: PositiveFloat | None = None
     batch_size: Positive = 16
     learning_rate: PositiveFloat = 1e-3
 
     @property
     def width(self) -> int | None:
         return None if self.pretrained else max(self.block_channels)
+
+    def limited(self, images: int) -> "Train":
+        """Return these settings with the steps for so many training images, counting mirrored ones."""
+        if self.max_epochs is None:
+            return self
+        most = max(1, math.ceil(self.max_epochs * images / self.batch_size))
+        return self.model_copy(update={"steps": min(self.steps, most), "max_epochs": None})
 
     def hint_mistake(self, downsampling: int) -> str | None:
         """Return what is wrong with `hint_channels` for latents `downsampling` times smaller than the image."""

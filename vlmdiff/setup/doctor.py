@@ -1,7 +1,7 @@
 """Check what an experiment needs before anything long starts: dataset, models, memory, disk, time.
 
-Memory and time of the trainings are measured on their own first steps. Nothing is downloaded, no endpoint is asked, and
-the workspace stays as it is.
+Memory and time of the trainings, and time of `evaluate`, are measured on their own first steps. Nothing is downloaded,
+no endpoint is asked, and the workspace stays as it is.
 """
 
 import json
@@ -33,9 +33,12 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.text import plain
 from vlmdiff.data import listing
 from vlmdiff.data.images import load_rgb
+from vlmdiff.data.synthesised import KINDS, SIZES
 from vlmdiff.detection.retrieval import COMPONENTS
+from vlmdiff.evaluation.detectable import COST as DETECTABLE
+from vlmdiff.evaluation.weighing import DEFECTS
 from vlmdiff.model.pretrained import check_pinned
-from vlmdiff.training.cost import GIB, Cost, free_memory, measure
+from vlmdiff.setup.cost import GIB, Cost, free_memory, measure
 from vlmdiff.training.first_stage import SEEN
 
 # Seconds for the measurement of a training.
@@ -51,6 +54,7 @@ NETWORK = ("config.json",)
 CAPTIONER = "caption.captioner"
 UNKNOWN = "not measured"
 TRAININGS = "first_stage", "train"
+MEASURED = *TRAININGS, "evaluate"
 
 
 @dataclass(frozen=True)
@@ -309,15 +313,17 @@ def _device(params: p.Params, device: torch.device) -> Requirement:
 
 
 def _costs(params: p.Params, device: torch.device, models: dict[str, Model], missing: set[str]) -> dict[str, Cost]:
-    """Measure the trainings whose models are here, and which may fit the memory."""
+    """Measure the trainings and `evaluate` where their models are here, and may fit the memory."""
     spaces = "first_stage.backbone", "first_stage.pretrained"
+    denoiser = {*spaces, "encode.text_encoder", "tokenizer", "train.pretrained", "noise schedule"}
     used = {
         "first_stage": {*spaces, "first_stage.perceptual"},
-        "train": {*spaces, "encode.text_encoder", "tokenizer", "train.pretrained", "noise schedule"},
+        "train": denoiser,
+        "evaluate": denoiser | {key for key in (*models, *missing) if key.startswith("detection.features")},
     }
     free, costs = free_memory(device), {}
-    for name in TRAININGS:
-        if not getattr(params, name).steps or missing & used[name]:
+    for name in MEASURED:
+        if (name in TRAININGS and not getattr(params, name).steps) or missing & used[name]:
             continue
         weights = 4 * sum(models[key].parameters for key in used[name] if key in models)
         if weights > free:
@@ -355,7 +361,10 @@ def _memory(
     if size is not None and (patches := _kept_patches(params, frame)):
         # The bank, twice more while it is sorted, the features that it is made of, and what is nearest to each patch.
         size, what = size + patches * (6 * COMPONENTS + 2 * WIDTH + 150), f"{what}, {patches} normal patches"
-    rows.append(_room("evaluate", size, here, what, advice))
+    if (cost := costs.get("evaluate", Cost())).too_large:
+        rows.append(Requirement("memory, evaluate", f"{_bytes(free)} free", "more", False, cost.failure))
+    else:
+        rows.append(_room("evaluate", size, here, what, advice))
     return rows
 
 
@@ -408,15 +417,15 @@ def _disk(
 
 
 def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) -> list[Requirement]:
-    """Return the rows of how long the trainings and `encode` take, and their sum."""
+    """Return the rows of how long the trainings, `encode` and `evaluate` take, and their sum."""
     rows, seconds = [], predicted_seconds(params, costs, frame)
     for name in TRAININGS:
-        training: p.Training = getattr(params, name)
+        training = _training(params, name, frame)
         if not training.steps:
             continue
         needed = f"{training.steps} steps of {training.batch_size} images"
         if frame is not None:
-            count = (frame["split"] == "train").sum() * (2 ** len(set(params.encode.mirror)) if name == "train" else 1)
+            count = _training_images(params, name, frame)
             needed += f", {training.steps * training.batch_size / max(1, count):.3g} epochs"
         cost = costs.get(name, Cost())
         if name in seconds:
@@ -429,19 +438,25 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
     if frame is not None and "encode" in seconds:
         count = _encoded_images(params, frame)
         rows.append(Requirement("time, encode", _duration(seconds["encode"]), f"{count} images", True))
+    if frame is not None:
+        tested, needed = int((frame["split"] == "test").sum()), "test images, besides normal images and drawn defects"
+        found = _duration(seconds["evaluate"]) if "evaluate" in seconds else UNKNOWN
+        known = True if "evaluate" in seconds else None
+        rows.append(Requirement("time, evaluate", found, f"{tested} {needed}", known))
     if len(seconds) > 1:
         rows.append(Requirement("time, total", _duration(sum(seconds.values())), "these stages", True))
     return rows
 
 
 def predicted_seconds(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) -> dict[str, float]:
-    """Return the seconds of the stages `first_stage`, `train` and `encode`, of those that are known."""
+    """Return the seconds of the stages `first_stage`, `train`, `encode` and `evaluate`, of those that are known."""
     counts = {} if frame is None else frame["split"].value_counts()
     held_out, reading = counts.get("validation", 0), _reading_seconds(params, frame)
+    trainings = {name: cost for name, cost in costs.items() if name in TRAININGS}
     found = {
         name: seconds
-        for name, cost in costs.items()
-        if (seconds := cost.seconds(getattr(params, name), held_out)) is not None
+        for name, cost in trainings.items()
+        if (seconds := cost.seconds(_training(params, name, frame), held_out)) is not None
     }
     if "first_stage" in found:
         found["first_stage"] += reading * (counts.get("train", 0) + held_out)
@@ -450,7 +465,29 @@ def predicted_seconds(params: p.Params, costs: dict[str, Cost], frame: pd.DataFr
     if "first_stage" in found and "train" in found and frame is not None:
         each = reading + costs["first_stage"].encode
         found["encode"] = costs["first_stage"].start + costs["train"].text + _encoded_images(params, frame) * each
+    cost = costs.get("evaluate", Cost())
+    if frame is not None and cost.judge:
+        tested = counts.get("test", 0)
+        # Drawn defects, by which it weighs the evidence, chooses a threshold, and says what it can find.
+        choices = bool(params.evaluate.detection.retrieval) + bool(params.evaluate.decision.costs)
+        drawn = choices * min(held_out * len(KINDS) * len(SIZES), DEFECTS) + DETECTABLE * (held_out + tested)
+        normal = counts.get("train", 0) + held_out
+        found["evaluate"] = cost.start + normal * (reading + cost.learn)
+        found["evaluate"] += reading * (held_out + tested) + (held_out + drawn + tested) * cost.judge
     return found
+
+
+def _training(params: p.Params, name: str, frame: pd.DataFrame | None) -> p.Training:
+    """Return the settings of a training, with the steps that it takes."""
+    training: p.Training = getattr(params, name)
+    if frame is None or not isinstance(training, p.Train):
+        return training
+    return training.limited(_training_images(params, name, frame))
+
+
+def _training_images(params: p.Params, name: str, frame: pd.DataFrame) -> int:
+    """Return how many images a training sees, counting mirrored ones."""
+    return int((frame["split"] == "train").sum()) * (2 ** len(set(params.encode.mirror)) if name == "train" else 1)
 
 
 def _reading_seconds(params: p.Params, frame: pd.DataFrame | None) -> float:

@@ -148,6 +148,7 @@ def choose_trainable(pipeline: VLMDiffPipeline, params: Train) -> nn.ModuleDict:
 
 def train_denoiser(pipeline: VLMDiffPipeline, data: Encoded, params: Train, state: Path) -> History:
     """Train the pipeline's denoiser in place; what is frozen is not touched."""
+    params = params.limited(int((data.index["split"] == "train").sum()))
     return fit(problem(pipeline, data, params), params, state)
 
 

@@ -1,4 +1,4 @@
-"""What a training costs: its own first steps, run in a child process on random data, with their seconds and memory."""
+"""What a stage costs: its own first steps, run in a child process on random data, with their seconds and memory."""
 
 import contextlib
 import io
@@ -24,7 +24,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from vlmdiff.core import lifeline
 from vlmdiff.core.device import pick_device
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.params import Params, PretrainedTextEncoder, Training
+from vlmdiff.core.params import Params, PretrainedTextEncoder, TextEncoder, Training
+from vlmdiff.detection.detector import Detector
+from vlmdiff.detection.normals import Normal
 from vlmdiff.model import pretrained
 from vlmdiff.model.feature_space import FeatureSpace
 from vlmdiff.training import diffusion, first_stage
@@ -41,16 +43,19 @@ BESIDE = 16
 STEPS, SECONDS, AT_MOST = 10, 5.0, 20.0
 # Images of a measured validation, at most.
 HELD_OUT = 16
+# Images that a measured detector learns, and judges.
+JUDGED = 4
 
 
 @dataclass
 class Cost:
-    """What a training's first steps show. 0, None or empty: the measurement did not get so far.
+    """What a stage's first steps show. 0, None or empty: the measurement did not get so far, or the stage has none.
 
     Seconds: start, from the start of the process to the first step; steps, of each step (the first ones warm up);
-    validation and encode, per image; checkpoint; text, of the text encoder's training; unfinished, of what ran when the
-    limit was reached. memory: peak, in bytes. Numbers: latents, of an image; tokens, of a window of text; weights, by
-    network; trained. failure: why the measurement ended early; too_large: because of the memory.
+    validation, encode, learn (of a detector, a normal image) and judge, per image; checkpoint; text, of the text
+    encoder's training; unfinished, of what ran when the limit was reached. memory: peak, in bytes. Numbers: latents, of
+    an image; tokens, of a window of text; weights, by network; trained. failure: why the measurement ended early;
+    too_large: because of the memory.
     """
 
     start: float = 0.0
@@ -58,6 +63,8 @@ class Cost:
     validation: float | None = None
     checkpoint: float | None = None
     encode: float = 0.0
+    learn: float = 0.0
+    judge: float = 0.0
     text: float = 0.0
     memory: int = 0
     latents: int = 0
@@ -85,9 +92,10 @@ class Cost:
 
 
 def measure(stage: str, params: Params, limit: float, seconds: float = SECONDS) -> Cost:
-    """Run the first steps of `stage`, "first_stage" or "train", in a child process, for at most `limit` seconds.
+    """Run the first steps of `stage` in a child process, for at most `limit` seconds.
 
-    seconds: how long to run steps. A step that takes long runs longer, up to AT_MOST seconds.
+    stage: "first_stage", "train" or "evaluate", which judges a few images. seconds: how long to run steps of a
+    training. A step that takes long runs longer, up to AT_MOST seconds.
 
     The child ends with this process. A failure of the child is the `failure` of the result.
     """
@@ -129,7 +137,8 @@ def _child(
     # The output of a training would look as if it were the real one.
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            for _ in _run(cost, began, stage, params, seconds, folder):
+            judged = stage == "evaluate"
+            for _ in _evaluate(cost, began, params) if judged else _train(cost, began, stage, params, seconds, folder):
                 connection.send(cost)
         except (InputError, ValueError, OSError, RuntimeError, MemoryError) as error:
             cost.failure = str(error) or type(error).__name__
@@ -137,7 +146,7 @@ def _child(
             connection.send(cost)
 
 
-def _run(cost: Cost, began: float, stage: str, params: Params, seconds: float, folder: Path) -> Iterator[None]:
+def _train(cost: Cost, began: float, stage: str, params: Params, seconds: float, folder: Path) -> Iterator[None]:
     """Set the training up, run steps, a validation and a checkpoint. Yield whenever `cost` has news."""
     torch.manual_seed(0)
     device = pick_device()
@@ -165,6 +174,34 @@ def _run(cost: Cost, began: float, stage: str, params: Params, seconds: float, f
     step()
     cost.validation = _seconds(loop.validate, device) / min(section.batch_size, HELD_OUT)
     cost.checkpoint = _seconds(lambda: loop.save(folder / "checkpoint"), device)
+    cost.memory = _peak(device)
+    yield
+
+
+def _evaluate(cost: Cost, began: float, params: Params) -> Iterator[None]:
+    """Set a detector up, untrained, and let it learn and judge a few images. Yield whenever `cost` has news."""
+    torch.manual_seed(0)
+    device, ours = pick_device(), params.evaluate
+    vae = first_stage.start(params.first_stage)
+    text_encoder, tokenizer = _text_encoder(params, device)
+    pipeline = diffusion.build(vae, text_encoder, tokenizer, params.train).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    detector = Detector(pipeline, ours.detection)
+    images = list(_images(JUDGED, params.first_stage.image_size))
+    known = [Normal(str(i), f"{i}.png", "", "a caption") for i in range(JUDGED)]
+    captions = None if ours.detection.captions == "none" else ["a caption"] * JUDGED
+    cost.start = time.monotonic() - began
+    yield
+
+    def learn() -> None:
+        detector.learn(images, known, JUDGED)
+
+    # The first time warms up.
+    learn()
+    cost.learn = _seconds(learn, device) / JUDGED
+    yield
+    detector.calibrate(images, JUDGED, captions)
+    cost.judge = _seconds(lambda: detector.detect(images, JUDGED, captions), device) / JUDGED
     cost.memory = _peak(device)
     yield
 
@@ -207,8 +244,10 @@ def _first_stage(cost: Cost, params: Params, device: torch.device) -> Problem:
 def _denoiser(cost: Cost, params: Params, device: torch.device) -> Problem:
     ours = params.train
     vae = first_stage.start(params.first_stage)
-    text_encoder = _text_encoder(cost, params, device)
-    pipeline = diffusion.build(vae, text_encoder, CLIPTokenizer(), ours)
+    text_encoder, tokenizer = _text_encoder(params, device)
+    if isinstance(chosen := params.encode.text_encoder, TextEncoder):
+        cost.text = _text_seconds(tokenizer, chosen, device)
+    pipeline = diffusion.build(vae, text_encoder, tokenizer, ours)
     for network in filter(None, (pipeline.unet, pipeline.sgn)):
         network.to(device)
     side = params.first_stage.image_size // first_stage.downsampling(vae)
@@ -233,19 +272,27 @@ def _denoiser(cost: Cost, params: Params, device: torch.device) -> Problem:
     return diffusion.problem(pipeline, data, ours)
 
 
-def _text_encoder(cost: Cost, params: Params, device: torch.device):
+def _text_encoder(params: Params, device: torch.device) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """Return the text encoder, trained for one step or pretrained, and its tokenizer."""
     chosen = params.encode.text_encoder
     if isinstance(chosen, PretrainedTextEncoder):
-        return pretrained.load_network(CLIPTextModel, chosen, chosen.subfolder)
+        text_encoder = pretrained.load_network(CLIPTextModel, chosen, chosen.subfolder)
+        return text_encoder, pretrained.load(CLIPTokenizer, chosen, chosen.tokenizer_subfolder)
     tokenizer = train_tokenizer(["a caption"], chosen)
-    tokens = torch.randint(len(tokenizer), (chosen.batch_size, 1, chosen.max_tokens))
-    thumbnails = torch.rand(chosen.batch_size, 3, THUMBNAIL, THUMBNAIL)
+    return _trained(tokenizer, chosen, 1, device).to("cpu"), tokenizer
 
-    def train(steps: int):
-        return train_text_encoder(tokenizer, tokens, thumbnails, chosen.model_copy(update={"steps": steps}), 0, device)
 
-    # The first call warms up. The second one tells how much of the third one is not steps.
-    train(2)
-    fixed = _seconds(lambda: train(1), device)
-    cost.text = max(0.0, _seconds(lambda: train(11), device) - fixed) / 10 * chosen.steps + fixed
-    return train(1).to("cpu")
+def _text_seconds(tokenizer: CLIPTokenizer, params: TextEncoder, device: torch.device) -> float:
+    """Return the seconds that the text encoder's training takes, after a first step."""
+    # One call tells how much of the other is not steps.
+    fixed, longer = (_seconds(lambda n=steps: _trained(tokenizer, params, n, device), device) for steps in (1, 11))
+    return max(0.0, longer - fixed) / 10 * params.steps + fixed
+
+
+def _trained(tokenizer: CLIPTokenizer, params: TextEncoder, steps: int, device: torch.device) -> CLIPTextModel:
+    tokens = torch.randint(len(tokenizer), (params.batch_size, 1, params.max_tokens))
+    thumbnails, fewer = (
+        torch.rand(params.batch_size, 3, THUMBNAIL, THUMBNAIL),
+        params.model_copy(update={"steps": steps}),
+    )
+    return train_text_encoder(tokenizer, tokens, thumbnails, fewer, 0, device)
