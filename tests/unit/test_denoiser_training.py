@@ -75,8 +75,12 @@ def test_training_and_validation_draw_their_noise_levels_from_the_range_that_is_
 @pytest.mark.parametrize(("most", "steps"), [(None, 8), (0.1, 1), (1.5, 4), (1000, 8)])
 def test_few_images_are_trained_on_for_so_many_epochs_at_most(checkpoint, tmp_path, most, steps):
     # 20 images to train on: 1.5 epochs are 30 images, 3.75 batches.
-    _, history = trained(checkpoint, tmp_path, steps=8, batch_size=8, max_epochs=most, validate_every=100)
+    changes = {"steps": 8, "warmup_steps": 4, "batch_size": 8, "max_epochs": most, "validate_every": 1}
+    _, history = trained(checkpoint, tmp_path, **changes)
     assert history[-1]["step"] == steps
+    # The learning rate rises for half of the steps, and then falls.
+    rates = [row["learning_rate"] for row in history]
+    assert rates == sorted(rates[: steps // 2]) + sorted(rates[steps // 2 :], reverse=True)
 
 
 def test_levels_that_the_checkpoints_schedule_has_not_are_refused(checkpoint, tmp_path):

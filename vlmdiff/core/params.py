@@ -374,7 +374,7 @@ class Train(Training):
     `layers_per_block` and `head_size` shape an untrained UNet.
 
     Training draws noise levels uniformly between the lowest and the highest of `noise_levels`. `max_epochs` limits
-    `steps`: with few images, a denoiser has seen each of them often enough before.
+    `steps`, so that few images train for less time; the warm-up becomes shorter by the same factor.
     """
 
     pretrained: Pretrained | None = None
@@ -403,8 +403,9 @@ class Train(Training):
         """Return these settings with the steps for so many training images, counting mirrored ones."""
         if self.max_epochs is None:
             return self
-        most = max(1, math.ceil(self.max_epochs * images / self.batch_size))
-        return self.model_copy(update={"steps": min(self.steps, most), "max_epochs": None})
+        steps = min(self.steps, max(1, math.ceil(self.max_epochs * images / self.batch_size)))
+        warmup = self.warmup_steps * steps // self.steps
+        return self.model_copy(update={"steps": steps, "warmup_steps": warmup, "max_epochs": None})
 
     def hint_mistake(self, downsampling: int) -> str | None:
         """Return what is wrong with `hint_channels` for latents `downsampling` times smaller than the image."""
