@@ -86,7 +86,7 @@ def init(
 @app.command(rich_help_panel=BEFORE)
 def doctor(
     params: Annotated[Path, typer.Argument(help="Parameters, such as a preset.")] = w.PARAMS,
-    measure: Annotated[bool, typer.Option(help="Run a few steps of each training, for about a minute.")] = True,
+    measure: Annotated[bool, typer.Option(help="Run a few steps of each training, and judge a few images.")] = True,
 ) -> None:
     """Check dataset, models, memory, disk and time for a run. Exits with status 1 if something is missing."""
     from rich.console import Console

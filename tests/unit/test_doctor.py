@@ -24,6 +24,8 @@ from tests.tiny import SIZE
 from vlmdiff.cli import app
 from vlmdiff.core.params import Params, Prepare, Train
 from vlmdiff.data import listing
+from vlmdiff.data.synthesised import synthesise
+from vlmdiff.evaluation.weighing import DEFECTS
 from vlmdiff.setup import doctor
 from vlmdiff.setup.cost import GIB, Cost, measure
 from vlmdiff.setup.doctor import Requirement, examine, predicted_seconds
@@ -356,22 +358,25 @@ def test_the_steps_of_a_training_that_epochs_limit_are_predicted():
     assert predicted_seconds(params, costs, None) == {"train": 4 + 100}
 
 
+@pytest.mark.parametrize("held_out", [4, 16, 40])
 @pytest.mark.parametrize(
-    ("choices", "drawn"), [({}, 0), ({"retrieval": {}}, 40), ({"retrieval": {}, "costs": True}, 80)]
+    ("retrieval", "costs", "choices"), [(None, False, 0), ({}, False, 1), ({}, True, 2), ({"weight": 0.5}, False, 0)]
 )
 def test_the_seconds_of_an_evaluation_are_those_of_its_normal_images_drawn_defects_and_test_images(
-    here, choices, drawn
+    here, retrieval, costs, choices, held_out
 ):
-    evaluate = {"detection": {"retrieval": choices.get("retrieval")}}
-    if "costs" in choices:
+    evaluate: dict = {"detection": {"retrieval": retrieval}}
+    if costs:
         evaluate["decision"] = {"costs": {"false_alarm": 1.0, "miss": 10.0}}
     first_stage = {"kind": "backbone", "backbone": {"model": "nowhere", "image_size": SIZE, "grid": 16}}
     params = Params.model_validate(made(first_stage=first_stage, evaluate=evaluate))
-    splits = ["train"] * 10 + ["validation"] * 4 + ["test"] * 6
+    splits = ["train"] * 10 + ["validation"] * held_out + ["test"] * 60
     frame = pd.DataFrame({"path": "nowhere.png", "split": splits})
     found = predicted_seconds(params, {"evaluate": Cost(start=4.0, learn=2.0, judge=1.0)}, frame)
-    # Defects are drawn on a tenth as many images again, for what the report says that it can find.
-    assert found == {"evaluate": pytest.approx(4 + 14 * 2 + (4 + drawn + 0.1 * 10 + 6) * 1, abs=0.1)}
+    drawn = len(list(synthesise([np.zeros((32, 32, 3), np.uint8)] * held_out, [""] * held_out, DEFECTS)))
+    # What it can find is measured on a tenth as many images as it judges, and its latency on the first eleven.
+    judged = held_out + choices * drawn + min(held_out, round(0.1 * (held_out + 60))) + 60 + 11
+    assert found == {"evaluate": 4 + (10 + held_out) * 2 + judged}
     assert predicted_seconds(params, {"evaluate": Cost(start=4.0, learn=2.0)}, frame) == {}
 
 
@@ -379,6 +384,14 @@ def test_an_evaluation_takes_longer_with_more_samples():
     few, many = (cost(stage="evaluate", evaluate={"detection": {"samples": n}}) for n in (1, 8))
     assert not few.failure and not many.failure
     assert many.judge > 2 * few.judge > 0 and few.learn > 0
+
+
+def test_an_evaluation_that_is_not_measured_to_its_end_takes_at_least_what_is_known(here, monkeypatch):
+    known = Cost(start=10.0, learn=5.0)
+    monkeypatch.setattr(doctor, "measure", lambda stage, params, limit: known if stage == "evaluate" else Cost())
+    found = named(TINY, measuring=True)["time, evaluate"]
+    normal = int((listing.outline(Params.model_validate(TINY).prepare)["split"] != "test").sum())
+    assert found.ok is None and found.found == f"at least {round((10 + 5 * normal) / 60)} min"
 
 
 def test_a_measurement_that_takes_too_long_is_ended_and_says_what_it_knows(here):
@@ -391,6 +404,7 @@ def test_networks_that_the_memory_cannot_hold_are_refused_without_a_step(here, c
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(1000))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     found = named(pretrained(checkpoint, backbone), measuring=True)
+    assert found["time, evaluate"].ok is None and found["memory, evaluate"].ok is False
     for stage in ("first_stage", "train"):
         assert found[f"memory, {stage}"].ok is False and "weights alone" in found[f"memory, {stage}"].advice
         assert found[f"time, {stage}"].ok is None

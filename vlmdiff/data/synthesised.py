@@ -11,6 +11,7 @@ KINDS = ("line", "hole", "stain", "pasted", "blurred")
 # A scratch of `mark` is so many times as long as wide.
 LENGTH = 6
 SIZES = {"small": (0.04, 0.08), "large": (0.12, 0.3)}  # of the image's side
+EACH = [(kind, size) for kind in KINDS for size in SIZES]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class HeldOut:
         return None if self.captions is None else [self.captions[row] for row in rows]
 
 
+def places(images: int, limit: int | None = None) -> range:
+    """Return which of the defects are drawn: each image has one of each kind and size."""
+    total = images * len(EACH)
+    step = 1 if limit is None else max(1, -(-total // limit))
+    # Steps that share no factor with the kinds visit all of them.
+    while step > 1 and np.gcd(step, len(EACH)) > 1:
+        step += 1
+    return range(0, total, step)
+
+
 def synthesise(
     images: Sequence[np.ndarray], classes: Sequence[str], limit: int | None = None, seed: int = 0
 ) -> Iterator[Spoiled]:
@@ -49,14 +60,8 @@ def synthesise(
     class, and a blurred part. With a `limit`, only about as many are drawn, spread over images, kinds and sizes. The
     same arguments give the same defects.
     """
-    wanted = [(kind, size) for kind in KINDS for size in SIZES]
-    total = len(images) * len(wanted)
-    step = 1 if limit is None else max(1, -(-total // limit))
-    # Steps that share no factor with the kinds visit all of them.
-    while step > 1 and np.gcd(step, len(wanted)) > 1:
-        step += 1
-    for place in range(0, total, step):
-        row, (kind, size) = place // len(wanted), wanted[place % len(wanted)]
+    for place in places(len(images), limit):
+        row, (kind, size) = place // len(EACH), EACH[place % len(EACH)]
         rng = np.random.default_rng([seed, place])
         others = [i for i, name in enumerate(classes) if name == classes[row] and i != row] or [row]
         across = rng.uniform(*SIZES[size]) * len(images[row])

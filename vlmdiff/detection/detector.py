@@ -281,19 +281,27 @@ class Detector:
 
     @torch.no_grad()
     def distances(
-        self, images: Iterable[Photograph], without: Iterable[int] | None = None, batch_size: int = 32
+        self,
+        images: Iterable[Photograph],
+        without: Iterable[int] | None = None,
+        batch_size: int = 32,
+        same: bool = False,
     ) -> np.ndarray:
         """Return how far the patches of photographs are from the bank (N, h, w), without the denoiser.
 
-        without: as for `evidence`. Raises InputError for a detector without a bank.
+        without: as for `evidence`. same: the photographs are the images of the bank that `without` numbers; what it
+        knows of them is not computed again. Raises InputError for a detector without a bank.
         """
         if self.bank is None:
             raise InputError("this detector has no bank of patches: set evaluate.detection.retrieval")
         found, numbers = [], None if without is None else iter(without)
         for batch in batches(images, batch_size):
-            clean, features = self._encode(self._tensors(batch))
             own = None if numbers is None else list(islice(numbers, len(batch)))
-            found.append(self._distances(features, appearance(clean), [None] * len(batch), own))
+            distances = self._known(own) if same else None
+            if distances is None:
+                clean, features = self._encode(self._tensors(batch))
+                distances = self._distances(features, appearance(clean), [None] * len(batch), own)
+            found.append(distances)
         return np.concatenate(found)
 
     def _distances(

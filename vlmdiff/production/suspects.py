@@ -60,13 +60,7 @@ def suspects(params: Params, model: Path, out: Path) -> pd.DataFrame:
     else:
         known = [Normal(*row) for row in frame[["image_id", "path", "class_name"]].itertuples(index=False)]
         detector.learn(images, known, params.evaluate.batch_size)
-        assert detector.bank is not None
-        every, found = range(len(images)), detector.bank.known
-        # What the bank has whole, it has compared already.
-        if found.keys() >= set(every):
-            maps = torch.stack([found[i] for i in every]).cpu().numpy()
-        else:
-            maps = detector.distances(images, every, params.evaluate.batch_size)
+        maps = detector.distances(images, range(len(images)), params.evaluate.batch_size, same=True)
     levels = deviations(maps, classes) / LIMIT
     levels = (levels / (levels + 1)).astype(np.float32)
     name, now = folder_name(model), datetime.now(UTC)

@@ -1,7 +1,7 @@
 """Check what an experiment needs before anything long starts: dataset, models, memory, disk, time.
 
-Memory and time of the trainings, and time of `evaluate`, are measured on their own first steps. Nothing is downloaded,
-no endpoint is asked, and the workspace stays as it is.
+Memory and time of the trainings, and time of `evaluate`, are measured on their own first steps and images. Nothing is
+downloaded, no endpoint is asked, and the workspace stays as it is.
 """
 
 import json
@@ -33,15 +33,16 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.text import plain
 from vlmdiff.data import listing
 from vlmdiff.data.images import load_rgb
-from vlmdiff.data.synthesised import KINDS, SIZES
+from vlmdiff.data.synthesised import places
 from vlmdiff.detection.retrieval import COMPONENTS
 from vlmdiff.evaluation.detectable import COST as DETECTABLE
+from vlmdiff.evaluation.judging import TIMED
 from vlmdiff.evaluation.weighing import DEFECTS
 from vlmdiff.model.pretrained import check_pinned
 from vlmdiff.setup.cost import GIB, Cost, free_memory, measure
 from vlmdiff.training.first_stage import SEEN
 
-# Seconds for the measurement of a training.
+# Seconds for the measurement of a stage.
 LIMIT = 60.0
 # Numbers that describe a patch before it is projected: about those of two layers of ViT-S or one of ViT-B.
 WIDTH = 768
@@ -78,7 +79,7 @@ class Model:
 
 
 def examine(params: p.Params, measuring: bool = True) -> list[Requirement]:
-    """Return what the experiment needs, in the order in which it needs it; measure the trainings, if `measuring`."""
+    """Return what the experiment needs, in the order in which it needs it; measure the stages, if `measuring`."""
     rows, frame = _dataset(params)
     rows = _repository() + rows
     more, models = _models(params)
@@ -88,7 +89,8 @@ def examine(params: p.Params, measuring: bool = True) -> list[Requirement]:
     costs = _costs(params, device, models, missing) if measuring and rows[-1].ok else {}
     for name, cost in costs.items():
         if cost.failure and not cost.too_large:
-            rows.append(Requirement(f"{name}, a step", "fails", "to run", False, cost.failure))
+            what = "a step" if name in TRAININGS else "a few images"
+            rows.append(Requirement(f"{name}, {what}", "fails", "to run", False, cost.failure))
     rows += _memory(params, device, models, costs, frame)
     rows.append(_disk(params, models, costs, frame))
     return rows + _time(params, costs, frame)
@@ -319,11 +321,14 @@ def _costs(params: p.Params, device: torch.device, models: dict[str, Model], mis
     used = {
         "first_stage": {*spaces, "first_stage.perceptual"},
         "train": denoiser,
-        "evaluate": denoiser | {key for key in (*models, *missing) if key.startswith("detection.features")},
+        "evaluate": denoiser | {key for key in (*models, *missing) if key.startswith(("detection.", "retrieval."))},
     }
     free, costs = free_memory(device), {}
     for name in MEASURED:
         if (name in TRAININGS and not getattr(params, name).steps) or missing & used[name]:
+            continue
+        # It would fail for the same reason.
+        if name == "evaluate" and costs.get("train", Cost()).failure:
             continue
         weights = 4 * sum(models[key].parameters for key in used[name] if key in models)
         if weights > free:
@@ -439,12 +444,16 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
         count = _encoded_images(params, frame)
         rows.append(Requirement("time, encode", _duration(seconds["encode"]), f"{count} images", True))
     if frame is not None:
-        tested, needed = int((frame["split"] == "test").sum()), "test images, besides normal images and drawn defects"
-        found = _duration(seconds["evaluate"]) if "evaluate" in seconds else UNKNOWN
-        known = True if "evaluate" in seconds else None
-        rows.append(Requirement("time, evaluate", found, f"{tested} {needed}", known))
+        counts, cost, found = frame["split"].value_counts(), costs.get("evaluate", Cost()), UNKNOWN
+        if "evaluate" in seconds:
+            found = f"{_duration(seconds['evaluate'])}, without the report"
+        elif cost.learn:
+            normal = counts.get("train", 0) + counts.get("validation", 0)
+            found = f"at least {_duration(cost.start + normal * cost.learn)}"
+        needed = f"{counts.get('test', 0)} test images, normal images, drawn defects"
+        rows.append(Requirement("time, evaluate", found, needed, True if "evaluate" in seconds else None))
     if len(seconds) > 1:
-        rows.append(Requirement("time, total", _duration(sum(seconds.values())), "these stages", True))
+        rows.append(Requirement("time, total", _duration(sum(seconds.values())), ", ".join(seconds), True))
     return rows
 
 
@@ -467,13 +476,13 @@ def predicted_seconds(params: p.Params, costs: dict[str, Cost], frame: pd.DataFr
         found["encode"] = costs["first_stage"].start + costs["train"].text + _encoded_images(params, frame) * each
     cost = costs.get("evaluate", Cost())
     if frame is not None and cost.judge:
-        tested = counts.get("test", 0)
-        # Drawn defects, by which it weighs the evidence, chooses a threshold, and says what it can find.
-        choices = bool(params.evaluate.detection.retrieval) + bool(params.evaluate.decision.costs)
-        drawn = choices * min(held_out * len(KINDS) * len(SIZES), DEFECTS) + DETECTABLE * (held_out + tested)
-        normal = counts.get("train", 0) + held_out
-        found["evaluate"] = cost.start + normal * (reading + cost.learn)
-        found["evaluate"] += reading * (held_out + tested) + (held_out + drawn + tested) * cost.judge
+        tested, retrieval = counts.get("test", 0), params.evaluate.detection.retrieval
+        # Defects are drawn to weigh the evidence, to choose a threshold, and to say what is found.
+        choices = (retrieval is not None and retrieval.weight == "auto") + (params.evaluate.decision.costs is not None)
+        drawn = choices * len(places(held_out, DEFECTS)) + min(held_out, round(DETECTABLE * (held_out + tested)))
+        normal, again = counts.get("train", 0) + held_out, min(tested, TIMED + 1)
+        found["evaluate"] = cost.start + normal * (reading + cost.learn) + reading * (2 * held_out + tested)
+        found["evaluate"] += (held_out + drawn + tested + again) * cost.judge
     return found
 
 
@@ -502,7 +511,7 @@ def _reading_seconds(params: p.Params, frame: pd.DataFrame | None) -> float:
             except InputError:  # validate says so, of all images
                 continue
             count += 1
-    return (time.monotonic() - began) / max(1, count)
+    return (time.monotonic() - began) / count if count else 0.0
 
 
 def _bytes(size: float) -> str:
