@@ -196,11 +196,12 @@ def _evaluate(cost: Cost, began: float, params: Params) -> Iterator[None]:
     def learn(count: int) -> None:
         detector.learn(images[:count], known[:count], count)
 
-    # The first time warms up. What two images take tells how much of the rest does not grow with them.
-    learn(2)
-    fewer, more = (_seconds(lambda n=count: learn(n), device) for count in (2, JUDGED))
-    cost.learn = max(0.0, more - fewer) / (JUDGED - 2)
-    cost.start += max(0.0, fewer - 2 * cost.learn)
+    # The first time warms up. What half of the images take tells how much does not grow with them.
+    half = JUDGED // 2
+    learn(half)
+    fewer, more = (_seconds(lambda n=count: learn(n), device) for count in (half, JUDGED))
+    cost.learn = max(0.0, more - fewer) / (JUDGED - half)
+    cost.start += max(0.0, fewer - half * cost.learn)
     yield
     detector.calibrate(images, JUDGED, captions)
     cost.judge = min(_seconds(lambda: detector.detect(images, JUDGED, captions), device) for _ in range(2)) / JUDGED
