@@ -139,6 +139,9 @@ def test_a_dataset_is_counted_without_opening_an_image(here):
     assert found["dataset"].found == "2 classes: 22 train, 10 validation, 11 test images (3 anomalous)"
     assert "2 of 3 anomalous" in found["masks"].found and found["masks"].ok
 
+    shutil.rmtree(root / "nut")
+    assert checks(prepare={"layout": "folder", "root": str(root)})["dataset"].found.startswith("1 class: ")
+
 
 def test_the_outline_counts_as_the_manifest_does(here):
     params = Prepare(layout="folder", root=photographs(here / "raw", nut__good=11, nut__rust=2, bolt__good=3))

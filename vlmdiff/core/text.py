@@ -8,6 +8,11 @@ def plain(text: str) -> str:
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
+def classes(count: int) -> str:
+    """Return how many classes there are, in words."""
+    return "1 class" if count == 1 else f"{count} classes"
+
+
 def markdown(text: str) -> str:
     """Return text for a Markdown page, on one line: it shows as it is, and neither loads nor links anything."""
     return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", " ".join(str(text).split()))

@@ -30,7 +30,7 @@ from vlmdiff.core import params as p
 from vlmdiff.core.device import pick_device, resolve_precision
 from vlmdiff.core.dvc import GRAPH
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.text import plain
+from vlmdiff.core.text import classes, plain
 from vlmdiff.data import listing
 from vlmdiff.data.images import load_rgb
 from vlmdiff.data.synthesised import places
@@ -146,8 +146,8 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
     counts = counts.reindex(columns=["train", "validation", "test"], fill_value=0)
     total, anomalous = counts.sum(), frame[frame["is_anomalous"]]
     found = (
-        f"{len(counts)} classes: {total['train']} train, {total['validation']} validation, {total['test']} test images "
-        f"({(anomalous['split'] == 'test').sum()} anomalous)"
+        f"{classes(len(counts))}: {total['train']} train, {total['validation']} validation, "
+        f"{total['test']} test images ({(anomalous['split'] == 'test').sum()} anomalous)"
     )
     if passed := listing.passed_over(data, pd.concat([frame["path"], frame["mask_path"].dropna()])):
         found = f"{found}; {passed}"

@@ -20,7 +20,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, check_regular
 from vlmdiff.core.params import Params, Prepare, load
-from vlmdiff.core.text import plain
+from vlmdiff.core.text import classes, plain
 from vlmdiff.data import listing, manifest
 from vlmdiff.data.images import size_of
 from vlmdiff.data.layouts import LAYOUTS
@@ -79,7 +79,7 @@ def table(found: Found) -> Group:
         masks = f"{anomalous['mask_path'].notna().sum()} of {len(anomalous)}"
         sizes = _sizes(found.params, rows["path"])
         shown.add_row(Text(plain(str(name))), *counts, str(len(anomalous)), masks, sizes)
-    lines = [f"{len(found.frame)} images of {found.frame['class_name'].nunique()} classes"]
+    lines = [f"{len(found.frame)} images of {classes(found.frame['class_name'].nunique())}"]
     if w.MANIFEST.is_file():
         known = set(manifest.read(w.MANIFEST)["path"])
         more, gone = len(set(found.frame["path"]) - known), len(known - set(found.frame["path"]))
