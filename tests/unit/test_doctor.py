@@ -386,7 +386,7 @@ def test_the_seconds_of_an_evaluation_are_those_of_its_normal_images_drawn_defec
 def test_an_evaluation_takes_longer_with_more_samples(measured):
     few, many = measured["evaluate"], cost(stage="evaluate", evaluate={"detection": {"steps": 1, "samples": 32}})
     assert not few.failure and not many.failure
-    assert many.judge > 2 * few.judge > 0 and few.learn > 0
+    assert many.judge > 2 * few.judge > 0
 
 
 def test_an_evaluation_that_is_not_measured_to_its_end_takes_at_least_what_is_known(here, monkeypatch):
