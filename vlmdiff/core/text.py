@@ -1,4 +1,4 @@
-"""Text from file names, captions and records, made harmless for what shows it."""
+"""Text for people: from file names, captions and records, made harmless for what shows it; and numbers in words."""
 
 import re
 

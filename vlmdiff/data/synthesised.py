@@ -11,7 +11,7 @@ KINDS = ("line", "hole", "stain", "pasted", "blurred")
 # A scratch of `mark` is so many times as long as wide.
 LENGTH = 6
 SIZES = {"small": (0.04, 0.08), "large": (0.12, 0.3)}  # of the image's side
-EACH = [(kind, size) for kind in KINDS for size in SIZES]
+VARIANTS = [(kind, size) for kind in KINDS for size in SIZES]
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class HeldOut:
 
 def places(images: int, limit: int | None = None) -> range:
     """Return which of the defects are drawn: each image has one of each kind and size."""
-    total = images * len(EACH)
+    total = images * len(VARIANTS)
     step = 1 if limit is None else max(1, -(-total // limit))
     # Steps that share no factor with the kinds visit all of them.
-    while step > 1 and np.gcd(step, len(EACH)) > 1:
+    while step > 1 and np.gcd(step, len(VARIANTS)) > 1:
         step += 1
     return range(0, total, step)
 
@@ -61,7 +61,7 @@ def synthesise(
     same arguments give the same defects.
     """
     for place in places(len(images), limit):
-        row, (kind, size) = place // len(EACH), EACH[place % len(EACH)]
+        row, (kind, size) = place // len(VARIANTS), VARIANTS[place % len(VARIANTS)]
         rng = np.random.default_rng([seed, place])
         others = [i for i, name in enumerate(classes) if name == classes[row] and i != row] or [row]
         across = rng.uniform(*SIZES[size]) * len(images[row])

@@ -1,7 +1,7 @@
 """Check what an experiment needs before anything long starts: dataset, models, memory, disk, time.
 
-Memory and time of the trainings, and time of `evaluate`, are measured on their own first steps and images. Nothing is
-downloaded, no endpoint is asked, and the workspace stays as it is.
+The first steps of each training run, and their memory and time are measured. So is the time in which a detector judges
+a few images. Nothing is downloaded, no endpoint is asked, and the workspace stays as it is.
 """
 
 import json
@@ -461,11 +461,10 @@ def predicted_seconds(params: p.Params, costs: dict[str, Cost], frame: pd.DataFr
     """Return the seconds of the stages `first_stage`, `train`, `encode` and `evaluate`, of those that are known."""
     counts = {} if frame is None else frame["split"].value_counts()
     held_out, reading = counts.get("validation", 0), _reading_seconds(params, frame)
-    trainings = {name: cost for name, cost in costs.items() if name in TRAININGS}
     found = {
         name: seconds
-        for name, cost in trainings.items()
-        if (seconds := cost.seconds(_training(params, name, frame), held_out)) is not None
+        for name, cost in costs.items()
+        if name in TRAININGS and (seconds := cost.seconds(_training(params, name, frame), held_out)) is not None
     }
     if "first_stage" in found:
         found["first_stage"] += reading * (counts.get("train", 0) + held_out)
