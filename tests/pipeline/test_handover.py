@@ -303,8 +303,11 @@ def test_the_card_travels_with_the_model_and_stands_in_the_registry(champion):
     description, card = json.loads(done.stdout.splitlines()[-1])
     # MLflow takes 5,000 characters: a longer card stands there without its table of classes.
     assert len(description) <= 5000 and card.partition("\n\n")[2].startswith(description.partition("\n## ")[0])
+    # A template that takes a dict's method for its key prints it.
+    assert "<built-in" not in card + description and "<bound" not in card + description
     card = card.replace("&ensp;", "")
     content = json.loads((champion.path / "reports/evaluation/report.json").read_text())
+    assert f"a contrast of {content['detectable']['contrasts']['clear']} of 255" in card
     frame = manifest.read(champion.path / "data/manifest.parquet")
     for name, values in content["results"]["per_class"].items():
         low, high = content["intervals"]["per_class"][name]["au_pro"]

@@ -33,7 +33,7 @@ def test_a_rate_that_the_images_cannot_promise_is_said_with_what_would_do(images
     words = calibration(images, rate).shortfall
     assert (words is None) == (enough is None)
     if words is not None:
-        assert f"{images} held-out" in words and f"hold out {enough} or more" in words
+        assert words.startswith(f"{images} normal images") and f"by {enough} or more" in words
         assert calibration(enough, rate).shortfall is None
         assert calibration(images, float(words.split("to ")[-1].split(" ")[0]) + 1e-3).shortfall is None
 

@@ -230,9 +230,9 @@ class Calibration:
             return None
         enough = math.ceil(round(1 / self.false_alarm_rate - 1, 9))
         return (
-            f"{self.images} held-out normal images promise a false-alarm rate of {self.guarantee:.1%} at best, not "
-            f"{self.false_alarm_rate:.1%}: hold out {enough} or more, or set evaluate.detection.false_alarm_rate to "
-            f"{self.guarantee:.3f} or more"
+            f"{self.images} normal images promise a false-alarm rate of {self.guarantee:.1%} at best, not "
+            f"{self.false_alarm_rate:.1%}: set the threshold by {enough} or more (hold out more, or add photographs), "
+            f"or evaluate.detection.false_alarm_rate to {self.guarantee:.3f} or more"
         )
 
     def rate_range(self, level: float = 0.9) -> tuple[float, float]:

@@ -21,9 +21,9 @@ class Detection:
     """What a detector says of one photograph. Score, map and peaks are in [0, 1]; the threshold is 0.5.
 
     product: the recognised or given one; None if the photograph shows none that is known, which counts as anomalous,
-    since nothing says that it is normal. p_value: the share of `normal_images` held-out normal images, with this one,
-    that are as unusual; None for a detector that does not know. review: half the width of the band of scores around the
-    threshold whose verdict is `review`.
+    since nothing says that it is normal. p_value: the share of `normal_images` normal images, each judged as a new one
+    is, and of this one, that are as unusual; None for a detector that does not know. review: half the width of the band
+    of scores around the threshold whose verdict is `review`.
 
     anomaly_map: float32 (S, S); reconstruction: uint8 (S, S, 3), the photograph as if it were normal. S is the model's
     resolution, to which the photograph is resized. evidence: (E, S, S), what the map is made of, see

@@ -163,7 +163,7 @@ class Detector:
         products: Sequence[str] | None = None,
         rate: Callable[[np.ndarray, Sequence[str]], float] | None = None,
     ) -> np.ndarray:
-        """Learn what difference is normal from normal photographs that training does not see.
+        """Learn what difference is normal from normal photographs that the denoiser has not seen.
 
         normal, captions, names: as for `detect`. weigh: returns the share of retrieval, given the evidence (N, 2, S, S)
         of these photographs; without it, the share is that of the parameters, or one half. in_bank: the photographs are

@@ -62,7 +62,7 @@ SCHEMA = pa.schema(
         pa.field("is_anomalous", pa.bool_()),
         pa.field("verdict", pa.string()),  # normal, anomalous, review or unknown product
         pa.field("product", pa.string()),  # null if the photograph shows none that the model knows
-        pa.field("p_value", pa.float64()),  # the share of held-out normal images, with this one, that are as unusual
+        pa.field("p_value", pa.float64()),  # the share of normal images, with this one, that are as unusual
         pa.field("regions", pa.list_(REGION)),  # in the photograph's own pixels, x1 and y1 exclusive
         pa.field("explanation", pa.string()),  # the verdict, the regions, and what differs from normal images, in words
         pa.field("nearest", pa.string()),  # the most similar normal training image: its path in the dataset

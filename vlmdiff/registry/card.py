@@ -27,12 +27,15 @@ from vlmdiff.registry import served
 CLASS_METRICS = ("au_pro", "image_auroc")
 # Metrics of the verdicts that the card has no room for: MLflow limits the length of a description.
 LEFT_OUT = ("balanced_accuracy", "image_ap")
+# Characters of a version's description: MLflow on PostgreSQL takes no more.
+DESCRIPTION = 5000
+REST = "\n\n`model_card.md` in the model's artifacts has the rest.\n"
 
 
 def model_card(params: p.Params, by_class: bool = True) -> str:
     """Return the card of this workspace's evaluated model. It has no date: the same model has the same card.
 
-    by_class: include the table of classes. Raises InputError if files of the evaluation are missing.
+    by_class: include what is known of each class. Raises InputError if files of the evaluation are missing.
     """
     content, evidence = read_content(w.EVALUATION), Evidence.read(w.EVALUATION)
     if "decision" not in content:
@@ -59,6 +62,7 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         total=_count(frame),
         defects=test.loc[test["is_anomalous"], ["class_name", "defect"]].drop_duplicates().shape[0],
         alarms=content["alarms"],
+        share=content["evidence"]["weight"] if "evidence" in content else None,
         decision={key: title for key, title in DECISION.items() if key not in LEFT_OUT},
         together=content["decision"][POOLED],
         decided=content["decision"][PER_CLASS_DECISION],
@@ -78,6 +82,24 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
     )
     # MLflow's page shows tables without space between columns.
     return re.sub(r" \| (?!---)", " | &ensp;", card)
+
+
+def description(params: p.Params) -> str:
+    """Return the card for MLflow's page of a version: without its title, and without what is too long for it."""
+    card = ""
+    for by_class in (True, False):
+        # The list of versions shows the first line, which says more than the title.
+        card = model_card(params, by_class).partition("\n\n")[2]
+        if len(card) <= DESCRIPTION:
+            return card
+    return shortened(card)
+
+
+def shortened(card: str, limit: int = DESCRIPTION) -> str:
+    """Return the paragraphs of a card that fit into `limit` characters, and where the rest is."""
+    kept = card[: limit - len(REST)].rpartition("\n\n")[0]
+    # A heading of what is left out says nothing.
+    return re.sub(r"(\n+#+ [^\n]*)+\Z", "", kept) + REST
 
 
 def _count(frame: pd.DataFrame) -> dict[str, int]:

@@ -36,7 +36,7 @@ from vlmdiff.evaluation.decision import PER_CLASS_DECISION, POOLED, Decisions
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import Results
 from vlmdiff.registry import served
-from vlmdiff.registry.card import model_card
+from vlmdiff.registry.card import description, model_card
 from vlmdiff.registry.store import FINGERPRINT, fingerprint_of, open_store
 
 REGION = Object(
@@ -64,8 +64,6 @@ PARAMETERS = ParamSchema(
 )
 EXAMPLE_SIDE = 256
 CARD = "model_card.md"
-# Characters of a version's description: MLflow on PostgreSQL takes no more.
-DESCRIPTION = 5000
 # Seconds after which nobody logs to a run any more.
 STALE = 24 * 3600.0
 METRICS_AT_ONCE = 1000  # MLflow takes no more
@@ -101,7 +99,7 @@ def register(params: Params, code: dict[str, str] | None = None) -> int:
         # A server needs the id at the end of the URI; a store that is opened directly does not.
         model_id = model_uri.removeprefix("models:/")
         version = client.create_model_version(
-            name, model_uri, run_id, tags, description=_description(params), model_id=model_id
+            name, model_uri, run_id, tags, description=description(params), model_id=model_id
         )
         # As `mlflow.register_model` does. Otherwise the model's page says that it is not registered.
         known = json.dumps([{"name": name, "version": version.version}])
@@ -209,19 +207,6 @@ def _inputs(params: Params) -> Schema:
     needed = served.CAPTION_COLUMNS.get(params.evaluate.detection.captions)
     names = dict.fromkeys(("image", "path", served.PRODUCT, *([needed] if needed else ())))
     return Schema([ColSpec(DataType.string, name, required=name == needed) for name in names])
-
-
-def _description(params: Params) -> str:
-    """Return the model card without its title, and without the table of classes if it is too long for MLflow."""
-    card = _untitled(model_card(params))
-    if len(card) > DESCRIPTION:
-        card = _untitled(model_card(params, by_class=False))
-    return card[:DESCRIPTION]
-
-
-def _untitled(card: str) -> str:
-    """Drop the title: MLflow's list of versions shows the first line."""
-    return card.partition("\n\n")[2]
 
 
 def _example(params: Params) -> dict[str, str]:

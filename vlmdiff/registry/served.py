@@ -72,9 +72,9 @@ class Inspector(mlflow.pyfunc.PythonModel):
     # pyrefly: ignore[bad-override]
     def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return a row for each photograph: `score` in [0, 1); `is_anomalous`, whether it is above `threshold`;
-        `regions`, where the map exceeds it, in the photograph's own pixels; `explanation`, all that in words;
-        `nearest`, the path in the dataset of the most similar normal training image; and on request a `heatmap`, base64
-        of a PNG of at most 1024 pixels a side.
+        `verdict`, `product` and `p_value`, as a `Detection` has them; `regions`, where the map exceeds it, in the
+        photograph's own pixels; `explanation`, all that in words; `nearest`, the path in the dataset of the most
+        similar normal training image; and on request a `heatmap`, base64 of a PNG of at most 1024 pixels a side.
 
         A row has either `image`, a photograph's file as base64 or, from Python or Parquet, as bytes; or `path`,
         relative to the server's IMAGE_ROOT. `class_name` tells the product; without it, the product is recognised. A
