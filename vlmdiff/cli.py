@@ -13,7 +13,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError, machine_fault
 from vlmdiff.core.network import ask_loopback_directly
-from vlmdiff.core.text import plain
+from vlmdiff.core.text import counted, plain
 
 app = typer.Typer(
     help=(
@@ -344,7 +344,8 @@ def exclude(
         if not file.is_file():
             raise InputError(f"{image} is not an image in {data.image_root}. Give its path relative to that folder")
     decide([(sha256(file), image) for file, image in files], not back, reason, _person(by), data.root)
-    print(f"exclude: {len(files)} images {'taken in again' if back else 'left out'}; log: {data.root / FILE}")
+    done = "taken in again" if back else "left out"
+    print(f"exclude: {counted(len(files), 'image')} {done}; log: {data.root / FILE}")
 
 
 @app.command("inspect", rich_help_panel=USE)

@@ -19,7 +19,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import explained
 from vlmdiff.core.files import atomic_folder, folder_mb
-from vlmdiff.core.text import classes
+from vlmdiff.core.text import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,8 @@ def prepare(params: p.Prepare, made: Path, out: Path) -> None:
     with listing.unchanged(params.image_root):
         frame = listing.build(params, params.image_root)
     manifest.write(frame, out)
-    say(f"prepare: {len(frame)} images of {classes(frame['class_name'].nunique())} in {out}")
+    many = counted(frame["class_name"].nunique(), "class")
+    say(f"prepare: {counted(len(frame), 'image')} of {many} in {out}")
 
 
 def validate(params: p.Validate, data: p.Prepare, model_size: int, manifest_file: Path, out: Path) -> None:

@@ -98,14 +98,14 @@ def test_an_image_in_two_splits_is_named_and_one_side_is_left_out_in_writing(fre
     shutil.copy(root / "nut/train/good/2.png", root / "nut/train/good/8.png")
     command = ("init", "--data", "data/raw/parts")
     said = " ".join(fresh.vlmdiff(*command).stdout.split())
-    assert "1 images are in two splits (nut/train/good/1.png = nut/test/good/9.png)" in said
+    assert "1 image is in two splits (nut/train/good/1.png = nut/test/good/9.png)" in said
     assert "--copies keep_test" in said and load(fresh.path / "params.yaml").prepare.copies == "error"
     fresh.set_params(train={"steps": 421})
     assert "two splits" not in fresh.vlmdiff(*command, "--copies", "keep_test").stdout
     written = load(fresh.path / "params.yaml")
     assert written.prepare.copies == "keep_test" and written.train.steps == 421
     assert "two splits" not in fresh.vlmdiff(*command).stdout
-    assert "1 images are left out, with the same bytes as an image of another split" in fresh.vlmdiff("prepare").stdout
+    assert "1 image is left out, with the same bytes as an image of another split" in fresh.vlmdiff("prepare").stdout
 
 
 def test_a_folder_elsewhere_is_read_in_place_and_followed(fresh, tmp_path):

@@ -110,7 +110,7 @@ def test_the_contract_warns_of_defects_that_are_too_small_for_the_model():
     mask = square(1024, 4)
     mask[:4, :4] = mask[900:950, 900:950] = True
     said = mask_faults(Image.fromarray(mask), (1024, 1024), True, "m.png", SIZE)
-    assert said == {"mask_small": "2 defects mark less than half of a pixel at 64 x 64"}
+    assert said == {"mask_small": "2 defects of less than half of a pixel at 64 x 64"}
     assert not mask_faults(Image.fromarray(mask), (1024, 1024), True, "m.png", 1024)
     from vlmdiff.data.contract import image_rules
 

@@ -131,8 +131,8 @@ def test_images_that_a_layout_passes_over_are_counted_and_named(dataset, capsys)
     frame = listing.build(params, dataset)
     said = capsys.readouterr().out
     assert "nut/good/9.jfif" in set(frame["path"])
-    assert "warning: 4 images under" in said and "1 lie where layout folder does not look (nut/good/day1/0.png)" in said
-    assert "3 have another suffix than" in said and "nut/good/x.gif" in said
+    assert "warning: 4 images under" in said and "1 where layout folder does not look (nut/good/day1/0.png)" in said
+    assert "3 with another suffix than" in said and "nut/good/x.gif" in said
 
 
 def test_two_masks_of_one_image_are_refused_by_name(dataset) -> None:
@@ -170,7 +170,7 @@ def test_score_says_what_it_passes_over_follows_links_and_tries_again_what_it_co
     (tmp_path / "new/c.gif").write_bytes(b"")
     command = ("score", "new", "--out", "out", "--model", str(model))
     said = place.vlmdiff(*command).stdout
-    assert "warning: 1 images are passed over" in said and "c.gif" in said
+    assert "warning: 1 image is passed over" in said and "c.gif" in said
     assert "2 new: " in said and "1 could not be read" in said
     (tmp_path / "params.yaml").write_text("prepare: {max_pixels: 100000}\n")
     said = place.vlmdiff(*command).stdout

@@ -192,7 +192,7 @@ def test_the_command_fails_where_nothing_can_be_judged(place, model):
     Path("text.png").write_text("no image")
     for _ in range(2):
         result = CliRunner().invoke(app, ["score", "text.png", "--model", str(model), "--out", "out"])
-        assert result.exit_code == 1 and "1 images" in result.output
+        assert result.exit_code == 1 and "1 image by" in result.output
     assert list(rows().index) == ["text.png"]
 
 

@@ -100,7 +100,7 @@ def test_with_a_bank_what_slipped_in_comes_first_whether_or_not_the_bank_has_all
 
 
 def test_an_image_is_excluded_and_taken_back_by_a_command(dataset):
-    assert "1 images left out" in run("exclude", SLIPPED, "--reason", "a spot", "--by", "Ada")
+    assert "1 image left out" in run("exclude", SLIPPED, "--reason", "a spot", "--by", "Ada")
     stages.prepare(load().prepare, w.MADE, w.MANIFEST)
     assert SLIPPED not in set(manifest.read(w.MANIFEST)["path"])
     assert "taken in again" in run("exclude", SLIPPED, "--back", "--reason", "a reflection", "--by", "Ada")

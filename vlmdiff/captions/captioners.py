@@ -15,6 +15,7 @@ from vlmdiff.core import params as p
 from vlmdiff.core.console import say, track
 from vlmdiff.core.files import sha256
 from vlmdiff.core.processes import map_in_processes
+from vlmdiff.core.text import counted
 from vlmdiff.data import images
 
 BATCH_SIZE = 32  # descriptions per transaction
@@ -82,7 +83,7 @@ def caption_all(items: Sequence[tuple[str, Path]], captioner: Captioner, store: 
     answered = set(track(answers(), "caption", total=len(missing)))
     if answered != {image_id for image_id, _ in missing}:
         raise ValueError(f"the captioner did not return every image of the {len(missing)} requested")
-    say(f"caption: {len(files)} images, {len(stored)} from the store, {len(missing)} requested")
+    say(f"caption: {counted(len(files), 'image')}, {len(stored)} from the store, {len(missing)} requested")
     # Read from the store, so that two processes captioning at once return the same captions.
     found = store.get(list(keys.values()))
     return {image_id: found[k] for image_id, k in keys.items() if k in found}

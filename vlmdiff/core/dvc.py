@@ -19,6 +19,7 @@ from vlmdiff.core.files import check_regular
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
 from vlmdiff.core.processes import run_child
+from vlmdiff.core.text import counted
 
 # DVC ends with the process that started it.
 DVC = [sys.executable, "-m", "vlmdiff.core.lifeline", "dvc", "--wait-for-lock"]
@@ -135,7 +136,7 @@ def take_in(log: Log, remote: str | None) -> None:
         gone = [path for path in status.get("uncommitted", {}).get("deleted", []) if path.startswith(f"{folder}/")]
         if gone:
             raise InputError(
-                f"{len(gone)} files that {file} lists are not in {folder}, such as {gone[0]}: "
+                f"{file} lists {counted(len(gone), 'file')} that {folder} lacks, such as {gone[0]}: "
                 f"run `dvc checkout {file}` to restore them, or `dvc add {folder}` to accept that they are gone"
             )
         log(f"{folder} has changed: dvc add")

@@ -8,9 +8,12 @@ def plain(text: str) -> str:
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
-def classes(count: int) -> str:
-    """Return how many classes there are, in words."""
-    return "1 class" if count == 1 else f"{count} classes"
+def counted(count: int, noun: str, verb: str = "") -> str:
+    """Return how many there are in words: "1 class", "2 classes", with the verb "are" "1 class is"."""
+    if count != 1:
+        noun += "es" if noun.endswith("s") else "s"
+    be = {"are": "is", "were": "was"}.get(verb, verb) if count == 1 else verb
+    return f"{count} {noun} {be}".rstrip()
 
 
 def markdown(text: str) -> str:

@@ -13,6 +13,7 @@ from vlmdiff.core.console import say, track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import open_regular, sha256
 from vlmdiff.core.params import Copies, Prepare
+from vlmdiff.core.text import counted
 from vlmdiff.data import cifar, demo, manifest, sources
 from vlmdiff.data.excluded import FILE, excluded
 from vlmdiff.data.images import BYTES, SUFFIXES, check_bytes, decode, resolve
@@ -115,12 +116,12 @@ def passed_over(params: Prepare, paths: Iterable[str]) -> str | None:
         f"{len(files)} {why} ({', '.join(os.path.relpath(file, params.root) for file in files[:3])}"
         f"{' …' if len(files) > 3 else ''})"
         for files, why in (
-            (known, f"lie where layout {params.layout} does not look"),
-            (sorted(set(left) - set(known)), f"have another suffix than {', '.join(sorted(SUFFIXES))}"),
+            (known, f"where layout {params.layout} does not look"),
+            (sorted(set(left) - set(known)), f"with another suffix than {', '.join(sorted(SUFFIXES))}"),
         )
         if files
     ]
-    return f"{len(left)} images under {params.root} are passed over: {'; '.join(said)}" if said else None
+    return f"{counted(len(left), 'image')} under {params.root} passed over: {'; '.join(said)}" if said else None
 
 
 def in_two_splits(params: Prepare) -> list[tuple[str, str]]:
@@ -162,7 +163,7 @@ def _warn(frame: pd.DataFrame, left_out: pd.Series, why: str, kind: str = "warni
     if left_out.any():
         paths = frame.loc[left_out, "path"]
         more = " …" if len(paths) > NAMED else ""
-        say(f"{kind}: {len(paths)} images are left out, {why}: {', '.join(paths[:NAMED])}{more}")
+        say(f"{kind}: {counted(len(paths), 'image', 'are')} left out, {why}: {', '.join(paths[:NAMED])}{more}")
 
 
 def _split(frame: pd.DataFrame, params: Prepare) -> None:
@@ -206,8 +207,8 @@ def unchanged(root: Path) -> Generator[None]:
     changed = [path for path in sorted(before.keys() | after.keys()) if before.get(path) != after.get(path)]
     if changed:
         raise InputError(
-            f"{len(changed)} files changed while {root} was read, such as {changed[0]}: run prepare again once nobody "
-            "writes there"
+            f"{counted(len(changed), 'file')} changed while {root} was read, such as {changed[0]}: run prepare "
+            "again once nobody writes there"
         )
 
 

@@ -5,6 +5,7 @@ from PIL import Image
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Validate
+from vlmdiff.core.text import counted
 from vlmdiff.data.images import mask_values, shrink
 
 # A mask that marks a larger share of the image may be inverted.
@@ -52,7 +53,7 @@ def mask_faults(
     if is_anomalous and (share := np.mean(pixels > 0)) > LARGE:
         found["mask_large"] = f"{share:.0%} of the image"
     if is_anomalous and (small := shrink(pixels > 0, model_size)[1]):
-        found["mask_small"] = f"{small} defects mark less than half of a pixel at {model_size} x {model_size}"
+        found["mask_small"] = f"{counted(small, 'defect')} of less than half of a pixel at {model_size} x {model_size}"
     if is_anomalous and not marked:
         found["mask_empty"] = name
     if marked and not is_anomalous:

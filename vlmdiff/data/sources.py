@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlmdiff.core.console import say
 from vlmdiff.core.errors import InputError
+from vlmdiff.core.text import counted
 from vlmdiff.data.images import SUFFIXES, resolve
 from vlmdiff.data.layouts import read_table
 
@@ -52,7 +53,7 @@ def find_photographs(sources: Sequence[str], leave_out: Path) -> list[Photograph
     if others:
         more = " …" if len(others) > 3 else ""
         say(
-            f"warning: {len(others)} images are passed over: they have another suffix than "
+            f"warning: {counted(len(others), 'image', 'are')} passed over, with another suffix than "
             f"{', '.join(sorted(SUFFIXES))} ({', '.join(others[:3])}{more})"
         )
     return list(found.values())

@@ -22,7 +22,7 @@ from sklearn.covariance import ledoit_wolf
 from vlmdiff.core.errors import InputError, explained
 from vlmdiff.core.files import atomic_path, check_out, write_json
 from vlmdiff.core.params import Monitor, Params
-from vlmdiff.core.text import plain
+from vlmdiff.core.text import counted, plain
 from vlmdiff.detection.calibration import Calibration
 from vlmdiff.detection.settings import Settings
 from vlmdiff.evaluation import pages
@@ -266,7 +266,7 @@ def check(
     nearest, distance = known.classes.nearest(_values(recent)) if images else (np.empty(0, str), np.empty(0))
     classes = _by_class(recent, nearest, known)
     if images < params.min_images:
-        outcome = f"{images} images are too few for a check: monitor.min_images is {params.min_images}"
+        outcome = f"{counted(images, 'image', 'are')} too few for a check: monitor.min_images is {params.min_images}"
         return DriftCheck("too few photographs", outcome, *facts, [], classes=classes)
     tests = []
     for question in QUESTIONS:
@@ -381,7 +381,7 @@ def _alarms(
     p = min(1.0, float(chances[alarms:].sum()))
     then = calibration.guarantee + (1 - calibration.guarantee) * defect_rate
     why = (
-        f"{alarms} alarms in {images} images; at most {then * images:.0f} are expected, with "
+        f"{counted(alarms, 'alarm')} in {counted(images, 'image')}; at most {then * images:.0f} are expected, with "
         f"{calibration.guarantee:.1%} false alarms and {defect_rate:.1%} defective images; up to {usual} are usual in "
         "this mix of products"
     )

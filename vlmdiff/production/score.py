@@ -27,7 +27,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, check_out, sha256
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Params
-from vlmdiff.core.text import plain
+from vlmdiff.core.text import counted, plain
 from vlmdiff.data.images import check_bytes, opened
 from vlmdiff.data.sources import Photograph, find_photographs
 from vlmdiff.data.statistics import image_statistics
@@ -102,10 +102,10 @@ class Scored:
 
     def __str__(self) -> str:
         new = self.images - self.known
+        alarms, pace = counted(self.alarms, "alarm"), new / max(self.seconds, 1e-9)
         return (
-            f"score: {self.images} images by {self.model}, {self.known} of them scored before; {new} new: "
-            f"{self.alarms} alarms, {self.unreadable} could not be read; {new / max(self.seconds, 1e-9):.1f} images a "
-            f"second; {self.out}"
+            f"score: {counted(self.images, 'image')} by {self.model}, {self.known} of them scored before; {new} new: "
+            f"{alarms}, {self.unreadable} could not be read; {pace:.1f} images a second; {self.out}"
         )
 
 

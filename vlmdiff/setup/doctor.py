@@ -30,7 +30,7 @@ from vlmdiff.core import params as p
 from vlmdiff.core.device import pick_device, resolve_precision
 from vlmdiff.core.dvc import GRAPH
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.text import classes, plain
+from vlmdiff.core.text import counted, plain
 from vlmdiff.data import listing
 from vlmdiff.data.images import load_rgb
 from vlmdiff.data.synthesised import places
@@ -146,7 +146,7 @@ def _dataset(params: p.Params) -> tuple[list[Requirement], pd.DataFrame | None]:
     counts = counts.reindex(columns=["train", "validation", "test"], fill_value=0)
     total, anomalous = counts.sum(), frame[frame["is_anomalous"]]
     found = (
-        f"{classes(len(counts))}: {total['train']} train, {total['validation']} validation, "
+        f"{counted(len(counts), 'class')}: {total['train']} train, {total['validation']} validation, "
         f"{total['test']} test images ({(anomalous['split'] == 'test').sum()} anomalous)"
     )
     if passed := listing.passed_over(data, pd.concat([frame["path"], frame["mask_path"].dropna()])):
@@ -353,7 +353,7 @@ def _memory(
     for name in TRAININGS:
         training: p.Training = getattr(params, name)
         cost = costs.get(name, Cost())
-        what = f"{max(1, training.batch_size // training.accumulate)} images at once"
+        what = f"{counted(max(1, training.batch_size // training.accumulate), 'image')} at once"
         if cost.too_large:
             rows.append(Requirement(f"memory, {name}", f"{_bytes(free)} free", f"more: {what}", False, cost.failure))
         elif training.steps:

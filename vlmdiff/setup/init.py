@@ -20,7 +20,7 @@ from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_path, check_regular
 from vlmdiff.core.params import Params, Prepare, load
-from vlmdiff.core.text import classes, plain
+from vlmdiff.core.text import counted, plain
 from vlmdiff.data import listing, manifest
 from vlmdiff.data.images import size_of
 from vlmdiff.data.layouts import LAYOUTS
@@ -79,7 +79,7 @@ def table(found: Found) -> Group:
         masks = f"{anomalous['mask_path'].notna().sum()} of {len(anomalous)}"
         sizes = _sizes(found.params, rows["path"])
         shown.add_row(Text(plain(str(name))), *counts, str(len(anomalous)), masks, sizes)
-    lines = [f"{len(found.frame)} images of {classes(found.frame['class_name'].nunique())}"]
+    lines = [f"{counted(len(found.frame), 'image')} of {counted(found.frame['class_name'].nunique(), 'class')}"]
     if w.MANIFEST.is_file():
         known = set(manifest.read(w.MANIFEST)["path"])
         more, gone = len(set(found.frame["path"]) - known), len(known - set(found.frame["path"]))
@@ -89,10 +89,11 @@ def table(found: Found) -> Group:
         lines.append(passed)
     if found.pairs and found.params.copies == "error":
         named = ", ".join(f"{first} = {second}" for first, second in found.pairs[:NAMED])
+        more = " …" if len(found.pairs) > NAMED else ""
         lines.append(
-            f"{len(found.pairs)} images are in two splits ({named}{' …' if len(found.pairs) > NAMED else ''}): remove "
-            "one of each pair, or run this command again with --copies keep_test, which leaves out the one in the "
-            "earlier split (train, validation, test), or --copies keep_train, the one in the later split"
+            f"{counted(len(found.pairs), 'image', 'are')} in two splits ({named}{more}): remove one of each pair, or "
+            "run this command again with --copies keep_test, which leaves out the one in the earlier split (train, "
+            "validation, test), or --copies keep_train, the one in the later split"
         )
     without = found.frame["is_anomalous"] & found.frame["mask_path"].isna()
     if without.any():
