@@ -19,10 +19,12 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test services fuzz endurance lint up down bench
+.PHONY: help install demo test services fuzz endurance lint up down bench
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+install: $(INSTALLED) ## Install vlmdiff, dvc and what the tests need into .venv
 
 demo: $(INSTALLED) ## Train, register and judge a model: the flow `retrain` on params.yaml
 	@python -m flows.retrain
