@@ -48,6 +48,9 @@ def test_the_shares_of_regions_are_those_of_the_evidence_above_the_threshold():
         (NORMAL[0], None),
         (NORMAL[0].replace("eight", "seven"), "eight round red parts expected, seven seen"),
         (NORMAL[1].replace("red", "blue"), "red parts expected, blue seen"),
+        (NORMAL[1].replace("red", "red and blue"), "blue parts seen, not expected"),
+        (NORMAL[1].replace("eight round", "eight mostly round"), "mostly round red parts seen, not expected"),
+        (NORMAL[1].replace("grey background", "background"), "grey background expected, not seen"),
         (NORMAL[1].replace(" On it eight round red parts in two rows.", ""), None),
     ],
 )

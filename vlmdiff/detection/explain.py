@@ -131,12 +131,15 @@ def difference(caption: str, normal: Sequence[str]) -> str | None:
     said = []
     for kind, a0, a1, b0, b1 in closest.get_opcodes():
         wanted, there = _phrase(expected[a0:a1]), _phrase(ours[b0:b1])
-        if kind == "replace" and wanted and there:
-            # What is counted or described: "eight red parts".
-            noun = list(itertools.takewhile(lambda word: word not in SMALL, expected[a1 : a1 + CONTEXT]))
-            said.append(f"{' '.join([wanted, *noun])} expected, {there} seen")
-        elif kind != "equal" and (wanted or there):
-            said.append(f"{wanted} expected, not seen" if wanted else f"{there} seen, not expected")
+        if kind == "equal" or not (wanted or there):
+            continue
+        # What is counted or described: "eight red parts", "blue parts".
+        after = expected[a1 : a1 + CONTEXT] if wanted else ours[b1 : b1 + CONTEXT]
+        noun = " ".join(["", *itertools.takewhile(lambda word: word not in SMALL, after)])
+        if wanted and there:
+            said.append(f"{wanted}{noun} expected, {there} seen")
+        else:
+            said.append(f"{wanted}{noun} expected, not seen" if wanted else f"{there}{noun} seen, not expected")
     more = f" and {len(said) - LISTED} more" if len(said) > LISTED else ""
     return "; ".join(said[:LISTED]) + more
 
