@@ -93,11 +93,9 @@ def show_model(version: int, registry: Registry) -> None:
 
     evidence = Evidence.read(w.EVALUATION)
     results, counts = evidence.results, evidence.decisions.counts()
-    shares = {**counts[PER_CLASS_DECISION], "mean": counts[POOLED][POOLED]}
-    rows = [
-        {"class": name, **_metrics(values), **_shares(shares[name])}
-        for name, values in [*results.classes.items(), ("mean", results.mean)]
-    ]
+    shares = counts[PER_CLASS_DECISION]
+    rows = [{"class": name, **_metrics(values), **_shares(shares[name])} for name, values in results.classes.items()]
+    rows.append({"class": "mean", **_metrics(results.mean), **_shares(counts[POOLED][POOLED])})
     store, server = tracking_uri(registry), servers.find("mlflow")
     page = store if store.startswith("http") else server and server.url
     with _published():
@@ -154,7 +152,7 @@ def print_summary(verdict: Verdict) -> None:
 
 def show_scores(folder: Path, began: datetime, summary: str) -> None:
     """Show the photographs that a run has scored: the highest scores as a table, and counts of all."""
-    columns = ["path", "score", "is_anomalous", "heatmap", "error", "scored_at"]
+    columns = ["path", "score", "is_anomalous", "verdict", "heatmap", "error", "scored_at"]
     frame = pd.read_parquet(folder, columns=columns, filters=[("scored_at", ">=", began)])
     unreadable = frame[frame["error"].notna()]
     worst = frame[frame["error"].isna()].nlargest(WORST, "score")
@@ -162,7 +160,7 @@ def show_scores(folder: Path, began: datetime, summary: str) -> None:
         {
             "photograph": row.path,
             "score": f"{row.score:.3f}",
-            "verdict": "anomalous" if row.is_anomalous else "normal",
+            "verdict": row.verdict or ("anomalous" if row.is_anomalous else "normal"),
             "heatmap": str((folder / row.heatmap).absolute()) if isinstance(row.heatmap, str) else "",
         }
         for row in worst.itertuples()
@@ -171,7 +169,7 @@ def show_scores(folder: Path, began: datetime, summary: str) -> None:
         "| | photographs of this run |",
         "| --- | --- |",
         f"| judged | {len(frame) - len(unreadable)} |",
-        f"| anomalous | {int(frame['is_anomalous'].fillna(False).sum())} |",
+        f"| alarms | {int(frame['is_anomalous'].fillna(False).sum())} |",
         f"| unreadable | {len(unreadable)} |",
         "",
         *(f"- {markdown(error)}" for error in unreadable["error"].head(WORST)),

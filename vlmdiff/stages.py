@@ -210,7 +210,7 @@ def evaluate(
     )
     budget, began = round(COST * (len(normal) + int((frame["split"] == "test").sum()))), time.perf_counter()
     found = measure(detector, ground, budget, ours.batch_size)
-    detectable = content(found, size, time.perf_counter() - began, budget)
+    detectable = content(found, size, time.perf_counter() - began)
     if shortfall := detector.calibrated().shortfall:
         say(f"warning: {shortfall}")
     judged = judge_images(detector, frame, data, texts, ours)

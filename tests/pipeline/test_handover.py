@@ -26,9 +26,11 @@ import pytest
 from PIL import Image
 
 from tests.pipeline.test_line import registry, set_metrics
+from vlmdiff.core.params import load
 from vlmdiff.core.processes import end_group
 from vlmdiff.data import manifest
 from vlmdiff.detection.detector import Detector
+from vlmdiff.registry.card import model_card
 
 # Where the champion is served none of these may be asked for.
 WITHOUT = """
@@ -335,6 +337,42 @@ def test_the_card_travels_with_the_model_and_stands_in_the_registry(champion):
     ):
         assert said in card
     assert str(champion.path) not in card
+
+
+@pytest.mark.parametrize(
+    ("share", "captions", "said", "unsaid"),
+    [
+        (None, "none", "Defects are where the two differ. One", "retrieval"),
+        (0.0, "none", "Defects are where the two differ. One", "retrieval"),
+        (0.7, "image", "The anomaly map is 30 % reconstruction and 70 % retrieval", "does not count"),
+        (1.0, "none", "the reconstruction is shown, and does not count", "where the two differ"),
+        (1.0, "class", "it judges them as what `class_name` says", "unknown product"),
+    ],
+)
+def test_the_card_says_what_finds_defects_and_which_verdicts_there_are(
+    champion, share, captions, said, unsaid, tmp_path, monkeypatch
+):
+    for part in ("reports/evaluation", "data/manifest.parquet", "params.yaml"):
+        source, copy = champion.path / part, tmp_path / part
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
+    detector = tmp_path / "models/detector"
+    detector.mkdir(parents=True)
+    for name in ("detector.json", "model_index.json"):
+        shutil.copy(champion.path / "models/detector" / name, detector / name)
+    facts = json.loads((detector / "detector.json").read_text())
+    facts["detection"]["captions"] = captions
+    (detector / "detector.json").write_text(json.dumps(facts))
+    file = tmp_path / "reports/evaluation/report.json"
+    content = json.loads(file.read_text())
+    if share is not None:
+        content["evidence"] = {"weight": share, "alone": {}, "tried": []}
+    content["decision"]["per_size"]["none"] = {"counts": {"defective": [0, 0]}}
+    file.write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    card = model_card(load(tmp_path / "params.yaml"))
+    assert said in card and unsaid not in card and "0 of 0" not in card
+    assert "`unknown product`" in card or captions == "class"
 
 
 # What takes MLflow and torch seconds to import is asked in one process.

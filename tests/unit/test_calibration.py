@@ -27,15 +27,16 @@ def test_each_image_being_the_new_one_as_often_the_rate_is_the_one_guaranteed(im
 
 
 @pytest.mark.parametrize(
-    ("images", "rate", "enough"), [(18, 0.05, 19), (98, 0.01, 99), (1, 0.5, None), (19, 0.05, None)]
+    ("images", "rate", "enough"),
+    [(18, 0.05, 19), (13, 0.05, 19), (2, 0.05, 19), (1, 0.05, 19), (98, 0.01, 99), (1, 0.5, None), (19, 0.05, None)],
 )
 def test_a_rate_that_the_images_cannot_promise_is_said_with_what_would_do(images, rate, enough):
     words = calibration(images, rate).shortfall
     assert (words is None) == (enough is None)
     if words is not None:
-        assert words.startswith(f"{images} normal images") and f"by {enough} or more" in words
+        assert words.startswith(f"a threshold by {images} normal image") and f"it takes {enough} or more" in words
         assert calibration(enough, rate).shortfall is None
-        assert calibration(images, float(words.split("to ")[-1].split(" ")[0]) + 1e-3).shortfall is None
+        assert calibration(images, float(words.split("rate of ")[-1].split(" ")[0])).shortfall is None
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=30), RATES)

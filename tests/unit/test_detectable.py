@@ -52,4 +52,4 @@ def test_what_is_found_is_said_in_words():
     one = {"smallest": {"spot": {"clear": 6.2, "faint": None}, "scratch": {"clear": 2.0, "faint": None}}}
     assert said(one, "clear", widths) == "spots from 6 px, scratches from 2×12 px"
     assert said(one, "faint", widths) == "spots not even at 12 px, scratches not even at 4×21 px"
-    assert content([], 64, 1.23, 5)["widths"]["spot"][0] == pytest.approx(64 * WIDTHS["spot"][0], abs=0.01)
+    assert content([], 64, 1.23)["widths"]["spot"][0] == pytest.approx(64 * WIDTHS["spot"][0], abs=0.01)

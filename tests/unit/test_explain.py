@@ -48,6 +48,7 @@ def test_the_shares_of_regions_are_those_of_the_evidence_above_the_threshold():
         (NORMAL[0], None),
         (NORMAL[0].replace("eight", "seven"), "eight round red parts expected, seven seen"),
         (NORMAL[1].replace("red", "blue"), "red parts expected, blue seen"),
+        (NORMAL[1].replace("red", "blue and red"), "blue seen, not expected"),
         (NORMAL[1].replace("red", "red and blue"), "blue parts seen, not expected"),
         (NORMAL[1].replace("eight round", "eight mostly round"), "mostly round red parts seen, not expected"),
         (NORMAL[1].replace("grey background", "background"), "grey background expected, not seen"),
@@ -69,7 +70,7 @@ def test_the_sentences_name_what_is_known_and_nothing_else():
     said = explain("anomalous", 0.9, regions, (100, 100), "red expected, blue seen", "a/b.png", "flange", 1 / 121, 120)
     assert said == (
         "Anomalous, score 0.900. Product: flange. "
-        "More unusual for its product than 99.2 % of 120 normal images are for theirs. "
+        "More unusual for its product than 120 of 120 normal images are for theirs. "
         "Two regions: 90 px at the upper left (75 % of the evidence) and 30 px in the centre (25 %). "
         "In words: red expected, blue seen. Most similar normal training image: a/b.png."
     )

@@ -105,7 +105,7 @@ def test_what_is_not_read_is_said(pipeline, capsys):
     whole, _ = token_windows(pipeline.tokenizer, texts, LENGTH, 4)
     assert capsys.readouterr().out == ""
     tokens, rows = token_windows(pipeline.tokenizer, texts, LENGTH, 1)
-    assert "warning: 1 of 3 captions are longer than 1 x 14 tokens" in capsys.readouterr().out
+    assert "warning: 1 caption is cut, of 3: longer than 1 x 14 tokens" in capsys.readouterr().out
     assert rows.tolist() == [[0], [1], [2]] and torch.equal(tokens[0], whole[0])
     # One window cuts as the reference does.
     theirs = pipeline.tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
@@ -167,7 +167,7 @@ def test_training_reads_what_the_saved_text_encoder_says_of_a_caption(pipeline, 
 def test_cut_captions_are_counted_in_encode(pipeline, tmp_path, capsys):
     captions = ["a red thing", caption_of(4), caption_of(3), "a blue thing", "green", "white"]
     encoded(pipeline, tmp_path / "encoded", captions, max_windows=1)
-    assert "warning: 2 of 7 captions are longer than 1 x 14 tokens" in capsys.readouterr().out
+    assert "warning: 2 captions are cut, of 7: longer than 1 x 14 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("dropout", "same"), [(1.0, True), (0.5, False), (0.0, False)])

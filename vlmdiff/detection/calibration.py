@@ -12,6 +12,7 @@ from scipy import optimize, special, stats
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Costs, Fraction, Positive, PositiveFloat
+from vlmdiff.core.text import counted
 
 # The ranges of the fields below hold for what is read from a file.
 FROM_FILE = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -228,11 +229,11 @@ class Calibration:
         """What to do where the images are too few to promise `false_alarm_rate`, None where they are enough."""
         if self.guarantee <= self.false_alarm_rate + 1e-9:
             return None
-        enough = math.ceil(round(1 / self.false_alarm_rate - 1, 9))
+        enough, many = math.ceil(round(1 / self.false_alarm_rate - 1, 9)), counted(self.images, "normal image")
         return (
-            f"{self.images} normal images promise a false-alarm rate of {self.guarantee:.1%} at best, not "
-            f"{self.false_alarm_rate:.1%}: set the threshold by {enough} or more (hold out more, or add photographs), "
-            f"or evaluate.detection.false_alarm_rate to {self.guarantee:.3f} or more"
+            f"a threshold by {many} promises a false-alarm rate of {self.guarantee:.1%} at best, not "
+            f"{self.false_alarm_rate:.1%}: it takes {enough} or more (add photographs, or hold out more of "
+            f"them), or evaluate.detection.false_alarm_rate of {math.ceil(1000 * self.guarantee) / 1000:g} or more"
         )
 
     def rate_range(self, level: float = 0.9) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from scipy import ndimage
 LISTED = 3
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Words that say nothing without the next one.
-SMALL = frozenset({"a", "an", "and", "at", "in", "is", "it", "its", "of", "on", "or", "the", "to", "with"})
+SMALL = frozenset({"a", "an", "and", "at", "fills", "in", "is", "it", "its", "of", "on", "or", "the", "to", "with"})
 # Words after a difference that say what it is about.
 CONTEXT = 3
 # Normal captions that are compared word by word: those that share the most words.
@@ -86,8 +86,11 @@ def explain(
     if product is not None:
         said.append(f"Product: {product}.")
     if p_value is not None:
-        of_how_many = "" if normal_images is None else f"{normal_images} "
-        share = f"{100 * (1 - p_value):.1f} % of {of_how_many}normal images"
+        # The p-value counts the image too.
+        less = f"{100 * (1 - p_value):.1f} %"
+        if normal_images is not None:
+            less = f"{round((1 - p_value) * (normal_images + 1))} of {normal_images}"
+        share = f"{less} normal images" if normal_images is not None else f"{less} of normal images"
         # Images of all products count, each by what is usual for its own.
         said.append(
             f"More unusual than {share}."
@@ -134,7 +137,8 @@ def difference(caption: str, normal: Sequence[str]) -> str | None:
         if kind == "equal" or not (wanted or there):
             continue
         # What is counted or described: "eight red parts", "blue parts".
-        after = expected[a1 : a1 + CONTEXT] if wanted else ours[b1 : b1 + CONTEXT]
+        words, end = (expected, a1) if wanted else (ours, b1)
+        after = () if words[end - 1] in SMALL else words[end : end + CONTEXT]
         noun = " ".join(["", *itertools.takewhile(lambda word: word not in SMALL, after)])
         if wanted and there:
             said.append(f"{wanted}{noun} expected, {there} seen")

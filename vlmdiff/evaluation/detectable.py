@@ -141,8 +141,9 @@ def said(one: dict[str, Any], contrast: str, widths: dict[str, list[float]]) -> 
     return ", ".join(parts)
 
 
-def content(found: Sequence[Detectable], size: int, seconds: float, images: int) -> dict[str, Any]:
+def content(found: Sequence[Detectable], size: int, seconds: float) -> dict[str, Any]:
     """Return what the report and the model card show, as JSON."""
     widths = {kind: [round(share * size, 2) for share in shares] for kind, shares in WIDTHS.items()}
+    images = sum(one.drawn for one in found) // GRID**2
     facts = {"size": size, "widths": widths, "seconds": round(seconds, 1), "images": images}
     return facts | {"wanted": WANTED, "contrasts": CONTRASTS, "classes": [asdict(one) for one in found]}

@@ -6,6 +6,7 @@ import numpy as np
 
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.params import Gate
+from vlmdiff.core.text import counted
 from vlmdiff.evaluation.decision import DECISION, PER_CLASS_DECISION, POOLED, mcnemar, upper_bound
 from vlmdiff.evaluation.evidence import Evidence
 from vlmdiff.evaluation.metrics import METRICS
@@ -71,7 +72,7 @@ def _compare_verdicts(model: Evidence, champion: Evidence, confidence: float) ->
     p, required = mcnemar(int(lost.sum()), int(won.sum())), round(1 - confidence, 9)
 
     def by_truth(images: np.ndarray) -> str:
-        return f"{(images & truth).sum()} defective and {(images & ~truth).sum()} normal images"
+        return f"{(images & truth).sum()} defective and {counted((images & ~truth).sum(), 'normal image')}"
 
     why = (
         f"only this model is right about {by_truth(won)}, only the champion about {by_truth(lost)}: exact McNemar "

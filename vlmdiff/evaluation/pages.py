@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vlmdiff.core.text import counted
+
 
 def page(template: str, **content: Any) -> str:
     """Return the page. A variable that the template uses and `content` lacks is an error."""
@@ -15,4 +17,5 @@ def page(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["counted"] = counted
     return environment.get_template(template).render(**content)

@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vlmdiff.core.console import say
+from vlmdiff.core.text import counted
 
 
 def token_windows(
@@ -36,8 +37,8 @@ def token_windows(
         windows += [[bos, *part, eos] + [pad] * (room - len(part)) for part in parts]
     if cut:
         say(
-            f"warning: {cut} of {len(captions)} captions are longer than {max_windows} x {room} tokens and are cut. "
-            "Raise encode.max_windows to read more."
+            f"warning: {counted(cut, 'caption', 'are')} cut, of {len(captions)}: longer than {max_windows} x {room} "
+            "tokens. Raise encode.max_windows to read more."
         )
     most = max(map(len, rows))
     return torch.tensor(windows), torch.tensor([row * (most // len(row)) for row in rows])

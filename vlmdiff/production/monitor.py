@@ -283,9 +283,9 @@ def check(
             tests.append(DriftTest(what, corrected=corrected, passed=passed, **found._asdict()))
     failed = [test.what for test in sorted(tests, key=lambda test: test.corrected) if not test.passed]
     if failed:
-        outcome = f"drift in the last {images} images: {', '.join(failed)}"
+        outcome = f"drift in the last {counted(images, 'image')}: {', '.join(failed)}"
         return DriftCheck("drift", outcome, *facts, tests, classes=classes)
-    return DriftCheck("no drift", f"no drift in the last {images} images", *facts, tests, classes=classes)
+    return DriftCheck("no drift", f"no drift in the last {counted(images, 'image')}", *facts, tests, classes=classes)
 
 
 def _by_class(recent: pd.DataFrame, nearest: np.ndarray, known: Known) -> list[ClassAlarms]:
@@ -353,8 +353,8 @@ def _new_kinds(distance: np.ndarray, known: Known) -> Answer:
     p = float(stats.betabinom.sf(count - 1, images, rank, reference + 1 - rank))
     then, now = rank / (reference + 1), count / images
     why = (
-        f"{count} of {images} images are further from every class than all but {rank} of {reference} calibration "
-        f"images; {then * images:.0f} are expected"
+        f"{count} of {counted(images, 'image')} further from every class than all but {rank} of {reference} "
+        f"calibration images; {then * images:.0f} expected"
     )
     return Answer(float(count), p, then, now, why)
 

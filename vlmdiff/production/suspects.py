@@ -18,7 +18,7 @@ from vlmdiff.core.console import track
 from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_folder
 from vlmdiff.core.params import Params
-from vlmdiff.core.text import plain
+from vlmdiff.core.text import counted, plain
 from vlmdiff.data import manifest
 from vlmdiff.data.images import load_rgb, resolve
 from vlmdiff.detection.detector import Detector
@@ -50,7 +50,9 @@ def suspects(params: Params, model: Path, out: Path) -> pd.DataFrame:
     classes = frame["class_name"].to_numpy()
     for name, count in frame["class_name"].value_counts().items():
         if count < 3:
-            raise InputError(f"the class {name!r} has {count} normal images: what is unlike them takes at least three")
+            raise InputError(
+                f"the class {name!r} has {counted(count, 'normal image')}: what is unlike them takes at least three"
+            )
     detector = Detector.from_pretrained(model)
     files = [resolve(data.image_root, path) for path in frame["path"]]
     size = SIDE if detector.bank is None else detector.pipeline.config.image_size
@@ -129,7 +131,7 @@ def _row(record: dict, file: Path, level: np.ndarray, image: np.ndarray) -> dict
 def suspects_table(rows: pd.DataFrame, root: Path) -> Table:
     """Return the images most unlike the others as a table for the terminal."""
     count = int(rows["is_anomalous"].sum())
-    table = Table(title=f"{count} of {len(rows)} normal training images are suspects", caption="0.5 is the limit")
+    table = Table(title=f"{counted(count, 'suspect')} among {len(rows)} normal images", caption="0.5 is the limit")
     table.add_column("image", overflow="fold")
     table.add_column("score")
     for path, score in rows[["path", "score"]].head(SHOWN).itertuples(index=False):

@@ -11,7 +11,7 @@ import pandas as pd
 from vlmdiff.core import params as p
 from vlmdiff.core import workspace as w
 from vlmdiff.core.errors import InputError
-from vlmdiff.core.text import markdown
+from vlmdiff.core.text import counted, markdown
 from vlmdiff.data import manifest
 from vlmdiff.data.images import FORMATS
 from vlmdiff.detection.decoded import HEATMAP_SIDE
@@ -29,6 +29,8 @@ CLASS_METRICS = ("au_pro", "image_auroc")
 LEFT_OUT = ("balanced_accuracy", "image_ap")
 # Characters of a version's description: MLflow on PostgreSQL takes no more.
 DESCRIPTION = 5000
+# Left out first of a description that is too long; the limits and the licences stay.
+LEAST = ("Training data", "Use")
 REST = "\n\n`model_card.md` in the model's artifacts has the rest.\n"
 
 
@@ -66,7 +68,7 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         decision={key: title for key, title in DECISION.items() if key not in LEFT_OUT},
         together=content["decision"][POOLED],
         decided=content["decision"][PER_CLASS_DECISION],
-        sizes=content["decision"][PER_SIZE],
+        sizes={name: row for name, row in content["decision"][PER_SIZE].items() if row["counts"]["defective"][1]},
         detectable=content.get("detectable"),
         found_of=said,
         provenance=content["provenance"],
@@ -77,6 +79,7 @@ def model_card(params: p.Params, by_class: bool = True) -> str:
         size_mb=evidence.size_mb,
         parts=list(_parts(params)),
         served=served,
+        counted=counted,
         formats=FORMATS,
         heatmap_side=HEATMAP_SIDE,
     )
@@ -96,10 +99,19 @@ def description(params: p.Params) -> str:
 
 
 def shortened(card: str, limit: int = DESCRIPTION) -> str:
-    """Return the paragraphs of a card that fit into `limit` characters, and where the rest is."""
-    kept = card[: limit - len(REST)].rpartition("\n\n")[0]
-    # A heading of what is left out says nothing.
-    return re.sub(r"(\n+#+ [^\n]*)+\Z", "", kept) + REST
+    """Return what fits into `limit` characters of a card without the sections LEAST, and where the rest is."""
+    room, sections = limit - len(REST), re.split(r"(?m)^(?=## )", card)
+    for name in LEAST:
+        if len("".join(sections).rstrip()) > room:
+            sections = [section for section in sections if not section.startswith(f"## {name}\n")]
+    kept = "".join(sections).rstrip()
+    if len(kept) > room:
+        paragraphs = kept[:room].split("\n\n")[:-1]
+        # Headings, and sentences that a list or a table ends, say nothing alone.
+        while paragraphs and (paragraphs[-1].startswith("#") or paragraphs[-1].endswith((":", " for"))):
+            paragraphs.pop()
+        kept = "\n\n".join(paragraphs)
+    return kept + REST
 
 
 def _count(frame: pd.DataFrame) -> dict[str, int]:

@@ -179,7 +179,10 @@ def _opponent(version: int | None, champion: int | None, tags: dict[str, str]) -
 
 def _as_tags(verdict: Verdict) -> dict[str, str]:
     said = "passed" if verdict.passed else "overridden" if verdict.override else "failed"
-    tags = {VERDICT: said, REASONS: "\n".join(verdict.reasons)[:TAG_LENGTH], AGAINST: str(verdict.champion or NONE)}
+    reasons = "\n".join(verdict.reasons)
+    if len(reasons) > TAG_LENGTH:
+        reasons = reasons[: TAG_LENGTH - 1].rpartition("\n")[0] + "\n…"
+    tags = {VERDICT: said, REASONS: reasons, AGAINST: str(verdict.champion or NONE)}
     if verdict.override:
         tags |= {OVERRIDE_BY: verdict.override.by, OVERRIDE_REASON: verdict.override.reason[:TAG_LENGTH]}
     return tags

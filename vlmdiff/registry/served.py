@@ -72,7 +72,7 @@ class Inspector(mlflow.pyfunc.PythonModel):
     # pyrefly: ignore[bad-override]
     def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return a row for each photograph: `score` in [0, 1); `is_anomalous`, whether it is above `threshold`;
-        `verdict`, `product` and `p_value`, as a `Detection` has them; `regions`, where the map exceeds it, in the
+        `verdict`, `product` and `p_value`, as a `Detection` has them; `regions`, the places that the map marks, in the
         photograph's own pixels; `explanation`, all that in words; `nearest`, the path in the dataset of the most
         similar normal training image; and on request a `heatmap`, base64 of a PNG of at most 1024 pixels a side.
 
@@ -227,7 +227,7 @@ def in_sentences(answer: Callable[..., Any]) -> Callable[..., Any]:
             said = error.message.partition("\nInput:")[0]
             if said.startswith("Failed to "):
                 said = said.rpartition("Error: ")[2]
-            error.message = said[:MESSAGE]
+            error.message = said if len(said) <= MESSAGE else f"{said[: MESSAGE - 1]}…"
             # For the server's log, not for the client.
             print(error.json_kwargs.pop("stack_trace", ""), end="", file=sys.stderr)
             raise

@@ -428,7 +428,7 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
         training = _training(params, name, frame)
         if not training.steps:
             continue
-        needed = f"{training.steps} steps of {training.batch_size} images"
+        needed = f"{counted(training.steps, 'step')} of {counted(training.batch_size, 'image')}"
         if frame is not None:
             count = _training_images(params, name, frame)
             needed += f", {training.steps * training.batch_size / max(1, count):.3g} epochs"
@@ -442,7 +442,7 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
         rows.append(Requirement(f"time, {name}", found, needed, True if name in seconds else None))
     if frame is not None and "encode" in seconds:
         count = _encoded_images(params, frame)
-        rows.append(Requirement("time, encode", _duration(seconds["encode"]), f"{count} images", True))
+        rows.append(Requirement("time, encode", _duration(seconds["encode"]), counted(count, "image"), True))
     if frame is not None:
         counts, cost, found = frame["split"].value_counts(), costs.get("evaluate", Cost()), UNKNOWN
         if "evaluate" in seconds:
@@ -450,7 +450,7 @@ def _time(params: p.Params, costs: dict[str, Cost], frame: pd.DataFrame | None) 
         elif cost.learn:
             normal = counts.get("train", 0) + counts.get("validation", 0)
             found = f"at least {_duration(cost.start + normal * cost.learn)}"
-        needed = f"{counts.get('test', 0)} test images, normal images, drawn defects"
+        needed = f"{counted(counts.get('test', 0), 'test image')}, normal images, drawn defects"
         rows.append(Requirement("time, evaluate", found, needed, True if "evaluate" in seconds else None))
     if len(seconds) > 1:
         rows.append(Requirement("time, total", _duration(sum(seconds.values())), ", ".join(seconds), True))

@@ -98,8 +98,8 @@ def table(found: Found) -> Group:
     without = found.frame["is_anomalous"] & found.frame["mask_path"].isna()
     if without.any():
         lines.append(
-            f"{without.sum()} anomalous images have no mask: draw the masks, or set validate.masks: optional, "
-            "gate.metric: image_auroc, and gate.floors for image_auroc"
+            f"{counted(without.sum(), 'anomalous image')} without a mask: draw the masks, or set validate.masks: "
+            "optional, gate.metric: image_auroc, and gate.floors for image_auroc"
         )
     return Group(shown, *(Text(plain(line)) for line in lines))
 

@@ -22,6 +22,7 @@ from vlmdiff.core.errors import InputError
 from vlmdiff.core.files import atomic_folder, write_json
 from vlmdiff.core.locks import hold
 from vlmdiff.core.params import Training
+from vlmdiff.core.text import counted
 from vlmdiff.training import checkpoint
 
 History = list[dict[str, float]]
@@ -254,7 +255,7 @@ def _run(loop: Loop, saved: Path) -> None:
     """Run the remaining steps, with validations and checkpoints in between."""
     name, params, main, start = loop.problem.name, loop.params, loop.here.is_main_process, loop.done
     if main:
-        resumed = f"resumed at step {start} of {params.steps}" if start else f"{params.steps} steps"
+        resumed = f"resumed at step {start} of {params.steps}" if start else counted(params.steps, "step")
         say(f"{name}: {resumed}, in {loop.precision}")
     steps = range(start, params.steps)
     began = time.monotonic()
