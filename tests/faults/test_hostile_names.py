@@ -146,7 +146,7 @@ def test_data_docs_show_names_as_they_are(tmp_path):
 
 def test_prefects_artifacts_show_names_as_they_are(tmp_path, recorded):
     began = datetime.now(UTC)
-    columns = {"score": 0.7, "is_anomalous": True, "heatmap": None, "scored_at": began}
+    columns = {"score": 0.7, "is_anomalous": True, "verdict": "anomalous", "heatmap": None, "scored_at": began}
     rows = [{"path": f"/new/{name}", **columns, "error": f"{name} cannot be decoded"} for name in NAMES]
     (tmp_path / "![x](y)").mkdir()
     pd.DataFrame(rows).to_parquet(tmp_path / "![x](y)/part-0.parquet")

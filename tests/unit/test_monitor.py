@@ -173,7 +173,7 @@ def test_rows_by_another_model_and_photographs_that_could_not_be_read_do_not_cou
     write_scores(Path("scores/b.parquet"), new, model)
     said, page, _ = run("scores", "--model", model, "--last", 1000)
     assert (said["images"], said["unreadable"], said["others"], said["drift"]) == (191, 10, 201, False)
-    assert "10 more could not be read" in page and "201 were judged by other models" in page
+    assert "10 more could not be read" in page and "201 images were judged by other models" in page
 
 
 def test_what_is_missing_or_something_else_is_said(model) -> None:

@@ -17,5 +17,4 @@ def page(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["counted"] = counted
-    return environment.get_template(template).render(**content)
+    return environment.get_template(template).render(counted=counted, **content)
