@@ -211,6 +211,9 @@ def evaluate(
     budget, began = round(COST * (len(normal) + int((frame["split"] == "test").sum()))), time.perf_counter()
     found = measure(detector, ground, budget, ours.batch_size)
     detectable = content(found, size, time.perf_counter() - began)
+    if left_out := detector.calibrated().left_out:
+        many = counted(left_out, "normal image", "are")
+        say(f"warning: {many} too unusual to set the threshold, which would hide defects; see `vlmdiff suspects`")
     if shortfall := detector.calibrated().shortfall:
         say(f"warning: {shortfall}")
     judged = judge_images(detector, frame, data, texts, ours)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import f1_score
 
-from vlmdiff.detection.calibration import Calibration, conformal_threshold, f1_optimal
+from vlmdiff.detection.calibration import Calibration, conformal_threshold, f1_optimal, set_threshold
 
 RATES = st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.25, 0.5])
 
@@ -53,6 +54,58 @@ def test_nine_in_ten_calibrations_have_a_rate_in_the_range_that_is_said():
     # Of evenly distributed scores the share above the threshold is known.
     assert np.mean((1 - thresholds > low) & (1 - thresholds < high)) == pytest.approx(0.9, abs=0.02)
     assert np.mean(1 - thresholds) == pytest.approx(said.guarantee, abs=0.002)
+
+
+DRAWN = {
+    "normal": stats.norm,
+    "laplace": stats.laplace,
+    "logistic": stats.logistic,
+    "student": stats.t(3),
+    "skewed": stats.gamma(4),
+}
+
+
+def quantiles(count: int) -> np.ndarray:
+    """Normally distributed scores without chance."""
+    return stats.norm.ppf((np.arange(count) + 0.5) / count)
+
+
+@pytest.mark.parametrize("odd", [1, 3])
+def test_with_few_images_an_odd_one_does_not_set_the_threshold_and_hide_every_defect(odd):
+    scores = np.append(quantiles(30), [9.0] * odd)
+    learned, _ = calibration(30 + odd, 0.05).learn(scores[:, None], ["cookie"] * (30 + odd))
+    assert (learned.images, learned.left_out) == (30, odd)
+    assert learned.odds(np.array([4.0]), ["cookie"]) > 0.5
+    # What is known of all of them stays, for the p-value.
+    assert len(learned.normal) == 30 + odd
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        quantiles(31),
+        np.append(quantiles(80), 9.0),  # four of 81 may lie above the threshold
+        np.append(quantiles(23), 9.0),  # 23 are not ample for 5 %
+        np.append(quantiles(30), 5.0),
+        np.append(np.zeros(30), 9.0),
+        np.repeat(1.0, 40),
+    ],
+)
+def test_all_images_set_the_threshold_where_none_hides_defects_or_the_others_are_too_few(scores):
+    assert set_threshold(scores, 0.05).all()
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+@pytest.mark.parametrize("images", [20, 25, 31, 45])
+def test_images_that_are_left_out_do_not_break_the_promise(draw, images):
+    rng = np.random.default_rng(0)
+    rates, left_out = [], 0
+    for scores in DRAWN[draw].rvs(size=(4000, images), random_state=rng):
+        counts = set_threshold(scores, 0.05)
+        left_out += not counts.all()
+        rates.append(DRAWN[draw].sf(conformal_threshold(scores[counts], 0.05)))
+    assert np.mean(rates) < 0.05
+    assert left_out or images < 25 or draw in ("normal", "logistic")
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=20))

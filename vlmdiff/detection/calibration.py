@@ -42,6 +42,9 @@ class Usual:
 SMALLEST = 1e-6
 # Standard deviations from the median beyond which an image is odd.
 ODD = 2.5
+# Standard deviations above the median beyond which a score is far out. Leaving such images out raises the rate of false
+# alarms a little; with so many times the images that a rate takes, it still holds for distributions with heavy tails.
+FAR_OUT, AMPLE = 6.0, 1.25
 # Of its images, how many a product must have above its own threshold.
 OWN = 10
 # Degrees of freedom of what is assumed of products that are all alike.
@@ -145,12 +148,13 @@ class Calibration:
     """What is usual for normal images, by product, and the score above which an image is anomalous.
 
     deviation: the root mean square of the deviations that the network expects. scales: the mean difference of each kind
-    of features. threshold: a standardised score (`Scale.scores`). images: the number of normal images,
-    false_alarm_rate: the largest share of normal images that may be called anomalous. weight: the share of retrieval in
-    the evidence, retrieval: how its distances are distributed, tails: the scales of reconstruction and retrieval; a
-    detector without a bank of patches has neither. products: by name. slope: what a standard deviation adds to a
-    score's log odds. normal: the standardised scores of the normal images, sorted. f1_optimal: the score in [0, 1),
-    with the threshold at 0.5, that had the best F1 on the test images, or None if none of them had a defect.
+    of features. threshold: a standardised score (`Scale.scores`). images: the number of normal images that set it,
+    left_out: that of those that are too far out for it (`set_threshold`). false_alarm_rate: the largest share of normal
+    images that may be called anomalous. weight: the share of retrieval in the evidence, retrieval: how its distances
+    are distributed, tails: the scales of reconstruction and retrieval; a detector without a bank of patches has
+    neither. products: by name. slope: what a standard deviation adds to a score's log odds. normal: the standardised
+    scores of the normal images, sorted. f1_optimal: the score in [0, 1), with the threshold at 0.5, that had the best
+    F1 on the test images, or None if none of them had a defect.
     """
 
     __pydantic_config__ = FROM_FILE
@@ -160,6 +164,7 @@ class Calibration:
     threshold: float
     images: Positive
     false_alarm_rate: Fraction
+    left_out: Annotated[int, Field(ge=0)] = 0
     f1_optimal: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     retrieval: Usual | None = None
@@ -185,11 +190,20 @@ class Calibration:
         values: logarithms (N, Q) of the statistics of normal images, the map's last; classes: their products.
         """
         products, normal = standardise(values, classes)
-        threshold, own = thresholds(normal, classes, self.false_alarm_rate)
+        counts = set_threshold(normal, self.false_alarm_rate)
+        threshold, own = thresholds(normal[counts], np.array(classes)[counts].tolist(), self.false_alarm_rate)
         products = {name: replace(scale, threshold=own.get(name)) for name, scale in products.items()}
         # Of the map: scores are about as far from 0.5 as the map is.
         slope = float(np.mean([scale.spreads[-1] for scale in products.values()]))
-        learned = replace(self, threshold=threshold, products=products, slope=slope, normal=np.sort(normal).tolist())
+        learned = replace(
+            self,
+            threshold=threshold,
+            images=int(counts.sum()),
+            left_out=int((~counts).sum()),
+            products=products,
+            slope=slope,
+            normal=np.sort(normal).tolist(),
+        )
         return learned, learned.odds(normal, classes)
 
     def limit(self, product: str) -> float:
@@ -267,6 +281,22 @@ def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
     if not np.isfinite(scores).all():
         raise InputError("the score of a normal image is not a finite number, so there is no threshold")
     return float(np.sort(scores)[conformal_rank(len(scores), false_alarm_rate) - 1])
+
+
+def set_threshold(scores: np.ndarray, false_alarm_rate: float) -> np.ndarray:
+    """Return which of the scores (n,) of normal images set a threshold, bool (n,).
+
+    All do, unless the threshold would be the score of an image that is far out: with few images, a single odd one would
+    hide every defect. Then those that are far out do not, if the others are ample for the rate. A score is far out more
+    than FAR_OUT standard deviations above the median; the standard deviation is 1.4826 times the median absolute
+    deviation, as of a normal distribution.
+    """
+    median = np.median(scores)
+    spread = 1.4826 * np.median(np.abs(scores - median))
+    near = scores <= median + FAR_OUT * spread
+    hides = conformal_threshold(scores, false_alarm_rate) > scores[near].max(initial=-np.inf)
+    ample = math.ceil(round(AMPLE * (1 / false_alarm_rate - 1), 9))
+    return near if spread > 0 and hides and near.sum() >= ample else np.ones(len(scores), bool)
 
 
 def thresholds(normal: np.ndarray, classes: Sequence[str], false_alarm_rate: float) -> tuple[float, dict[str, float]]:

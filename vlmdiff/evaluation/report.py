@@ -266,6 +266,7 @@ def _alarms(scores: pd.DataFrame, calibration: Calibration) -> dict[str, Any]:
         "images": calibration.images,
         "asked": calibration.false_alarm_rate,
         "guarantee": calibration.guarantee,
+        "left_out": calibration.left_out,
         "range": list(calibration.rate_range()),
     }
 
