@@ -164,7 +164,6 @@ class Calibration:
     threshold: float
     images: Positive
     false_alarm_rate: Fraction
-    left_out: Annotated[int, Field(ge=0)] = 0
     f1_optimal: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     retrieval: Usual | None = None
@@ -172,6 +171,7 @@ class Calibration:
     products: dict[str, Scale] = field(default_factory=dict)
     slope: PositiveFloat = 1.0
     normal: list[float] = field(default_factory=list)
+    left_out: Annotated[int, Field(ge=0)] = 0
 
     @classmethod
     def one_threshold(cls, facts: dict[str, Any]) -> dict[str, Any]:
