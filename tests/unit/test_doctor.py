@@ -46,6 +46,12 @@ def checks(measuring: bool = False, **sections) -> dict[str, Requirement]:
     return named(made(**sections), measuring)
 
 
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """Doctor measures for a moment, not for seconds."""
+    monkeypatch.setattr(doctor, "measure", partial(measure, seconds=0.2))
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty folder to run in."""
@@ -208,6 +214,7 @@ def test_models_that_are_here_are_counted_and_their_memory_and_disk_are_known(he
     assert all(found[f"time, {stage}"].ok for stage in ("first_stage", "train", "encode", "evaluate", "total"))
 
 
+@pytest.mark.services
 def test_a_backbone_whose_features_are_the_latents_is_found_and_what_it_takes_is_known(here, backbone):
     space = {"model": str(backbone), "image_size": SIZE, "layers": [1, 2], "grid": 16}
     sections = dict(first_stage={"kind": "backbone", "backbone": space}, evaluate={"detection": {"steps": 1}})
