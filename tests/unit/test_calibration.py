@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import f1_score
 
-from vlmdiff.detection.calibration import Calibration, conformal_threshold, f1_optimal, set_threshold
+from vlmdiff.detection.calibration import Calibration, conformal_threshold, f1_optimal, that_count
 
 RATES = st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.25, 0.5])
 
@@ -92,7 +92,7 @@ def test_with_few_images_an_odd_one_does_not_set_the_threshold_and_hide_every_de
     ],
 )
 def test_all_images_set_the_threshold_where_none_hides_defects_or_the_others_are_too_few(scores):
-    assert set_threshold(scores, 0.05).all()
+    assert that_count(scores, 0.05).all()
 
 
 @pytest.mark.parametrize("draw", DRAWN)
@@ -101,7 +101,7 @@ def test_images_that_are_left_out_do_not_break_the_promise(draw, images):
     rng = np.random.default_rng(0)
     rates, left_out = [], 0
     for scores in DRAWN[draw].rvs(size=(4000, images), random_state=rng):
-        counts = set_threshold(scores, 0.05)
+        counts = that_count(scores, 0.05)
         left_out += not counts.all()
         rates.append(DRAWN[draw].sf(conformal_threshold(scores[counts], 0.05)))
     assert np.mean(rates) < 0.05

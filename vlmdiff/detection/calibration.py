@@ -101,14 +101,19 @@ class Prior:
         return Scale(n, values.mean(axis=0).tolist(), np.maximum(np.sqrt(variance), SMALLEST).tolist())
 
 
+def robust_deviation(values: np.ndarray) -> np.ndarray:
+    """Return 1.4826 times the median absolute deviation of values (n, ...), which normal ones have as deviation."""
+    return 1.4826 * np.median(np.abs(values - np.median(values, axis=0)), axis=0)
+
+
 def drawn_in(values: np.ndarray) -> np.ndarray:
     """Return values (n, Q) with those of odd images drawn in to ODD standard deviations from the median.
 
-    An odd one among a product's normal images would hide its defects. The standard deviation is 1.4826 times the median
-    absolute deviation, as of a normal distribution; where more than half of the values are the same, all are kept.
+    An odd one among a product's normal images would hide its defects. Where more than half of the values are the same,
+    all are kept.
     """
     median = np.median(values, axis=0)
-    far = ODD * 1.4826 * np.median(np.abs(values - median), axis=0)
+    far = ODD * robust_deviation(values)
     far = np.where(far > 0, far, np.inf)
     return np.clip(values, median - far, median + far)
 
@@ -149,7 +154,7 @@ class Calibration:
 
     deviation: the root mean square of the deviations that the network expects. scales: the mean difference of each kind
     of features. threshold: a standardised score (`Scale.scores`). images: the number of normal images that set it,
-    left_out: that of those that are too far out for it (`set_threshold`). false_alarm_rate: the largest share of normal
+    left_out: that of those that are too far out for it (`that_count`). false_alarm_rate: the largest share of normal
     images that may be called anomalous. weight: the share of retrieval in the evidence, retrieval: how its distances
     are distributed, tails: the scales of reconstruction and retrieval; a detector without a bank of patches has
     neither. products: by name. slope: what a standard deviation adds to a score's log odds. normal: the standardised
@@ -190,7 +195,7 @@ class Calibration:
         values: logarithms (N, Q) of the statistics of normal images, the map's last; classes: their products.
         """
         products, normal = standardise(values, classes)
-        counts = set_threshold(normal, self.false_alarm_rate)
+        counts = that_count(normal, self.false_alarm_rate)
         threshold, own = thresholds(normal[counts], np.array(classes)[counts].tolist(), self.false_alarm_rate)
         products = {name: replace(scale, threshold=own.get(name)) for name, scale in products.items()}
         # Of the map: scores are about as far from 0.5 as the map is.
@@ -283,17 +288,15 @@ def conformal_threshold(scores: np.ndarray, false_alarm_rate: float) -> float:
     return float(np.sort(scores)[conformal_rank(len(scores), false_alarm_rate) - 1])
 
 
-def set_threshold(scores: np.ndarray, false_alarm_rate: float) -> np.ndarray:
+def that_count(scores: np.ndarray, false_alarm_rate: float) -> np.ndarray:
     """Return which of the scores (n,) of normal images set a threshold, bool (n,).
 
     All do, unless the threshold would be the score of an image that is far out: with few images, a single odd one would
     hide every defect. Then those that are far out do not, if the others are ample for the rate. A score is far out more
-    than FAR_OUT standard deviations above the median; the standard deviation is 1.4826 times the median absolute
-    deviation, as of a normal distribution.
+    than FAR_OUT of `robust_deviation` above the median.
     """
-    median = np.median(scores)
-    spread = 1.4826 * np.median(np.abs(scores - median))
-    near = scores <= median + FAR_OUT * spread
+    spread = robust_deviation(scores)
+    near = scores <= np.median(scores) + FAR_OUT * spread
     hides = conformal_threshold(scores, false_alarm_rate) > scores[near].max(initial=-np.inf)
     ample = math.ceil(round(AMPLE * (1 / false_alarm_rate - 1), 9))
     return near if spread > 0 and hides and near.sum() >= ample else np.ones(len(scores), bool)

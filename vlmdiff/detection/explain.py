@@ -87,10 +87,9 @@ def explain(
         said.append(f"Product: {product}.")
     if p_value is not None:
         # The p-value counts the image too.
-        less = f"{100 * (1 - p_value):.1f} %"
+        share = f"{100 * (1 - p_value):.1f} % of normal images"
         if normal_images is not None:
-            less = f"{round((1 - p_value) * (normal_images + 1))} of {normal_images}"
-        share = f"{less} normal images" if normal_images is not None else f"{less} of normal images"
+            share = f"{round((1 - p_value) * (normal_images + 1))} of {normal_images} normal images"
         # Images of all products count, each by what is usual for its own.
         said.append(
             f"More unusual than {share}."
